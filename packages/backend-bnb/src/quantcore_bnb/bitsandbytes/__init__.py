@@ -1,0 +1,33 @@
+"""The method bitsandbytes: how quantcore finds its classes, and how configs without a method name are recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from quantcore.plugins import Backend, hookimpl
+
+_MODULE = "quantcore_bnb.bitsandbytes"
+
+BACKEND = Backend(
+    method="bitsandbytes",
+    config=f"{_MODULE}.config:BitsAndBytesConfig",
+    quantizer=f"{_MODULE}.quantizer:quantizer_for",
+    summary="NF4 and FP4 with double quantization",
+    example_configs=(
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "float16"},
+    ),
+)
+
+
+@hookimpl
+def quantcore_backends() -> Iterable[Backend]:
+    return [BACKEND]
+
+
+@hookimpl
+def quantcore_match_config(config_dict: Mapping[str, Any]) -> str | None:
+    """Files older than transformers 4.38 name no method, only a flag."""
+    return BACKEND.method if config_dict.get("load_in_4bit") or config_dict.get("load_in_8bit") else None

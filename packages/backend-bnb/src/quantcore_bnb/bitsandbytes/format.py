@@ -1,0 +1,233 @@
+"""How one 4-bit weight of bitsandbytes is stored: packed codes, block scales, tables and a JSON description.
+
+Source: Dettmers et al. 2023, QLoRA, section 3 (arXiv:2305.14314), in the checkpoint layout of bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
+from quantcore.formats.families import Family, Grouping, Lookup, NestedScale
+from quantcore.formats.packing import pack_nibbles, unpack_nibbles
+from quantcore_bnb.bitsandbytes.blockwise import (
+    NESTED_BLOCKSIZE,
+    dequantize_absmax,
+    dequantize_blocks,
+    quantize_absmax,
+    quantize_blocks,
+)
+from quantcore_bnb.bitsandbytes.config import QUANT_TYPES, STORAGE_DTYPES
+from quantcore_bnb.bitsandbytes.tables import code_levels, code_table
+
+_STATE = "weight.quant_state.bitsandbytes__"
+_TYPICAL_OFFSET = 0.054661113768815994  # as long as most: only the length of the description depends on it
+_MAX_BLOCKSIZE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Bnb4Bit(WeightFormat):
+    """4-bit codes in blocks over the flattened weight.
+
+    quant_type: "nf4" or "fp4". dtype: of the weight that was quantized. storage: under which the packed bytes are stored.
+    compute_dtype: of the matmul; None follows the input.
+    """
+
+    family: ClassVar[str | None] = "lookup"
+
+    quant_type: str = "nf4"
+    blocksize: int = 64
+    double_quant: bool = False
+    dtype: str = "float32"
+    storage: str = "uint8"
+    compute_dtype: str | None = None
+    nested_blocksize: int = NESTED_BLOCKSIZE
+
+    def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        numel = math.prod(shape)
+        storage = _storage_dtype(self.storage)
+        blocks = -(-numel // self.blocksize)
+        specs = [
+            TensorSpec("weight", storage, (-(-numel // 2) // storage.itemsize, 1)),
+            TensorSpec("weight.absmax", torch.uint8 if self.double_quant else torch.float32, (blocks,)),
+            TensorSpec("weight.quant_map", torch.float32, (16,)),
+        ]
+        if self.double_quant:
+            nested_blocks = -(-blocks // self.nested_blocksize)
+            specs.append(TensorSpec("weight.nested_absmax", torch.float32, (nested_blocks,)))
+            specs.append(TensorSpec("weight.nested_quant_map", torch.float32, (256,)))
+        state = self._describe(shape, _TYPICAL_OFFSET)
+        specs.append(TensorSpec(_STATE + self.quant_type, torch.uint8, tuple(state.shape), metadata=True, variable=True))
+        return tuple(specs)
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        packed, itemsize = -(-math.prod(shape) // 2), _storage_dtype(self.storage).itemsize
+        if packed % itemsize:
+            raise ValueError(
+                f"weight {list(shape)} packs to {packed} bytes, which bnb_4bit_quant_storage={self.storage!r} cannot hold; "
+                "use 'uint8'"
+            )
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        packed, absmax = quantize_blocks(weight, self.quant_type, self.blocksize)
+        nested: tuple[Tensor, ...] = ()
+        offset = None
+        if self.double_quant:
+            absmax, *rest, offset = quantize_absmax(absmax)
+            nested = tuple(rest)
+        source = self.replace(dtype=dtype_name(weight.dtype))
+        assert isinstance(source, Bnb4Bit)
+        return source._stored(packed, absmax, code_table(self.quant_type, weight.device), nested, offset, tuple(weight.shape))
+
+    def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        absmax = tensors["weight.absmax"]
+        if self.double_quant:
+            absmax = dequantize_absmax(
+                absmax,
+                tensors["weight.nested_absmax"],
+                tensors["weight.nested_quant_map"],
+                tensors["nested_offset"],
+                self.nested_blocksize,
+            )
+        packed = tensors["weight"].view(torch.uint8)
+        dtype = dtype or float_dtype(self.dtype, "dtype")
+        return dequantize_blocks(packed, absmax, tensors["weight.quant_map"], self.blocksize, shape, dtype)
+
+    def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Bnb4Bit:
+        keys = [name for name in tensors if name.startswith(_STATE)]
+        if len(keys) != 1:
+            found = ", ".join(keys) or "none"
+            raise ValueError(f"expected one tensor {_STATE}nf4 or {_STATE}fp4 that describes the weight, found {found}")
+        state = _parse_state(tensors[keys[0]], keys[0])
+        _check_state(state, keys[0], shape)
+        return Bnb4Bit(
+            quant_type=state["quant_type"],
+            blocksize=state["blocksize"],
+            double_quant="nested_blocksize" in state,
+            dtype=dtype_name(float_dtype(state["dtype"], f"{keys[0]}: dtype")),
+            storage=dtype_name(tensors["weight"].dtype),
+            compute_dtype=self.compute_dtype,
+            nested_blocksize=state.get("nested_blocksize", NESTED_BLOCKSIZE),
+        )
+
+    def operand_names(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        return super().operand_names(shape) + (("nested_offset",) if self.double_quant else ())
+
+    def operands(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+        stored = {name: tensors[name] for name in super().operand_names(shape)}
+        if not self.double_quant:
+            return stored
+        name = _STATE + self.quant_type
+        offset = math.nan  # a layer that is not loaded yet
+        if tensors[name].device.type != "meta":
+            offset = _parse_state(tensors[name], name)["nested_offset"]
+        device = tensors["weight"].device
+        return {**stored, "nested_offset": torch.tensor(offset, dtype=torch.float32, device=device)}
+
+    @property
+    def compute_torch_dtype(self) -> torch.dtype | None:
+        return None if self.compute_dtype is None else float_dtype(self.compute_dtype, "compute_dtype")
+
+    def lower(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Lookup:
+        operands = self.operands(tensors, shape)
+        scale: Tensor | NestedScale = operands["weight.absmax"]
+        if self.double_quant:
+            scale = NestedScale(
+                codes=operands["weight.absmax"],
+                levels=operands["weight.nested_quant_map"],
+                outer=operands["weight.nested_absmax"],
+                grouping=Grouping(self.nested_blocksize),
+                offset=operands["nested_offset"],
+            )
+        codes = unpack_nibbles(operands["weight"].view(torch.uint8), math.prod(shape), high_first=True).view(shape)
+        return Lookup(codes, operands["weight.quant_map"], scale, Grouping(self.blocksize), bits=4)
+
+    def raise_(self, family: Family) -> dict[str, Tensor]:
+        if not isinstance(family, Lookup) or family.levels.numel() != 16 or family.grouping != Grouping(self.blocksize):
+            raise ValueError(f"{type(family).__name__} in {family.grouping} is no 16-level table in blocks of {self.blocksize}")
+        nested = family.scale if isinstance(family.scale, NestedScale) else None
+        if (nested is not None) != self.double_quant:
+            raise ValueError(f"double_quant={self.double_quant} does not fit a scale of type {type(family.scale).__name__}")
+        packed = pack_nibbles(family.codes.reshape(-1), high_first=True, padding=code_levels(self.quant_type).index(0.0))
+        shape = tuple(family.codes.shape)
+        if nested is None:
+            assert isinstance(family.scale, Tensor)
+            return self._stored(packed, family.scale, family.levels, (), None, shape)
+        return self._stored(
+            packed, nested.codes, family.levels, (nested.outer, nested.levels), nested.offset.item(), shape
+        )
+
+    def _stored(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        quant_map: Tensor,
+        nested: tuple[Tensor, ...],
+        offset: float | None,
+        shape: tuple[int, ...],
+    ) -> dict[str, Tensor]:
+        state = self._describe(shape, offset).to(packed.device)
+        values = (packed.view(-1).view(_storage_dtype(self.storage)).view(-1, 1), absmax, quant_map, *nested, state)
+        return {spec.name: value for spec, value in zip(self.tensor_specs(shape), values, strict=True)}
+
+    def _describe(self, shape: tuple[int, ...], offset: float | None) -> Tensor:
+        """The JSON text that upstream's readers expect, as bytes; key order and separators are upstream's."""
+        state: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "blocksize": self.blocksize,
+            "dtype": self.dtype,
+            "shape": list(shape),
+        }
+        if self.double_quant:
+            state.update(nested_blocksize=self.nested_blocksize, nested_dtype="float32", nested_offset=offset)
+        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+def _storage_dtype(name: str) -> torch.dtype:
+    if name not in STORAGE_DTYPES:
+        raise ValueError(f"weight: dtype {name} cannot hold packed codes; expected one of {', '.join(STORAGE_DTYPES)}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _parse_state(tensor: Tensor, name: str) -> dict[str, Any]:
+    if tensor.dtype != torch.uint8:
+        raise ValueError(f"{name}: expected uint8 bytes of JSON, got {tensor.dtype}")
+    try:
+        state = json.loads(bytes(tensor.cpu().tolist()))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{name}: not valid JSON: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{name}: expected a JSON object, got {type(state).__name__}")
+    return state
+
+
+def _check_state(state: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> None:
+    """Raise ValueError naming the field for a description that cannot be; every string in it is data."""
+    checks = {
+        "quant_type": (f"one of {', '.join(QUANT_TYPES)}, as the name ends", name.endswith("__" + str(state.get("quant_type")))
+                       and state.get("quant_type") in QUANT_TYPES),
+        "blocksize": ("an even number from 2 to 65536", _is_blocksize(state.get("blocksize"))),
+        "dtype": ("the name of a float dtype", isinstance(state.get("dtype"), str)),
+        "shape": (f"{list(shape)}, the shape of the layer", state.get("shape") == list(shape)),
+    }
+    if any(key.startswith("nested") for key in state):
+        offset = state.get("nested_offset")
+        finite = isinstance(offset, int | float) and not isinstance(offset, bool) and math.isfinite(offset)
+        checks["nested_blocksize"] = ("an even number from 2 to 65536", _is_blocksize(state.get("nested_blocksize")))
+        checks["nested_dtype"] = ("'float32'", state.get("nested_dtype") == "float32")
+        checks["nested_offset"] = ("a finite number", finite)
+    for key, (expected, holds) in checks.items():
+        if not holds:
+            raise ValueError(f"{name}: {key} must be {expected}, got {state.get(key)!r:.60}")
+
+
+def _is_blocksize(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= _MAX_BLOCKSIZE and value % 2 == 0

@@ -1,0 +1,169 @@
+"""The config of HQQ, with the names, defaults and JSON that transformers writes, and the spellings of older files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from quantcore.quantization_config import (
+    Config,
+    QuantizationConfigMixin,
+    QuantizationMethod,
+    check_limits,
+    diff_from_default,
+    matches_type,
+)
+
+BITS = (8, 6, 5, 4, 3, 2, 1.58, 1)
+_WEIGHT = "weight_quant_params"
+_MAX_GROUP_SIZE = 1 << 24
+_TYPES: dict[str, Any] = {
+    "nbits": int | float,
+    "group_size": int | None,
+    "axis": int,
+    "channel_wise": bool,
+    "optimize": bool,
+    "round_zero": bool,
+    "view_as_float": bool,
+}
+_LIMITS: dict[str, dict[str, Any]] = {
+    "nbits": {"choices": BITS},
+    "group_size": {"minimum": 8, "maximum": _MAX_GROUP_SIZE},
+    "axis": {"choices": (0, 1)},
+}
+
+
+@dataclass(init=False, eq=False, repr=False)
+class HqqConfig(QuantizationConfigMixin):
+    """Half-quadratic quantization: a float zero point per group, refined without data.
+
+    quant_config: one dict of settings for every layer, or one per layer tag ("self_attn.q_proj"); a layer with no tag
+    stays float. Source: Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog/.
+    """
+
+    quant_method = QuantizationMethod.HQQ
+    option_help: ClassVar[dict[str, str]] = {
+        "nbits": f"bits of a code: one of {', '.join(map(str, BITS))}",
+        "group_size": "weights that share scale and zero, a multiple of 8; none means a whole row or column",
+        "view_as_float": "store packed codes under the compute dtype",
+        "axis": "1: groups along in_features; 0: along out_features",
+        "skip_modules": "parts of names of modules that stay float",
+    }
+
+    quant_config: dict[str, Any]
+    skip_modules: list[str]
+
+    def __init__(
+        self,
+        nbits: int | float = 4,
+        group_size: int | None = 64,
+        view_as_float: bool = False,
+        axis: int | None = None,
+        dynamic_config: dict[str, Any] | None = None,
+        skip_modules: list[str] | None = None,
+    ) -> None:
+        """dynamic_config: a dict of the other arguments for each layer tag. axis: None means 1."""
+        self.skip_modules = ["lm_head"] if skip_modules is None else skip_modules
+        if dynamic_config is None:
+            self.quant_config = _settings(nbits, group_size, view_as_float, axis)
+        else:
+            if not matches_type(dynamic_config, dict[str, dict[str, Any]]):
+                raise TypeError(f"HqqConfig.dynamic_config must map layer tags to dicts, got {dynamic_config!r:.80}")
+            self.quant_config = {tag: _settings(**_named(values, tag)) for tag, values in dynamic_config.items()}
+        self.__post_init__()
+
+    def validate(self) -> None:
+        """Check every setting of every layer tag. Raises TypeError or ValueError naming the field."""
+        super().validate()
+        if not self.quant_config:
+            raise ValueError("HqqConfig.quant_config is empty; no layer would be quantized")
+        for label, settings in self.by_tag().items():
+            _check_settings(settings, f"HqqConfig.quant_config{f'[{label!r}]' if label else ''}")
+
+    def by_tag(self) -> dict[str, dict[str, Any]]:
+        """The settings per layer tag; the tag "" stands for every layer."""
+        return {"": self.quant_config} if _WEIGHT in self.quant_config else self.quant_config
+
+    @classmethod
+    def from_dict(
+        cls: type[Config], config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Config | tuple[Config, dict[str, Any]]:
+        """A config of a dict as in config.json, or in one of the older and flat spellings."""
+        if not isinstance(config_dict, Mapping):
+            raise TypeError(f"HqqConfig: expected a dict, got {type(config_dict).__name__}: {config_dict!r:.80}")
+        values = {str(key): copy.deepcopy(value) for key, value in config_dict.items() if key != "quant_method"}
+        quant_config = values.pop("quant_config", None)
+        if _WEIGHT in values:
+            keys = [key for key in (_WEIGHT, "scale_quant_params", "zero_quant_params", "offload_meta") if key in values]
+            quant_config = {key: values.pop(key) for key in keys}
+        flat = {key: values.pop(key) for key in _CONSTRUCTOR if key in values}
+        config = cls(**flat)
+        if quant_config is not None:
+            config.update(quant_config=_completed(quant_config))
+        config.extra_keys.update(values)
+        unused = config.update(**kwargs)
+        return (config, unused) if return_unused_kwargs else config
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults."""
+        return diff_from_default(self)
+
+
+_CONSTRUCTOR = ("nbits", "group_size", "view_as_float", "axis", "dynamic_config", "skip_modules")
+
+
+def _settings(
+    nbits: int | float = 4, group_size: int | None = 64, view_as_float: bool = False, axis: int | None = None
+) -> dict[str, Any]:
+    return {
+        _WEIGHT: {
+            "nbits": nbits,
+            "channel_wise": True,
+            "group_size": group_size,
+            "optimize": True,
+            "round_zero": nbits == 4,
+            "axis": 1 if axis is None else axis,
+            "view_as_float": view_as_float,
+        },
+        "scale_quant_params": None,
+        "zero_quant_params": None,
+        "offload_meta": False,
+    }
+
+
+def _named(values: Mapping[str, Any], tag: str) -> dict[str, Any]:
+    allowed = ("nbits", "group_size", "view_as_float", "axis")
+    unknown = sorted(set(values) - set(allowed))
+    if unknown:
+        raise ValueError(f"HqqConfig.dynamic_config[{tag!r}] has unknown keys {unknown}; use {', '.join(allowed)}")
+    return dict(values)
+
+
+def _completed(quant_config: Any) -> Any:
+    """The nested dict with the keys that older files leave out."""
+    if not isinstance(quant_config, dict):
+        return quant_config
+    if _WEIGHT in quant_config:
+        return {"scale_quant_params": None, "zero_quant_params": None, "offload_meta": False, **quant_config}
+    if "nbits" in quant_config:  # flat, without the level of weight_quant_params
+        return _completed({_WEIGHT: quant_config})
+    return {tag: _completed(settings) for tag, settings in quant_config.items()}
+
+
+def _check_settings(settings: Any, label: str) -> None:
+    if not isinstance(settings, dict) or not isinstance(settings.get(_WEIGHT), dict):
+        raise TypeError(f"{label} must be a dict with a dict {_WEIGHT!r}, got {settings!r:.80}")
+    weight = settings[_WEIGHT]
+    if "nbits" not in weight:
+        raise ValueError(f"{label}.{_WEIGHT}.nbits is missing; use one of {', '.join(map(str, BITS))}")
+    for key in _TYPES.keys() & weight.keys():
+        where = f"{label}.{_WEIGHT}.{key}"
+        if not matches_type(weight[key], _TYPES[key]):
+            raise TypeError(f"{where} must be {_TYPES[key]}, got {type(weight[key]).__name__}: {weight[key]!r:.80}")
+        if weight[key] is not None:
+            check_limits(weight[key], where, **_LIMITS.get(key, {}))
+    group_size = weight.get("group_size")
+    if group_size is not None and group_size % 8:
+        raise ValueError(f"{label}.{_WEIGHT}.group_size must be a multiple of 8, got {group_size}")

@@ -1,0 +1,210 @@
+"""How one HQQ weight is stored: packed codes, scale and zero, and a full description of itself.
+
+Source: Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog/, in the safetensors layout of the hqq package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantcore.formats.base import TensorSpec, WeightFormat, float_dtype
+from quantcore.formats.families import Affine, Family, Grouping
+from quantcore_hqq.hqq.config import BITS
+from quantcore_hqq.hqq.packing import pack, packed_rows, packing_for, unpack, word_dtype
+from quantcore_hqq.hqq.solver import group_length, solve
+
+_UNSUPPORTED_FLAGS = ("quant_scale", "quant_zero", "offload_meta")
+_ONES = ("encoded_state_dict", "stores_quant_config")
+
+
+@dataclass(frozen=True)
+class Hqq(WeightFormat):
+    """w = (code - zero) * scale, every step in compute_dtype, in groups along axis of the grouped matrix.
+
+    axis 1: groups are runs of group_size in the flattened weight. axis 0: the flattened weight is cut into group_size rows
+    and each column is a group. group_size None: a whole row (axis 1) or column (axis 0).
+    """
+
+    family: ClassVar[str | None] = "affine"
+
+    bits: int | float = 4
+    group_size: int | None = 64
+    axis: int = 1
+    compute_dtype: str = "bfloat16"
+    view_as_float: bool = False
+    channel_wise: bool = True
+    optimize: bool = True
+    round_zero: bool = True
+
+    def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        dtype = float_dtype(self.compute_dtype, "compute_dtype")
+        rows, columns = self._grouped(shape)
+        words, stored = word_dtype(self.packing), (packed_rows(rows, self.packing), columns)
+        if self.view_as_float:
+            words, stored = dtype, (stored[0], stored[1] * words.itemsize // dtype.itemsize)
+        scale_shape: tuple[int, ...] = (rows, 1) if self.axis == 1 else (1, columns)
+        scale_shape = scale_shape if self.channel_wise else ()
+        operands = (
+            TensorSpec("W_q", words, stored),
+            TensorSpec("scale", dtype, scale_shape),
+            TensorSpec("zero", dtype, scale_shape),
+        )
+        described = self._metadata(shape)
+        return operands + tuple(TensorSpec(k, v.dtype, tuple(v.shape), metadata=True) for k, v in described.items())
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        rows, columns = self._grouped(shape)
+        packed_rows(rows, self.packing)
+        itemsize = float_dtype(self.compute_dtype, "compute_dtype").itemsize
+        if self.view_as_float and columns * word_dtype(self.packing).itemsize % itemsize:
+            raise ValueError(
+                f"view_as_float: {columns} columns of {word_dtype(self.packing)} cannot be viewed as {self.compute_dtype}; "
+                "set view_as_float to false"
+            )
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        shape = (weight.shape[0], weight.shape[1])
+        codes, scale, zero = solve(
+            weight,
+            bits=self.bits,
+            group_size=self.group_size,
+            axis=self.axis,
+            channel_wise=self.channel_wise,
+            optimize=self.optimize,
+            round_zero=self.round_zero,
+        )
+        return self._stored(codes, scale, zero, shape)
+
+    def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        values = self._codes(tensors["W_q"], shape).to(tensors["scale"].dtype)
+        values = values.sub_(tensors["zero"]).mul_(tensors["scale"]).view(shape)
+        return values if dtype is None else values.to(dtype)
+
+    def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Hqq:
+        bits = _read_bits(tensors["nbits"])
+        flags = {name: _read_flag(tensors, name) for name in ("view_as_float", "channel_wise", "optimize", "round_zero")}
+        for name in _UNSUPPORTED_FLAGS:
+            if _read_flag(tensors, name):
+                raise ValueError(f"{name} is set: scales quantized by hqq before 0.2 are not read in this layout")
+        found = Hqq(
+            bits=bits,
+            group_size=_read_int(tensors, "group_size", 1, 1 << 31),
+            axis=_read_int(tensors, "axis", 0, 1),
+            compute_dtype=str(float_dtype(_read_text(tensors, "compute_dtype"), "compute_dtype")).removeprefix("torch."),
+            **flags,
+        )
+        _expect("shape", tensors["shape"].tolist(), list(shape))
+        _expect("packing", _read_text(tensors, "packing"), found.packing)
+        _expect("unpack_view_dtype", _read_text(tensors, "unpack_view_dtype"), str(word_dtype(found.packing)))
+        return found
+
+    @property
+    def packing(self) -> str:
+        """Name of the layout of packed codes."""
+        return packing_for(self.bits)
+
+    @property
+    def compute_torch_dtype(self) -> torch.dtype | None:
+        return float_dtype(self.compute_dtype, "compute_dtype")
+
+    def lower(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Affine:
+        rows, columns = self._grouped(shape)
+        groups = rows if self.axis == 1 else columns
+        scale, zero = (tensors[name].expand(groups) if not self.channel_wise else tensors[name].view(-1) for name in ("scale", "zero"))
+        codes = self._codes(tensors["W_q"], shape).view(shape)
+        return Affine(codes, scale, zero, self._grouping(shape), self.bits)
+
+    def raise_(self, family: Family) -> dict[str, Tensor]:
+        shape = tuple(family.codes.shape)
+        if not isinstance(family, Affine) or family.grouping != self._grouping(shape) or family.bits > self.bits:
+            raise ValueError(f"{type(family).__name__} of {family.bits} bits in {family.grouping} does not fit {self!r}")
+        dtype = float_dtype(self.compute_dtype, "compute_dtype")
+        if family.scale.dtype != dtype:
+            raise ValueError(f"scale is {family.scale.dtype}, compute_dtype {dtype}; the product would round differently")
+        rows, columns = self._grouped(shape)
+        if not self.channel_wise:
+            return self._stored(family.codes.view(rows, columns), family.scale[0], family.zero[0], shape)
+        form = (rows, 1) if self.axis == 1 else (1, columns)
+        return self._stored(family.codes.view(rows, columns), family.scale.view(form), family.zero.view(form), shape)
+
+    def _grouped(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns of the grouped code matrix."""
+        length = group_length(shape, self.group_size, self.axis)
+        groups = math.prod(shape) // length
+        return (groups, length) if self.axis == 1 else (length, groups)
+
+    def _grouping(self, shape: tuple[int, ...]) -> Grouping:
+        return Grouping(group_length(shape, self.group_size, self.axis), strided=self.axis == 0)
+
+    def _codes(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
+        words = stored.view(word_dtype(self.packing)) if self.view_as_float else stored
+        return unpack(words, self.packing, self._grouped(shape)[0])
+
+    def _stored(self, codes: Tensor, scale: Tensor, zero: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        dtype = float_dtype(self.compute_dtype, "compute_dtype")
+        words = pack(codes, self.packing)
+        stored = {"W_q": words.view(dtype) if self.view_as_float else words, "scale": scale.to(dtype), "zero": zero.to(dtype)}
+        metadata = {name: tensor.to(codes.device) for name, tensor in self._metadata(shape).items()}
+        return {**stored, **metadata}
+
+    def _metadata(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """The description that upstream's reader asks for, all of it."""
+        flags = {
+            "view_as_float": self.view_as_float,
+            "channel_wise": self.channel_wise,
+            "optimize": self.optimize,
+            "round_zero": self.round_zero,
+            **dict.fromkeys(_UNSUPPORTED_FLAGS, False),
+            **dict.fromkeys(_ONES, True),
+        }
+        texts = {
+            "packing": self.packing,
+            "unpack_view_dtype": str(word_dtype(self.packing)),
+            "compute_dtype": f"torch.{self.compute_dtype}",
+        }
+        length = group_length(shape, self.group_size, self.axis)
+        return {
+            "shape": torch.tensor(shape, dtype=torch.int64),
+            "nbits": torch.tensor(self.bits, dtype=torch.int32 if isinstance(self.bits, int) else torch.float32),
+            "group_size": torch.tensor(length, dtype=torch.int32),
+            "axis": torch.tensor(self.axis, dtype=torch.int32),
+            **{name: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for name, text in texts.items()},
+            **{name: torch.tensor(int(flag), dtype=torch.uint8) for name, flag in flags.items()},
+        }
+
+
+def _read_bits(tensor: Tensor) -> int | float:
+    value = tensor.item()
+    for bits in BITS:
+        if abs(bits - value) < 1e-6:  # 1.58 is stored as a float32
+            return bits
+    raise ValueError(f"nbits is {value}; expected one of {', '.join(map(str, BITS))}")
+
+
+def _read_int(tensors: Mapping[str, Tensor], name: str, low: int, high: int) -> int:
+    value = tensors[name].item()
+    if not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} is {value}; expected an integer in [{low}, {high}]")
+    return value
+
+
+def _read_flag(tensors: Mapping[str, Tensor], name: str) -> bool:
+    return bool(_read_int(tensors, name, 0, 1))
+
+
+def _read_text(tensors: Mapping[str, Tensor], name: str) -> str:
+    try:
+        return bytes(tensors[name].tolist()).decode("ascii")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: expected ASCII codes, got {tensors[name]!r:.80}") from error
+
+
+def _expect(name: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise ValueError(f"{name} is {found!r:.80}, expected {expected!r}")

@@ -1,0 +1,65 @@
+"""Quantization of PyTorch models: every method a plugin, one framework for loading, saving and running them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quantcore import _lazy
+
+if TYPE_CHECKING:
+    from quantcore import nn as nn
+    from quantcore.checkpoints.model import load as load, quantize_checkpoint as quantize_checkpoint, save as save
+    from quantcore.formats.base import QuantizedWeight as QuantizedWeight, TensorSpec as TensorSpec, WeightFormat as WeightFormat
+    from quantcore.plugins.backend import Backend as Backend
+    from quantcore.plugins.discovery import methods as methods
+    from quantcore.plugins.hookspecs import hookimpl as hookimpl
+    from quantcore.quantization_config import (
+        QuantizationConfigMixin as QuantizationConfigMixin,
+        QuantizationMethod as QuantizationMethod,
+        option as option,
+    )
+    from quantcore.quantizers.auto import (
+        AutoHfQuantizer as AutoHfQuantizer,
+        AutoQuantizationConfig as AutoQuantizationConfig,
+        register_quantization_config as register_quantization_config,
+        register_quantizer as register_quantizer,
+    )
+    from quantcore.quantizers.base import HfQuantizer as HfQuantizer
+    from quantcore.quantizers.model import dequantize as dequantize, quantize as quantize
+    from quantcore.quantizers.weight import WeightQuantizer as WeightQuantizer
+
+_TARGETS = {
+    "AutoHfQuantizer": "quantcore.quantizers.auto",
+    "AutoQuantizationConfig": "quantcore.quantizers.auto",
+    "Backend": "quantcore.plugins.backend",
+    "HfQuantizer": "quantcore.quantizers.base",
+    "QuantizationConfigMixin": "quantcore.quantization_config",
+    "QuantizationMethod": "quantcore.quantization_config",
+    "QuantizedWeight": "quantcore.formats.base",
+    "TensorSpec": "quantcore.formats.base",
+    "WeightFormat": "quantcore.formats.base",
+    "WeightQuantizer": "quantcore.quantizers.weight",
+    "dequantize": "quantcore.quantizers.model",
+    "hookimpl": "quantcore.plugins.hookspecs",
+    "load": "quantcore.checkpoints.model",
+    "methods": "quantcore.plugins.discovery",
+    "nn": "quantcore.nn",
+    "option": "quantcore.quantization_config",
+    "quantize": "quantcore.quantizers.model",
+    "register_quantization_config": "quantcore.quantizers.auto",
+    "register_quantizer": "quantcore.quantizers.auto",
+    "save": "quantcore.checkpoints.model",
+}
+
+_attribute, __dir__ = _lazy.attributes(__name__, _TARGETS)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        import importlib_metadata
+
+        try:
+            return importlib_metadata.version("quantcore")
+        except importlib_metadata.PackageNotFoundError:  # run from source through PYTHONPATH
+            return "0.1.0"
+    return _attribute(name)

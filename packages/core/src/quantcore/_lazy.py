@@ -1,0 +1,25 @@
+"""Attributes that are imported on first use, so that a package's import stays cheap."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def attributes(package: str, targets: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` for a package whose public names live in other modules.
+
+    targets maps a public name to the module that defines it; a name equal to the module's last part gives the module.
+    """
+
+    def __getattr__(name: str) -> Any:
+        if name not in targets:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module = importlib.import_module(targets[name])
+        return module if targets[name].rpartition(".")[2] == name else getattr(module, name)
+
+    def __dir__() -> list[str]:
+        return sorted(targets)
+
+    return __getattr__, __dir__

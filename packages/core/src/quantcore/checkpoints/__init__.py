@@ -1,0 +1,1 @@
+"""Reading, writing and streaming of checkpoints. Only safetensors is opened: nothing that could execute code."""

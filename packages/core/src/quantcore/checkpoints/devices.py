@@ -1,0 +1,83 @@
+"""Where the parts of a model go: accelerate's device maps, or one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantcore.nn.module import QuantizedModule
+from quantcore.quantizers.base import HfQuantizer
+
+_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The device of every module. devices: module name prefix -> device; "" is the whole model."""
+
+    devices: dict[str, torch.device]
+
+    def device_of(self, name: str) -> torch.device:
+        """The device of a module or tensor, by the longest prefix that the map holds."""
+        prefix = name
+        while prefix not in self.devices and prefix:
+            prefix = prefix.rpartition(".")[0]
+        if prefix not in self.devices:
+            raise ValueError(f"device_map has no entry for {name}; add one, or an entry '' for the rest")
+        return self.devices[prefix]
+
+    def materialize_rest(self, model: nn.Module) -> None:
+        """Move buffers that no checkpoint holds, such as rotary frequencies, to their module's device."""
+        for name, module in model.named_modules():
+            for attribute, buffer in module._buffers.items():
+                if buffer is not None and buffer.device.type != "meta":
+                    module._buffers[attribute] = buffer.to(self.device_of(f"{name}.{attribute}" if name else attribute))
+
+    def dispatch(self, model: nn.Module) -> None:
+        """Add accelerate's hooks that move activations, where there is more than one device."""
+        if len(set(self.devices.values())) < 2:
+            return
+        from accelerate import dispatch_model
+
+        dispatch_model(model, device_map={name: str(device) for name, device in self.devices.items()})
+
+
+def place(model: nn.Module, device_map: Any, quantizer: HfQuantizer | None = None) -> Placement:
+    """The placement of a model, which may be on the meta device, for a user's device map.
+
+    device_map: None for the CPU, a device or its name, "auto" and accelerate's other strategies, or a dict of module names
+    to devices. Raises ValueError for "disk" and for names that are no device.
+    """
+    if isinstance(device_map, str) and device_map in _AUTOMATIC:
+        device_map = _infer(model, device_map, quantizer)
+    if not isinstance(device_map, dict):
+        device_map = {"": "cpu" if device_map is None else device_map}
+    return Placement({name: _device(device, name) for name, device in device_map.items()})
+
+
+def _infer(model: nn.Module, strategy: str, quantizer: HfQuantizer | None) -> dict[str, Any]:
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory, get_max_memory
+
+    whole = getattr(model, "_no_split_modules", None) or []
+    options: dict[str, Any] = {"no_split_module_classes": sorted({*whole, QuantizedModule.__name__})}
+    if strategy == "sequential":
+        memory = get_max_memory()
+    else:
+        memory = get_balanced_memory(model, low_zero=strategy == "balanced_low_0", **options)
+    if quantizer is not None:
+        memory = quantizer.adjust_max_memory(memory)
+    inferred: dict[str, Any] = infer_auto_device_map(model, max_memory=memory, **options)
+    return inferred
+
+
+def _device(device: Any, name: str) -> torch.device:
+    if device == "disk":
+        raise ValueError(f"device_map: {name or 'the model'} is mapped to 'disk', which is not supported; use 'cpu'")
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device_map: {device!r} for {name or 'the model'} is no device; use 'cpu', 'cuda:0' or 'auto'") from error

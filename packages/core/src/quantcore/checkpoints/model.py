@@ -1,0 +1,141 @@
+"""Saving and loading of whole models."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantcore.checkpoints.devices import Placement, place
+from quantcore.checkpoints.read import Checkpoint, quantization_dict, read_config
+from quantcore.checkpoints.stream import fill
+from quantcore.checkpoints.write import atomic_directory, write_json, write_tensors
+from quantcore.plugins.manager import plugins
+from quantcore.quantization_config import as_dtype
+from quantcore.quantizers.auto import AutoHfQuantizer
+from quantcore.quantizers.base import HfQuantizer
+from quantcore.quantizers.selection import tied_names
+
+# Files beside the weights that a model needs to be used: tokenizers, generation settings, processors.
+_COMPANIONS = ("*.json", "merges.txt", "vocab.txt", "*.model", "*.jinja")
+_NOT_COMPANIONS = ("config.json", "model.safetensors.index.json")
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    companions_from: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write config.json and safetensors files that quantcore and the upstream tools load.
+
+    max_shard_size: bytes or a string such as "5GB". companions_from: a folder whose tokenizer and generation files are
+    copied along. The folder appears under its name only when complete; an existing one is kept unless overwrite is true.
+    Raises FileExistsError, and OSError when the disk is full.
+    """
+    quantizer: HfQuantizer | None = getattr(model, "hf_quantizer", None)
+    tensors, config = _tensors_to_save(model, quantizer), _config_to_save(model, quantizer)
+    with atomic_directory(path, overwrite) as directory:
+        write_tensors(tensors, directory, max_shard_size)
+        write_json(config, directory / "config.json")
+        if companions_from is not None:
+            copy_companions(Path(companions_from), directory)
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    device_map: Any = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+) -> nn.Module:
+    """The model of a checkpoint folder, quantized or float, in eval mode.
+
+    path: a folder, or a hub id. model: a module or a function that builds one; it is built without memory for its weights.
+    None builds the architecture that config.json names and needs quantcore[transformers]. device_map: None (the CPU),
+    a device, "auto", or a dict of module names to devices. dtype: of float tensors outside quantized weights; None keeps
+    the file's. Peak memory is the loaded model plus its largest tensor.
+    Raises CheckpointError listing every tensor that does not fit, before any is read.
+    """
+    checkpoint = Checkpoint(path)
+    config_json = read_config(checkpoint.directory)
+    found = quantization_dict(config_json)
+    quantizer = None if found is None else AutoHfQuantizer.from_config(found, pre_quantized=True)
+    skeleton = _skeleton(checkpoint.directory, model)
+    target_dtype = as_dtype(dtype, "dtype")
+    if quantizer is not None:
+        quantizer.validate_environment(device_map=device_map)
+        device_map = quantizer.update_device_map(device_map)
+        target_dtype = quantizer.update_dtype(target_dtype)
+        quantizer.preprocess_model(skeleton, target_dtype, device_map, checkpoint=checkpoint)
+        plugins().hook.quantcore_before_weight_loading(quantizer=quantizer, model=skeleton)
+    placement = place(skeleton, device_map, quantizer)
+    fill(skeleton, checkpoint, placement.device_of, target_dtype)
+    _finish(skeleton, quantizer, placement)
+    return skeleton.eval()
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation and processor files that target does not have yet."""
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            if file.name not in _NOT_COMPANIONS and not (target / file.name).exists():
+                shutil.copyfile(file, target / file.name)
+
+
+def _finish(model: nn.Module, quantizer: HfQuantizer | None, placement: Placement) -> None:
+    placement.materialize_rest(model)
+    if quantizer is not None:
+        quantizer.postprocess_model(model)
+        plugins().hook.quantcore_after_weight_loading(quantizer=quantizer, model=model)
+    placement.dispatch(model)
+
+
+def _skeleton(directory: Path, model: nn.Module | Callable[[], nn.Module] | None) -> nn.Module:
+    from accelerate import init_empty_weights
+
+    if isinstance(model, nn.Module):
+        return model
+    with init_empty_weights(include_buffers=False):
+        if model is not None:
+            return model()
+        from quantcore.integrations.transformers import build_model
+
+        return build_model(directory)
+
+
+def _tensors_to_save(model: nn.Module, quantizer: HfQuantizer | None) -> dict[str, Tensor]:
+    own = quantizer.get_state_dict_and_metadata(model)[0] if quantizer is not None else None
+    tensors: Mapping[str, Tensor] = model.state_dict() if own is None else own
+    tied = _tied_to_drop(model)
+    unloaded = [name for name, tensor in tensors.items() if tensor.device.type == "meta" and name not in tied]
+    if unloaded:
+        raise ValueError(f"{unloaded[0]} and {len(unloaded) - 1} more tensors are on the meta device; load them before saving")
+    return {name: tensor.detach() for name, tensor in tensors.items() if name not in tied}
+
+
+def _tied_to_drop(model: nn.Module) -> set[str]:
+    """Names of tied parameters that are not written: the ones a transformers class lists, else every later one."""
+    tied = tied_names(model)
+    listed = set(getattr(model, "_tied_weights_keys", None) or ())
+    return {other if other in listed and name not in listed else name for name, other in tied.items()}
+
+
+def _config_to_save(model: nn.Module, quantizer: HfQuantizer | None) -> dict[str, Any]:
+    model_config = getattr(model, "config", None)
+    config: dict[str, Any] = {}
+    if hasattr(model_config, "to_json_string"):
+        config = json.loads(model_config.to_json_string())  # type: ignore[union-attr]
+        config["architectures"] = [type(model).__name__]
+    config.pop("quantization_config", None)
+    if quantizer is not None:
+        config["quantization_config"] = quantizer.quantization_config.to_dict()
+    return config

@@ -1,0 +1,242 @@
+"""A checkpoint folder: its config, the names and headers of its tensors, and the tensors one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from quantcore.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+_SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_METADATA_BYTES = 4096  # tensors this small are read with the headers: formats describe themselves in them
+_BATCH_BYTES = 1 << 26  # a file is mapped again after this many bytes, so that mapped pages do not pile up
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of one tensor before its bytes are read."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder. Headers are read on construction; tensors when asked for.
+
+    Raises FileNotFoundError when there is no checkpoint, CheckpointError naming the file for a pickled, truncated or
+    inconsistent one.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.directory = resolve(path)
+        files = _find_files(self.directory)
+        self.headers: dict[str, Header] = {}
+        for file in files:
+            self.headers.update(_read_headers(self.directory, file))
+        _check_index(self.directory, self.headers)
+
+    def by_module(self) -> dict[str, dict[str, Tensor]]:
+        """Meta tensors grouped by the module that owns them: {module: {suffix: tensor}}.
+
+        A dotted suffix cannot be told from a submodule by its name alone, so each tensor is listed under every prefix that
+        could own it, nearest first.
+        """
+        groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, header in self.headers.items():
+            tensor = torch.empty(header.shape, dtype=header.dtype, device="meta")
+            parts = name.split(".")
+            for cut in range(1, len(parts)):
+                groups[".".join(parts[:cut])][".".join(parts[cut:])] = tensor
+        return groups
+
+    def describe(self, module: str) -> dict[str, Tensor]:
+        """The tensors of one module by suffix: small ones read, for they may hold metadata, the others on meta."""
+        prefix = module + "."
+        names = [name for name in self.headers if name.startswith(prefix)]
+        small = [name for name in names if self.headers[name].nbytes <= _METADATA_BYTES]
+        tensors = dict(self.stream(small))
+        for name in names:
+            header = self.headers[name]
+            tensors.setdefault(name, torch.empty(header.shape, dtype=header.dtype, device="meta"))
+        return {name.removeprefix(prefix): tensors[name] for name in names}
+
+    def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) for the given names, or all, in file order; each tensor is a copy that owns its memory."""
+        by_file: dict[str, list[str]] = defaultdict(list)
+        for name in self.headers if names is None else names:
+            by_file[self.headers[name].file].append(name)
+        for file, file_names in by_file.items():
+            for batch in self._batches(file_names):
+                yield from _read_tensors(self.directory / file, batch)
+
+    def _batches(self, names: list[str]) -> Iterator[list[str]]:
+        batch: list[str] = []
+        size = 0
+        for name in names:
+            size += self.headers[name].nbytes
+            if batch and size > _BATCH_BYTES:
+                yield batch
+                batch, size = [], self.headers[name].nbytes
+            batch.append(name)
+        if batch:
+            yield batch
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """The local folder of a checkpoint; a hub id such as "org/name" is downloaded if it is no folder.
+
+    Raises FileNotFoundError when neither exists.
+    """
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise FileNotFoundError(f"{directory} is a file; give the folder that holds config.json and the safetensors files")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(path)):
+        raise FileNotFoundError(f"{directory} does not exist; give a checkpoint folder or a hub id such as 'org/name'")
+    return _download(os.fspath(path))
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of config.json, {} when there is none. Raises CheckpointError when it is no JSON object."""
+    path = directory / "config.json"
+    if not path.exists():
+        return {}
+    return _read_json(path)
+
+
+def quantization_dict(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The quantization_config of a config.json, looked for in its text part too; null counts as absent."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, Mapping) and part.get("quantization_config") is not None:
+            found: dict[str, Any] = part["quantization_config"]
+            return found
+    return None
+
+
+def _find_files(directory: Path) -> list[str]:
+    if (directory / INDEX_NAME).exists():
+        return sorted(set(_weight_map(directory).values()))
+    if (directory / SINGLE_NAME).exists():
+        return [SINGLE_NAME]
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    if len(others) == 1:
+        return others
+    if others:
+        raise CheckpointError(f"{directory}: {len(others)} safetensors files but no {INDEX_NAME}; restore the index")
+    pickled = sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{directory}: {pickled[0]} is pickled, and loading a pickle can run any code; it is refused. "
+            "Save the model as safetensors with the tool that wrote it"
+        )
+    raise FileNotFoundError(f"{directory} holds no {SINGLE_NAME} and no {INDEX_NAME}; is this the right folder?")
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    path = directory / INDEX_NAME
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
+    outside = [file for file in weight_map.values() if Path(file).name != file]
+    if outside:
+        raise CheckpointError(f"{path}: {outside[0]!r:.80} is not a plain file name; shards must lie beside the index")
+    return weight_map
+
+
+def _check_index(directory: Path, headers: Mapping[str, Header]) -> None:
+    if not (directory / INDEX_NAME).exists():
+        return
+    weight_map = _weight_map(directory)
+    lost = [name for name, file in weight_map.items() if name not in headers or headers[name].file != file]
+    unlisted = [name for name in headers if name not in weight_map]
+    faults = [f"{name}: not in {weight_map[name]} as the index says" for name in lost]
+    faults += [f"{name}: in {headers[name].file} but not in the index" for name in unlisted]
+    if faults:
+        raise CheckpointError(f"{directory / INDEX_NAME}: index and shards disagree\n" + "\n".join(faults))
+
+
+def _read_headers(directory: Path, file: str) -> dict[str, Header]:
+    path = directory / file
+    if not path.exists():
+        raise CheckpointError(f"{path}: shard is missing though {INDEX_NAME} names it; download it again")
+    headers = {}
+    try:
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                part = handle.get_slice(name)
+                headers[name] = Header(file, _dtype(part.get_dtype(), path, name), tuple(part.get_shape()))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: truncated or not safetensors ({error}); download or write it again") from error
+    return headers
+
+
+def _read_tensors(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            for name in names:
+                yield name, handle.get_tensor(name).clone()
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot read ({error}); the file changed or is damaged") from error
+
+
+def _dtype(name: str, path: Path, tensor: str) -> torch.dtype:
+    if name not in _SAFETENSORS_DTYPES:
+        raise CheckpointError(f"{path}: tensor {tensor} has dtype {name}, which torch cannot hold; convert it first")
+    return _SAFETENSORS_DTYPES[name]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{repository!r} is no local folder and cannot be downloaded: {error}") from error

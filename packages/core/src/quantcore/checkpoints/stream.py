@@ -1,0 +1,124 @@
+"""Filling a model from a checkpoint one tensor at a time, after everything was checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quantcore.checkpoints.read import Checkpoint, Header
+from quantcore.errors import CheckpointError
+from quantcore.formats.base import describe
+from quantcore.nn.module import QuantizedModule
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one checkpoint tensor goes: an attribute of a module. exact: bytes of a weight format, never cast."""
+
+    module: nn.Module
+    attribute: str
+    tensor: Tensor
+    exact: bool
+
+
+def slots(model: nn.Module) -> dict[str, Slot]:
+    """Every tensor that a model saves, by its checkpoint name."""
+    found: dict[str, Slot] = {}
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        stored = module._attributes if isinstance(module, QuantizedModule) else {}
+        for suffix, attribute in stored.items():
+            found[prefix + suffix] = Slot(module, attribute, getattr(module, attribute), exact=True)
+        plain = {**module._parameters, **_persistent_buffers(module)}
+        for attribute, tensor in plain.items():
+            if tensor is not None and attribute not in stored.values():
+                found[prefix + attribute] = Slot(module, attribute, tensor, exact=False)
+    return found
+
+
+def fill(
+    model: nn.Module, checkpoint: Checkpoint, device_of: Callable[[str], torch.device], dtype: torch.dtype | None = None
+) -> None:
+    """Put the checkpoint's tensors into a model, which may be on the meta device.
+
+    device_of: the device of a checkpoint tensor by name. dtype: of float tensors that are not part of a quantized weight;
+    None keeps the file's. Tied parameters stay tied. Peak memory is the filled model plus one tensor.
+    Raises CheckpointError that lists every missing, surplus, wrong-shape and wrong-dtype tensor, before any is read.
+    """
+    targets = slots(model)
+    ignored = _ignored(model, "_keys_to_ignore_on_load_unexpected")
+    faults = _faults(targets, checkpoint.headers, ignored, _ignored(model, "_keys_to_ignore_on_load_missing"))
+    if faults:
+        raise CheckpointError(f"{checkpoint.directory}: {len(faults)} tensors do not fit the model\n" + "\n".join(faults))
+    twins = _twins(targets)
+    for name, tensor in checkpoint.stream(name for name in checkpoint.headers if name in targets):
+        slot = targets[name]
+        cast = dtype if dtype is not None and tensor.is_floating_point() and not slot.exact else tensor.dtype
+        _assign(twins[id(slot.tensor)], tensor.to(device=device_of(name), dtype=cast))
+
+
+def _faults(
+    targets: Mapping[str, Slot],
+    headers: Mapping[str, Header],
+    ignored: Callable[[str], bool],
+    optional: Callable[[str], bool],
+) -> list[str]:
+    filled = {id(targets[name].tensor) for name in headers if name in targets}
+    missing = [
+        f"{name}: missing, expected {describe(slot.tensor.dtype, slot.tensor.shape)}"
+        for name, slot in targets.items()
+        if id(slot.tensor) not in filled and not optional(name)
+    ]
+    surplus = [
+        f"{name}: surplus, {describe(header.dtype, header.shape)} is no tensor of the model"
+        for name, header in headers.items()
+        if name not in targets and not ignored(name)
+    ]
+    wrong = [
+        fault for name, header in headers.items() if name in targets and (fault := _mismatch(name, targets[name], header))
+    ]
+    return missing + wrong + surplus
+
+
+def _mismatch(name: str, slot: Slot, header: Header) -> str | None:
+    same_kind = header.dtype == slot.tensor.dtype or (
+        not slot.exact and header.dtype.is_floating_point and slot.tensor.is_floating_point()
+    )
+    if header.shape == tuple(slot.tensor.shape) and same_kind:
+        return None
+    expected = describe(slot.tensor.dtype, slot.tensor.shape)
+    return f"{name}: expected {expected}, got {describe(header.dtype, header.shape)}"
+
+
+def _twins(targets: Mapping[str, Slot]) -> dict[int, list[Slot]]:
+    """Slots that share one tensor, by its id: tied parameters."""
+    twins: dict[int, list[Slot]] = {}
+    for slot in targets.values():
+        twins.setdefault(id(slot.tensor), []).append(slot)
+    return twins
+
+
+def _assign(places: list[Slot], tensor: Tensor) -> None:
+    first = places[0].tensor
+    value: Tensor = tensor
+    if isinstance(first, nn.Parameter):
+        value = nn.Parameter(tensor, requires_grad=first.requires_grad and tensor.is_floating_point())
+    for place in places:
+        owner = place.module._parameters if isinstance(first, nn.Parameter) else place.module._buffers
+        owner[place.attribute] = value  # type: ignore[assignment]
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    return {name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set}
+
+
+def _ignored(model: nn.Module, attribute: str) -> Callable[[str], bool]:
+    """A test for names that the model class says may be surplus or missing."""
+    patterns = [re.compile(pattern) for pattern in getattr(model, attribute, None) or ()]
+    return lambda name: any(pattern.search(name) for pattern in patterns)
+
+

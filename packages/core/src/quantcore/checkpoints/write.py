@@ -1,0 +1,118 @@
+"""Writing of checkpoints: sharded, and visible under the final name only when complete."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantcore.checkpoints.read import INDEX_NAME, SINGLE_NAME
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@contextlib.contextmanager
+def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder that takes the target's name when the block ends well, and vanishes when it does not.
+
+    Raises FileExistsError when target exists and overwrite is false; an overwritten folder is removed only after the new
+    one is in place.
+    """
+    final = Path(target).absolute()
+    if final.exists() and not overwrite:
+        raise FileExistsError(f"{final} exists; choose another folder, or allow it to be overwritten")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    working = final.parent / f".{final.name}.{secrets.token_hex(4)}.partial"
+    working.mkdir()
+    try:
+        yield working
+        _sync_tree(working)
+        _take_name(working, final)
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        raise
+
+
+def write_tensors(tensors: Mapping[str, Tensor], directory: Path, max_shard_size: int | str = "5GB") -> None:
+    """Write tensors as model.safetensors, or as shards with an index when they exceed max_shard_size.
+
+    max_shard_size: bytes, or a string such as "5GB" or "500MiB". Tensors on the CPU are written without a copy.
+    """
+    shards = _split(tensors, parse_size(max_shard_size))
+    if len(shards) == 1:
+        _write_file(shards[0], directory / SINGLE_NAME)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(shard, directory / file)
+        weight_map.update(dict.fromkeys(shard, file))
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(index, directory / INDEX_NAME)
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Write a JSON object with sorted keys, indented by two."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as "5GB", "500MiB" or 1000. Raises ValueError for anything else or a size below 1."""
+    text = str(size).strip().upper()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text)
+    if not match or match[2] not in _UNITS or float(match[1]) * _UNITS[match[2]] < 1:
+        raise ValueError(f"size {size!r} is not understood; write it as '5GB', '500MiB' or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _split(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Consecutive shards of at most limit bytes; a single larger tensor gets a shard of its own."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _write_file(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def _take_name(working: Path, final: Path) -> None:
+    if not final.exists():
+        os.rename(working, final)
+    else:
+        old = final.parent / f".{final.name}.{secrets.token_hex(4)}.old"
+        os.rename(final, old)
+        os.rename(working, final)
+        shutil.rmtree(old)
+    _sync(final.parent)
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,163 @@
+"""The contract of a weight format: which tensors store one weight, and how they become values again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from quantcore.formats.families import Family
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One stored tensor of a format.
+
+    name: the suffix after the module's name in a checkpoint. metadata: describes the format and is not read by kernels.
+    variable: the length follows from the values (a JSON blob); shape is then typical, and only its rank is checked.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    metadata: bool = False
+    variable: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def fault(self, tensor: Tensor) -> str | None:
+        """What is wrong with a tensor that should be this one, or None."""
+        fits = tensor.ndim == len(self.shape) if self.variable else tuple(tensor.shape) == self.shape
+        if fits and tensor.dtype == self.dtype:
+            return None
+        expected, found = describe(self.dtype, self.shape), describe(tensor.dtype, tensor.shape)
+        return f"{self.name}: expected {expected}, got {found}"
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How one weight [N, K] is stored. Subclasses are frozen dataclasses whose fields are plain literals.
+
+    The repr of a format rebuilds it (`quantcore.formats.interning`), so fields are str, int, float, bool, None, or
+    tuples of those; dtypes are kept by name. Everything here is plain torch and runs on every device: it is the
+    reference that kernels are tested against.
+    """
+
+    family: ClassVar[str | None] = None  # name of the family that `lower` gives, for kernels that serve families
+
+    def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        """The tensors that store a weight of this shape, in checkpoint order."""
+        raise NotImplementedError(f"{type(self).__name__} defines no tensor_specs")
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """The stored tensors of a finite weight [N, K], on its device. The weight is not changed."""
+        raise NotImplementedError(f"{type(self).__name__} cannot quantize, only read")
+
+    def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [N, K] in dtype (None: the dtype it was quantized from); reads only what `operands` gives."""
+        raise NotImplementedError(f"{type(self).__name__} defines no dequantize")
+
+    def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
+        """The format that stored tensors describe themselves; self where a format stores no description.
+
+        Only metadata tensors hold data here, the others may be on the meta device.
+        Raises ValueError when the description is unreadable or contradicts shape.
+        """
+        return self
+
+    def operands(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """What kernels read, in `operand_names` order: stored tensors themselves, or small ones derived from metadata."""
+        return {name: tensors[name] for name in self.operand_names(shape)}
+
+    def operand_names(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """Names of the operands; the stored tensors that are not metadata, unless a format derives more."""
+        return tuple(spec.name for spec in self.tensor_specs(shape) if not spec.metadata)
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError with a remedy when a weight of this shape cannot be stored."""
+
+    @property
+    def compute_torch_dtype(self) -> torch.dtype | None:
+        """The dtype that a linear layer computes in; None follows its input."""
+        return None
+
+    def lower(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Family:
+        """The same numbers in their canonical family. `raise_` is the exact inverse."""
+        raise NotImplementedError(f"{type(self).__name__} lowers to no family")
+
+    def raise_(self, family: Family) -> dict[str, Tensor]:
+        """The stored tensors of numbers that this format can hold exactly. Raises ValueError when it cannot."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be raised from a family")
+
+    def bits_per_weight(self, shape: tuple[int, ...]) -> float:
+        """Stored bits a weight, every metadata tensor counted."""
+        return 8 * sum(spec.nbytes for spec in self.tensor_specs(shape)) / max(1, math.prod(shape))
+
+    def faults(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> list[str]:
+        """Every missing, surplus, wrong-shape or wrong-dtype tensor, a sentence each; empty when all fit."""
+        specs = {spec.name: spec for spec in self.tensor_specs(shape)}
+        missing = [f"{name}: missing, expected {describe(s.dtype, s.shape)}" for name, s in specs.items() if name not in tensors]
+        surplus = [f"{name}: surplus, no tensor of {type(self).__name__}" for name in tensors if name not in specs]
+        wrong = [fault for name, spec in specs.items() if name in tensors and (fault := spec.fault(tensors[name]))]
+        return missing + wrong + surplus
+
+    def replace(self, **changes: Any) -> WeightFormat:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Stored tensors of one weight, under their checkpoint suffixes, with the format that reads them."""
+
+    format: WeightFormat
+    tensors: Mapping[str, Tensor]
+    shape: tuple[int, ...]
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in dtype (None: the dtype it was quantized from)."""
+        return self.format.dequantize(self.format.operands(self.tensors, self.shape), self.shape, dtype)
+
+    def lower(self) -> Family:
+        """The same numbers in their canonical family."""
+        return self.format.lower(self.tensors, self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a weight, measured from the tensors themselves."""
+        return 8 * self.nbytes / max(1, math.prod(self.shape))
+
+
+def describe(dtype: torch.dtype, shape: tuple[int, ...] | torch.Size) -> str:
+    """A tensor's dtype and shape as errors spell them: `uint8 [96, 1]`."""
+    return f"{dtype_name(dtype)} {list(shape)}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The bare name of a dtype: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+FLOAT_DTYPES: dict[str, torch.dtype] = {
+    dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
+
+
+def float_dtype(name: str, label: str) -> torch.dtype:
+    """A float dtype by name ("bfloat16", "torch.bfloat16"), looked up in a table. Raises ValueError naming label."""
+    try:
+        return FLOAT_DTYPES[name.removeprefix("torch.")]
+    except KeyError:
+        raise ValueError(f"{label}: {name!r:.60} is none of {', '.join(FLOAT_DTYPES)}") from None

@@ -1,0 +1,82 @@
+"""The torch ops on quantized weights, with fake and autograd rules. Importing this module registers them.
+
+`quantcore::linear(x, tensors, bias, format, out_features)`: x [..., K] times a quantized weight [N, K].
+`quantcore::linear_input_grad(grad, tensors, format, in_features)`: grad [..., N] times the weight, its gradient for x.
+`format` is the repr of a weight format and `tensors` are its operands in `operand_names` order.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcore.formats.interning import format_from_key
+from quantcore.kernels.dispatch import Problem, choose
+
+_LIBRARY = torch.library.Library("quantcore", "DEF")
+_LIBRARY.define("linear(Tensor x, Tensor[] tensors, Tensor? bias, str format, SymInt out_features) -> Tensor")
+_LIBRARY.define("linear_input_grad(Tensor grad, Tensor[] tensors, str format, SymInt in_features) -> Tensor")
+
+
+def _linear(x: Tensor, tensors: list[Tensor], bias: Tensor | None, format: str, out_features: int) -> Tensor:
+    weight_format = format_from_key(format)
+    rows = math.prod(x.shape[:-1])
+    problem = Problem("linear", weight_format, x.device.type, x.dtype, rows, out_features, x.shape[-1])
+    return choose(problem).kernel.linear(x, tensors, bias, weight_format, out_features)
+
+
+def _linear_input_grad(grad: Tensor, tensors: list[Tensor], format: str, in_features: int) -> Tensor:
+    weight_format = format_from_key(format)
+    rows = math.prod(grad.shape[:-1])
+    problem = Problem("linear_input_grad", weight_format, grad.device.type, grad.dtype, rows, grad.shape[-1], in_features)
+    return choose(problem).kernel.linear_input_grad(grad, tensors, weight_format, in_features)
+
+
+def _linear_fake(x: Tensor, tensors: list[Tensor], bias: Tensor | None, format: str, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _linear_input_grad_fake(grad: Tensor, tensors: list[Tensor], format: str, in_features: int) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, tensors, bias, ctx.format, _ = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(*tensors)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.quantcore.linear_input_grad(grad, list(ctx.saved_tensors), ctx.format, ctx.in_features)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+        grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if grad.ndim > 1 else grad.to(ctx.bias_dtype)
+    return grad_x, [None] * len(ctx.saved_tensors), grad_bias, None, None
+
+
+def _save_linear_input_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, tensors, ctx.format, _ = inputs
+    ctx.out_features = grad.shape[-1]
+    ctx.save_for_backward(*tensors)
+
+
+def _linear_input_grad_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    tensors = list(ctx.saved_tensors)
+    return torch.ops.quantcore.linear(grad, tensors, None, ctx.format, ctx.out_features), [None] * len(tensors), None, None
+
+
+_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_input_grad", _linear_input_grad, "CompositeExplicitAutograd")
+torch.library.register_fake("quantcore::linear", _linear_fake, lib=_LIBRARY)
+torch.library.register_fake("quantcore::linear_input_grad", _linear_input_grad_fake, lib=_LIBRARY)
+torch.library.register_autograd("quantcore::linear", _linear_backward, setup_context=_save_linear, lib=_LIBRARY)
+torch.library.register_autograd(
+    "quantcore::linear_input_grad", _linear_input_grad_backward, setup_context=_save_linear_input_grad, lib=_LIBRARY
+)
+
+linear = torch.ops.quantcore.linear

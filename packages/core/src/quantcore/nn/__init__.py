@@ -1,0 +1,8 @@
+"""Modules that hold quantized weights."""
+
+from __future__ import annotations
+
+from quantcore.nn.linear import QuantizedLinear
+from quantcore.nn.module import QuantizedModule
+
+__all__ = ["QuantizedLinear", "QuantizedModule"]

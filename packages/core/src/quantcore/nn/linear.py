@@ -1,0 +1,148 @@
+"""A linear layer over a quantized weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantcore.formats.base import WeightFormat
+from quantcore.kernels import ops
+from quantcore.nn.dense import DenseLinear, build_dense, check_finite, view_dense
+from quantcore.nn.module import QuantizedModule
+
+
+class QuantizedLinear(QuantizedModule):
+    """y = x @ W.T + bias with W [out_features, in_features] stored in a weight format.
+
+    x: [..., in_features], fp32, bf16 or fp16; y has its leading shape and dtype. Differentiable in x and bias.
+    """
+
+    def __init__(
+        self,
+        weight_format: WeightFormat,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
+        *,
+        in_features: int,
+        out_features: int,
+        name: str = "",
+        dense_type: type[nn.Module] = nn.Linear,
+    ) -> None:
+        super().__init__(weight_format, tensors, (out_features, in_features), name)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.dense_type = dense_type  # what `to_dense` gives back
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        config_or_format: Any,
+        *,
+        name: str = "",
+        calibration: Any = None,
+    ) -> QuantizedLinear:
+        """The quantized form of an nn.Linear, or of transformers' Conv1D, whose [K, N] weight is transposed.
+
+        config_or_format: a WeightFormat, a config, or a dict as found in config.json. linear is not changed.
+        Raises TypeError for other modules, ValueError naming the layer for a weight that holds NaN or inf, has no
+        elements, or does not fit the format.
+        """
+        dense = _dense(linear, name)
+        weight_format = _resolve_format(config_or_format, name, linear, stored=False)
+        if calibration is not None:
+            raise ValueError(f"{name or 'layer'}: {type(weight_format).__name__} takes no calibration data; leave it out")
+        check_finite(dense.weight, name)
+        try:
+            weight_format.check_shape(dense.shape)
+        except ValueError as error:
+            raise ValueError(f"{name or 'layer'}: {error}") from error
+        tensors = weight_format.quantize(dense.weight)
+        bias = None if dense.bias is None else dense.bias.clone()
+        return cls._build(weight_format, tensors, bias, dense, name)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        config_or_format: Any,
+        tensors: Mapping[str, Tensor],
+        *,
+        in_features: int,
+        out_features: int,
+        name: str = "",
+    ) -> QuantizedLinear:
+        """A layer of stored tensors as a checkpoint holds them; keys are suffixes such as "weight.absmax" and "bias".
+
+        Raises CheckpointError listing every missing, surplus, wrong-shape and wrong-dtype tensor.
+        """
+        with torch.device("meta"):
+            linear = nn.Linear(in_features, out_features, bias="bias" in tensors)
+        weight_format = _resolve_format(config_or_format, name, linear, stored=True)
+        return cls.from_stored(weight_format, tensors, _dense(linear, name), name)
+
+    @classmethod
+    def from_stored(
+        cls, weight_format: WeightFormat, tensors: Mapping[str, Tensor], dense: DenseLinear, name: str
+    ) -> QuantizedLinear:
+        """A layer of stored tensors in place of a dense one, which gives shape and kind; "bias" may be among them."""
+        tensors = dict(tensors)
+        bias = tensors.pop("bias", None)
+        if bias is not None and tuple(bias.shape) != dense.shape[:1]:
+            raise ValueError(f"{name or 'layer'}: bias: expected shape [{dense.shape[0]}], got {list(bias.shape)}")
+        return cls._build(weight_format, tensors, bias, dense, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.operands, self.bias, self._format_key, self.out_features)
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The layer with a float weight again, of the kind it was quantized from."""
+        return build_dense(self.dense_type, self.dequantize(dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.format!r}"
+        )
+
+    @classmethod
+    def _build(
+        cls, weight_format: WeightFormat, tensors: Mapping[str, Tensor], bias: Tensor | None, dense: DenseLinear, name: str
+    ) -> QuantizedLinear:
+        out_features, in_features = dense.shape
+        return cls(
+            weight_format,
+            tensors,
+            bias,
+            in_features=in_features,
+            out_features=out_features,
+            name=name,
+            dense_type=dense.kind,
+        )
+
+
+def _dense(module: nn.Module, name: str) -> DenseLinear:
+    dense = view_dense(module)
+    if dense is None:
+        raise TypeError(f"{name or 'layer'}: expected nn.Linear or Conv1D, got {type(module).__name__}")
+    return dense
+
+
+def _resolve_format(config_or_format: Any, name: str, module: nn.Module, *, stored: bool) -> WeightFormat:
+    if isinstance(config_or_format, WeightFormat):
+        return config_or_format
+    from quantcore.quantizers.auto import AutoHfQuantizer
+    from quantcore.quantizers.weight import WeightQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(config_or_format, pre_quantized=stored)
+    if not isinstance(quantizer, WeightQuantizer):
+        raise TypeError(f"{type(quantizer).__name__} has no weight format for single layers; quantize the model instead")
+    weight_format = quantizer.format_for(name, module)
+    if weight_format is None and stored:
+        return quantizer.fallback_format(name, module)
+    if weight_format is None:
+        raise ValueError(f"{name or 'layer'}: the config leaves this layer unquantized; name another or change the config")
+    return weight_format

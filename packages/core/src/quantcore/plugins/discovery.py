@@ -1,0 +1,85 @@
+"""Which methods are installed, read from names alone: no plugin is imported here."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import importlib_metadata
+
+from quantcore import settings
+from quantcore.plugins.known import KNOWN_METHODS
+
+GROUP = "quantcore"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One entry point: a distribution says that a module provides a method."""
+
+    name: str
+    module: str
+    distribution: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}".strip()
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A method as `methods()` lists it."""
+
+    method: str
+    installed: bool
+    distributions: tuple[str, ...]
+    extra: str | None
+    summary: str
+
+
+def claims(group: str = GROUP) -> dict[str, tuple[Claim, ...]]:
+    """Entry points of a group by name, less the disabled ones; more than one value means a conflict."""
+    disabled = settings.disabled_plugins()
+    found: dict[str, dict[str, Claim]] = {}
+    for claim in _installed(group):
+        if disabled.isdisjoint((claim.name, claim.module, claim.distribution)):
+            # The same distribution can be seen twice on sys.path (an editable install beside its build folder).
+            found.setdefault(claim.name, {}).setdefault(claim.distribution.lower().replace("_", "-"), claim)
+    return {name: tuple(by_distribution.values()) for name, by_distribution in sorted(found.items())}
+
+
+def methods() -> list[MethodInfo]:
+    """Installed and known methods, sorted by name; imports neither torch nor an installed plugin.
+
+    Methods of modules named in QUANTCORE_PLUGINS are included: those modules are imported, for only they know.
+    """
+    installed = {name: tuple(str(claim) for claim in found) for name, found in claims().items()}
+    if settings.plugin_modules():
+        from quantcore.plugins.manager import plugins
+
+        for method, claim in plugins().named_claims().items():
+            installed[method] = (str(claim),)
+    return [_describe(method, installed.get(method, ())) for method in sorted({*installed, *KNOWN_METHODS})]
+
+
+def clear_cache() -> None:
+    """Forget what is installed, for a process that installs a plugin while it runs."""
+    _installed.cache_clear()
+
+
+def _describe(method: str, distributions: tuple[str, ...]) -> MethodInfo:
+    known = KNOWN_METHODS.get(method)
+    return MethodInfo(
+        method, bool(distributions), distributions, known.extra if known else None, known.summary if known else ""
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _installed(group: str) -> tuple[Claim, ...]:
+    entry_points: Iterable[Any] = importlib_metadata.entry_points(group=group)
+    return tuple(
+        Claim(entry.name, entry.module, entry.dist.name if entry.dist else "?", entry.dist.version if entry.dist else "")
+        for entry in entry_points
+    )

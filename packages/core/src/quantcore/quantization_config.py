@@ -1,0 +1,285 @@
+"""What a user asks for: method names, the base of every config, and the checks that its fields share.
+
+A config is a dataclass whose fields are declared with `option`: annotation and limits are checked on construction,
+on `update` and on `from_dict`, and every error names the field. Source of names, defaults and JSON: the
+`quantization_config` dictionaries that transformers writes to config.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import functools
+import json
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+Config = TypeVar("Config", bound="QuantizationConfigMixin")
+
+
+class QuantizationMethod(str, enum.Enum):
+    """Every method name that published checkpoints carry. Plugins may register further names as plain strings."""
+
+    BITS_AND_BYTES = "bitsandbytes"
+    GPTQ = "gptq"
+    AWQ = "awq"
+    AQLM = "aqlm"
+    VPTQ = "vptq"
+    QUANTO = "quanto"
+    EETQ = "eetq"
+    HIGGS = "higgs"
+    HQQ = "hqq"
+    COMPRESSED_TENSORS = "compressed-tensors"
+    FBGEMM_FP8 = "fbgemm_fp8"
+    TORCHAO = "torchao"
+    GGUF = "gguf"
+    BITNET = "bitnet"
+    SPQR = "spqr"
+    FP8 = "fp8"
+    QUARK = "quark"
+    FPQUANT = "fp_quant"
+    AUTOROUND = "auto-round"
+    MXFP4 = "mxfp4"
+    NVFP4 = "nvfp4"
+    MXFP8 = "mxfp8"
+    METAL = "metal"
+    FOUR_OVER_SIX = "fouroversix"
+    SINQ = "sinq"
+    GEMMA = "gemma"
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    default_factory: Any = dataclasses.MISSING,
+    choices: Sequence[Any] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    dtype: bool = False,
+    help: str = "",
+) -> Any:
+    """A dataclass field with limits, which the mixin checks.
+
+    choices: the only values allowed besides None. minimum, maximum: inclusive; a limit applies to each number of a
+    list too. dtype: the value is a torch dtype, given as such or by name. help: one sentence for the command line.
+    """
+    limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "dtype": dtype, "help": help}
+    if default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=default_factory, metadata=limits)
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=limits)
+    return dataclasses.field(default=default, metadata=limits)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class QuantizationConfigMixin:
+    """Base of every config. Subclass with `@dataclass(eq=False, repr=False)`, set `quant_method`, declare `option`s.
+
+    Keys that the class does not declare are kept in `extra_keys` and written back by `to_dict`.
+    """
+
+    quant_method: ClassVar[QuantizationMethod | str]
+
+    def __post_init__(self) -> None:
+        self.extra_keys: dict[str, Any] = {}
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every field against its annotation and limits. Raises TypeError or ValueError naming the field.
+
+        A subclass that overrides this to check fields against each other calls it first.
+        """
+        for field in dataclasses.fields(self):
+            if field.metadata.get("dtype"):
+                setattr(self, field.name, as_dtype(getattr(self, field.name), self._label(field.name)))
+            else:
+                check_field(field, _annotations(type(self))[field.name], getattr(self, field.name), self._label(field.name))
+
+    @classmethod
+    def from_dict(
+        cls: type[Config], config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Config | tuple[Config, dict[str, Any]]:
+        """A config of the given dict, with each keyword that names a field set on top.
+
+        Returns (config, unused keywords) when return_unused_kwargs is true. The dict is not changed.
+        Raises TypeError or ValueError naming the field.
+        """
+        if not isinstance(config_dict, Mapping):
+            raise TypeError(f"{cls.__name__}: expected a dict, got {type(config_dict).__name__}: {config_dict!r:.80}")
+        values = {key: copy.deepcopy(value) for key, value in config_dict.items() if key != "quant_method"}
+        names = {field.name for field in dataclasses.fields(cls)}
+        missing = [name for name in _required(cls) if name not in values]
+        if missing:
+            raise ValueError(f"{cls.__name__}: missing {', '.join(missing)}; add it to the config")
+        config = cls(**{key: value for key, value in values.items() if key in names})
+        config.extra_keys.update({str(key): value for key, value in values.items() if key not in names})
+        unused = config.update(**kwargs)
+        return (config, unused) if return_unused_kwargs else config
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Set the fields that the keywords name, checked; returns the keywords that name none.
+
+        Raises TypeError or ValueError naming the field, and leaves the config as it was.
+        """
+        names = {field.name for field in dataclasses.fields(self)}
+        changes = {key: value for key, value in kwargs.items() if key in names}
+        before = {key: getattr(self, key) for key in changes}
+        try:
+            for key, value in changes.items():
+                setattr(self, key, value)
+            self.validate()
+        except (TypeError, ValueError):
+            for key, value in before.items():
+                setattr(self, key, value)
+            raise
+        return {key: value for key, value in kwargs.items() if key not in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field and every kept key as JSON values, with quant_method: what stands in config.json."""
+        values = {field.name: to_json_value(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {"quant_method": str(to_json_value(self.quant_method)), **values, **copy.deepcopy(self.extra_keys)}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The dict that `to_json_string` shows; the same as `to_dict` unless a class shortens it."""
+        return self.to_dict()
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """JSON with sorted keys, indented by two, with a final newline."""
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write the full config as JSON."""
+        Path(json_file_path).write_text(self.to_json_string(use_diff=False), encoding="utf-8")
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """The fields of a user's config that may change how an existing checkpoint is loaded."""
+        return {}
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield "quant_method", self.quant_method
+        for field in dataclasses.fields(self):
+            yield field.name, getattr(self, field.name)
+        yield from self.extra_keys.items()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, QuantizationConfigMixin) or type(self) is not type(other):
+            return NotImplemented
+        return self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # mutable, and compared by value
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string(use_diff=False).strip()}"
+
+    def _label(self, name: str) -> str:
+        return f"{type(self).__name__}.{name}"
+
+
+def diff_from_default(config: QuantizationConfigMixin) -> dict[str, Any]:
+    """What differs from the class's defaults: the short form that some upstream classes log."""
+    default = type(config)().to_dict()
+    return {key: value for key, value in config.to_dict().items() if key not in default or value != default[key]}
+
+
+def check_field(field: dataclasses.Field[Any], annotation: Any, value: Any, label: str) -> None:
+    """Raise TypeError when value does not fit the annotation, ValueError when it breaks a limit; label names it."""
+    if not matches_type(value, annotation):
+        raise TypeError(f"{label} must be {_spell(annotation)}, got {type(value).__name__}: {value!r:.80}")
+    if value is None:
+        return
+    check_limits(value, label, **{key: field.metadata.get(key) for key in ("choices", "minimum", "maximum")})
+
+
+def check_limits(
+    value: Any,
+    label: str,
+    choices: Sequence[Any] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> None:
+    """Raise ValueError naming label when value is none of the choices, out of the range, or not finite."""
+    if choices is not None and value not in choices:
+        raise ValueError(f"{label} must be one of {', '.join(map(repr, choices))}, got {value!r:.80}")
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        if not math.isfinite(number):
+            raise ValueError(f"{label} must be finite, got {number}")
+        if (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
+            low, high = ("-inf" if minimum is None else minimum), ("inf" if maximum is None else maximum)
+            raise ValueError(f"{label} must lie in [{low}, {high}], got {number!r:.80}")
+
+
+def matches_type(value: Any, annotation: Any) -> bool:
+    """Whether a value fits an annotation built of classes, None, unions, list, tuple and dict. A bool is no int."""
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if annotation is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(matches_type(value, argument) for argument in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(matches_type(item, arguments[0]) for item in value)
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) == len(arguments) and all(map(matches_type, value, arguments))
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            matches_type(key, arguments[0]) and matches_type(item, arguments[1]) for key, item in value.items()
+        )
+    if annotation in (int, float):
+        return isinstance(value, annotation) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def as_dtype(value: Any, label: str) -> Any:
+    """A torch dtype for a torch dtype or its name ("bfloat16", "torch.bfloat16"); None stays None.
+
+    Raises TypeError for other types and ValueError for names that are no dtype.
+    """
+    if value is None:
+        return None
+    import torch
+
+    if isinstance(value, torch.dtype):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"{label} must be a torch dtype or its name, got {type(value).__name__}: {value!r:.80}")
+    dtype = getattr(torch, value.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{label}: {value!r:.80} is no torch dtype; use a name such as 'bfloat16', 'float16', 'float32'")
+    return dtype
+
+
+def to_json_value(value: Any) -> Any:
+    """A deep copy in JSON types: enums by value, torch dtypes by bare name, tuples as lists."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): to_json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json_value(item) for item in value]
+    torch = sys.modules.get("torch")  # no dtype can exist while torch is not imported
+    if torch is not None and isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return copy.deepcopy(value)
+
+
+@functools.lru_cache(maxsize=128)
+def _annotations(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _required(cls: type[QuantizationConfigMixin]) -> list[str]:
+    absent = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(cls) if f.init and f.default is absent and f.default_factory is absent]
+
+
+def _spell(annotation: Any) -> str:
+    return getattr(annotation, "__name__", None) if isinstance(annotation, type) else str(annotation).replace("NoneType", "None")  # type: ignore[return-value]

@@ -1,0 +1,81 @@
+"""Which modules of a model a quantizer leaves alone."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+from torch import nn
+
+
+def matches_pattern(name: str, pattern: str) -> bool:
+    """Whether a skip pattern hits a module's name, by the rule of transformers.
+
+    The pattern, as a regular expression, matches from the start of the name to a "." or the end ("model.layers.1" does
+    not hit "model.layers.11"), or the name ends with the pattern as plain text.
+    """
+    if name.endswith(pattern):
+        return True
+    try:
+        return re.match(rf"(?:{pattern})(?:\.|$)", name) is not None
+    except re.error:  # published skip lists hold plain names that are no valid expression
+        return name == pattern or name.startswith(pattern + ".")
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Parameters that are the same object as an earlier one: their name -> the earlier name."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            tied[name] = first[id(parameter)]
+        else:
+            first[id(parameter)] = name
+    return tied
+
+
+def tied_modules(model: nn.Module) -> dict[str, str]:
+    """Modules whose weight is shared with another module: each name -> the other's. Both ends are listed."""
+    partners: dict[str, str] = {}
+    for name, other in tied_names(model).items():
+        module, partner = name.rpartition(".")[0], other.rpartition(".")[0]
+        if module != partner:
+            partners[module], partners[partner] = partner, module
+    return partners
+
+
+def default_skips(model: nn.Module) -> list[str]:
+    """Modules that stay float unless the user lists others: output heads, and what the model keeps in float32.
+
+    For a transformers model: the output embeddings and the module of the last parameter, whose name loses only a
+    trailing ".weight". For any other module: what is called lm_head.
+    """
+    skips: list[str] = []
+    names = {id(module): name for name, module in model.named_modules()}
+    get_output = getattr(model, "get_output_embeddings", None)
+    if callable(get_output):
+        head = get_output()
+        skips += [names[id(head)]] if id(head) in names else []
+        parameters = [name for name, _ in model.named_parameters()]
+        skips += [parameters[-1].removesuffix(".weight")] if parameters else []
+    skips += [name for name in names.values() if name.rpartition(".")[2] == "lm_head"]
+    return list(dict.fromkeys(skips)) + kept_in_float32(model)
+
+
+def kept_in_float32(model: nn.Module) -> list[str]:
+    """Names of modules that the model class says must stay in float32."""
+    kept: list[str] = []
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        kept += list(getattr(model, attribute, None) or ())
+    return kept
+
+
+def unmatched_patterns(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Patterns that hit no module, which are usually a renamed or misspelt module."""
+    hits: dict[str, bool] = defaultdict(bool)
+    patterns = list(patterns)
+    for name in names:
+        for pattern in patterns:
+            hits[pattern] = hits[pattern] or matches_pattern(name, pattern)
+    return [pattern for pattern in patterns if not hits[pattern]]

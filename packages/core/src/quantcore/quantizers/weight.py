@@ -1,0 +1,219 @@
+"""The generic quantizer: everything over `format_for`, which for most methods is all that a method defines."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from quantcore.errors import CheckpointError
+from quantcore.formats.base import QuantizedWeight, WeightFormat
+from quantcore.nn.dense import DenseLinear, check_finite, view_dense
+from quantcore.nn.linear import QuantizedLinear
+from quantcore.nn.replace import quantized_modules, replace_module
+from quantcore.plugins.manager import plugins
+from quantcore.quantizers import selection
+from quantcore.quantizers.base import HfQuantizer
+
+if TYPE_CHECKING:
+    from quantcore.checkpoints.read import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer that will be quantized."""
+
+    name: str
+    dense: DenseLinear
+    weight_format: WeightFormat
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What quantizing a model will do: the layers it takes, and the linear layers it leaves, each with the reason."""
+
+    layers: tuple[PlannedLayer, ...]
+    left: Mapping[str, str]
+
+    @property
+    def quantized_weights(self) -> int:
+        """Number of weights that will be quantized."""
+        return sum(layer.dense.weight.numel() for layer in self.layers)
+
+
+class WeightQuantizer(HfQuantizer):
+    """A quantizer whose layers are independent of each other. Subclasses define `format_for`."""
+
+    def format_for(self, name: str, module: nn.Module) -> WeightFormat | None:
+        """The format of a linear layer to quantize, by its dtype, shape and name; None leaves it float."""
+        raise NotImplementedError(f"{type(self).__name__} defines no format_for")
+
+    @property
+    def skip_patterns(self) -> list[str] | None:
+        """The user's list of modules that stay float; None means the automatic list."""
+        return getattr(self.quantization_config, "modules_to_not_convert", None)
+
+    def skips(self, name: str, pattern: str) -> bool:
+        """Whether a skip pattern hits a module's name."""
+        return selection.matches_pattern(name, pattern)
+
+    # Quantizing
+
+    def plan(self, model: nn.Module) -> Plan:
+        """The layers of a model to quantize. Reads shapes and names only, so the model may be on the meta device.
+
+        Raises ValueError listing every layer whose shape does not fit the format, or when no layer is left.
+        """
+        if view_dense(model) is not None:
+            raise ValueError("the model is itself a single layer; use quantcore.nn.QuantizedLinear.from_linear")
+        patterns = self._patterns(model)
+        tied = selection.tied_modules(model)
+        layers, left, faults = [], {}, []
+        for name, module in model.named_modules():
+            dense = view_dense(module)
+            if dense is None:
+                continue
+            reason = self._reason_to_leave(name, patterns, tied)
+            weight_format = None if reason else self.format_for(name, module)
+            if weight_format is None:
+                left[name] = reason or "left float by the config"
+                continue
+            try:
+                weight_format.check_shape(dense.shape)
+            except ValueError as error:
+                faults.append(f"{name}: {error}")
+            layers.append(PlannedLayer(name, dense, weight_format))
+        if faults:
+            raise ValueError("\n".join(faults))
+        if not layers:
+            raise ValueError(_nothing_to_do(model, left))
+        return Plan(tuple(layers), left)
+
+    def quantize_model(self, model: nn.Module) -> nn.Module:
+        """Quantize the planned layers in place, one at a time; each float weight is freed before the next.
+
+        Every weight is checked before the first is changed, so that a bad one leaves the model as it was.
+        """
+        plan = self.plan(model)
+        for layer in plan.layers:
+            check_finite(layer.dense.weight, layer.name)
+        names = [layer.name for layer in plan.layers]
+        formats = {layer.name: layer.weight_format for layer in plan.layers}
+        _report(plan, model)
+        del plan  # it holds views of every float weight
+        self.preprocess_model(model)
+        for name in names:
+            self._quantize_layer(model, name, formats[name])
+        return self.postprocess_model(model)
+
+    def _quantize_layer(self, model: nn.Module, name: str, weight_format: WeightFormat) -> None:
+        module = model.get_submodule(name)
+        layer = QuantizedLinear.from_linear(module, weight_format, name=name)
+        dense = view_dense(module)
+        assert dense is not None
+        plugins().hook.quantcore_weight_quantized(name=name, before=dense.weight, after=layer.quantized_weight)
+        layer.train(module.training)
+        replace_module(model, name, layer)
+
+    # Loading
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint: Checkpoint | None = None, **kwargs: Any
+    ) -> None:
+        """Put empty quantized layers where the checkpoint holds quantized weights."""
+        if checkpoint is None:
+            return
+        faults: list[str] = []
+        groups = checkpoint.by_module()
+        for name, module in list(model.named_modules()):
+            dense = view_dense(module)
+            stored = groups.get(name)
+            if dense is None or stored is None or not self.is_quantized(dense, stored):
+                continue
+            try:
+                replace_module(model, name, self._empty_layer(name, module, dense, checkpoint.describe(name)))
+            except (ValueError, LookupError) as error:
+                faults.append(f"{name}: {error}" if name not in str(error) else str(error))
+        if faults:
+            raise CheckpointError(f"{checkpoint.directory}: {len(faults)} layers do not fit\n" + "\n".join(faults))
+
+    def is_quantized(self, dense: DenseLinear, stored: Mapping[str, Tensor]) -> bool:
+        """Whether stored tensors (on meta) of a linear layer are more than a float weight and bias."""
+        weight = stored.get("weight")
+        plain = weight is not None and set(stored) <= {"weight", "bias"}
+        return not (plain and weight.is_floating_point() and weight.dim() == 2)  # type: ignore[union-attr]
+
+    def _empty_layer(
+        self, name: str, module: nn.Module, dense: DenseLinear, stored: Mapping[str, Tensor]
+    ) -> QuantizedLinear:
+        weight_format = self.format_for(name, module) or self.fallback_format(name, module)
+        return QuantizedLinear.from_stored(weight_format, stored, dense, name)
+
+    def fallback_format(self, name: str, module: nn.Module) -> WeightFormat:
+        """The format to read a layer with that the config leaves float, but that is quantized in the checkpoint."""
+        raise ValueError(f"{name}: is quantized in the checkpoint, but quantization_config leaves it float; they contradict")
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for _, module in quantized_modules(model):
+            module.bind()
+
+    # Properties of every weight format
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, module in list(quantized_modules(model)):
+            if isinstance(module, QuantizedLinear):
+                replace_module(model, name, module.to_dense(dtype).train(module.training))
+        return model
+
+    def _patterns(self, model: nn.Module) -> list[str]:
+        given = self.skip_patterns
+        if given is None:
+            return selection.default_skips(model)
+        missed = selection.unmatched_patterns(given, (name for name, _ in model.named_modules()))
+        missed = [pattern for pattern in missed if not any(self.skips(name, pattern) for name, _ in model.named_modules())]
+        if missed:
+            logger.warning("no module matches the skip patterns %s; check them for renamed modules", missed)
+        return given + selection.kept_in_float32(model)
+
+    def _reason_to_leave(self, name: str, patterns: list[str], tied: Mapping[str, str]) -> str | None:
+        if name in tied:
+            return f"its weight is tied to {tied[name]}"
+        hit = next((pattern for pattern in patterns if self.skips(name, pattern)), None)
+        return None if hit is None else f"skipped by {hit!r}"
+
+
+def iterate_quantized(model: nn.Module) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Every quantized weight of a model by its module's name."""
+    for name, module in quantized_modules(model):
+        yield name, module.quantized_weight
+
+
+def _nothing_to_do(model: nn.Module, left: Mapping[str, str]) -> str:
+    if not left:
+        return f"{type(model).__name__} has no Linear layers to quantize"
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:5])
+    return f"every Linear layer of {type(model).__name__} is left float ({reasons}); shorten the skip list"
+
+
+def _report(plan: Plan, model: nn.Module) -> None:
+    total = sum(parameter.numel() for parameter in model.parameters())
+    logger.info("quantizing %d layers, %.1f %% of %d parameters", len(plan.layers), 100 * plan.quantized_weights / total, total)
+    for name, reason in plan.left.items():
+        logger.info("%s stays float: %s", name, reason)

@@ -1,0 +1,29 @@
+"""Every environment variable that quantcore reads, in one place. Values are read at call time."""
+
+from __future__ import annotations
+
+import os
+
+
+def plugin_modules() -> list[str]:
+    """Names of plugin modules to load although they are not installed (QUANTCORE_PLUGINS)."""
+    return _split("QUANTCORE_PLUGINS")
+
+
+def disabled_plugins() -> frozenset[str]:
+    """Methods, modules or distributions that discovery skips (QUANTCORE_DISABLE_PLUGINS)."""
+    return frozenset(_split("QUANTCORE_DISABLE_PLUGINS"))
+
+
+def forced_kernel() -> str | None:
+    """Name of the only kernel that may run, or None for the usual choice (QUANTCORE_KERNEL)."""
+    return os.environ.get("QUANTCORE_KERNEL", "").strip() or None
+
+
+def debug() -> bool:
+    """Whether the command line shows tracebacks of known errors (QUANTCORE_DEBUG=1)."""
+    return os.environ.get("QUANTCORE_DEBUG", "") not in ("", "0")
+
+
+def _split(variable: str) -> list[str]:
+    return [part for part in (word.strip() for word in os.environ.get(variable, "").split(",")) if part]

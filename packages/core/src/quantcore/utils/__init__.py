@@ -1,0 +1,1 @@
+"""Module paths that code written for transformers expects; nothing is defined here."""
