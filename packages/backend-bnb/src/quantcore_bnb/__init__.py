@@ -1,19 +1,5 @@
 """bitsandbytes for quantcore: NF4 and FP4 weights in the layout of the upstream package."""
 
-from __future__ import annotations
+from quantcore_bnb.bitsandbytes import quantcore_backends, quantcore_match_config
 
-from typing import TYPE_CHECKING
-
-from quantcore.plugins import hookimpl
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from quantcore.plugins import Backend
-
-
-@hookimpl
-def quantcore_backends() -> Iterable[Backend]:
-    from quantcore_bnb import bitsandbytes
-
-    return [bitsandbytes.BACKEND]
+__all__ = ["quantcore_backends", "quantcore_match_config"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from quantcore import _lazy
 
+TYPE_CHECKING = False  # as in typing, whose import alone would take longer than the rest of this one
 if TYPE_CHECKING:
+    from typing import Any
+
     from quantcore import nn as nn
-    from quantcore.checkpoints.model import load as load, quantize_checkpoint as quantize_checkpoint, save as save
+    from quantcore.checkpoints.model import load as load, save as save
     from quantcore.formats.base import QuantizedWeight as QuantizedWeight, TensorSpec as TensorSpec, WeightFormat as WeightFormat
     from quantcore.plugins.backend import Backend as Backend
     from quantcore.plugins.discovery import methods as methods

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
-from typing import Any
+TYPE_CHECKING = False  # as in typing, which `import quantcore` must not load
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
 
 
 def attributes(package: str, targets: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
@@ -16,6 +17,8 @@ def attributes(package: str, targets: Mapping[str, str]) -> tuple[Callable[[str]
     def __getattr__(name: str) -> Any:
         if name not in targets:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        import importlib
+
         module = importlib.import_module(targets[name])
         return module if targets[name].rpartition(".")[2] == name else getattr(module, name)
 

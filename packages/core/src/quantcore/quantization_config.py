@@ -190,11 +190,15 @@ def diff_from_default(config: QuantizationConfigMixin) -> dict[str, Any]:
 
 def check_field(field: dataclasses.Field[Any], annotation: Any, value: Any, label: str) -> None:
     """Raise TypeError when value does not fit the annotation, ValueError when it breaks a limit; label names it."""
+    check_type(value, annotation, label)
+    if value is not None:
+        check_limits(value, label, **{key: field.metadata.get(key) for key in ("choices", "minimum", "maximum")})
+
+
+def check_type(value: Any, annotation: Any, label: str) -> None:
+    """Raise TypeError naming label when value does not fit the annotation (see `matches_type`)."""
     if not matches_type(value, annotation):
         raise TypeError(f"{label} must be {_spell(annotation)}, got {type(value).__name__}: {value!r:.80}")
-    if value is None:
-        return
-    check_limits(value, label, **{key: field.metadata.get(key) for key in ("choices", "minimum", "maximum")})
 
 
 def check_limits(
@@ -282,4 +286,4 @@ def _required(cls: type[QuantizationConfigMixin]) -> list[str]:
 
 
 def _spell(annotation: Any) -> str:
-    return getattr(annotation, "__name__", None) if isinstance(annotation, type) else str(annotation).replace("NoneType", "None")  # type: ignore[return-value]
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")

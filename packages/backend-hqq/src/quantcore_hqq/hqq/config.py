@@ -12,8 +12,8 @@ from quantcore.quantization_config import (
     QuantizationConfigMixin,
     QuantizationMethod,
     check_limits,
+    check_type,
     diff_from_default,
-    matches_type,
 )
 
 BITS = (8, 6, 5, 4, 3, 2, 1.58, 1)
@@ -69,8 +69,7 @@ class HqqConfig(QuantizationConfigMixin):
         if dynamic_config is None:
             self.quant_config = _settings(nbits, group_size, view_as_float, axis)
         else:
-            if not matches_type(dynamic_config, dict[str, dict[str, Any]]):
-                raise TypeError(f"HqqConfig.dynamic_config must map layer tags to dicts, got {dynamic_config!r:.80}")
+            check_type(dynamic_config, dict[str, dict[str, Any]], "HqqConfig.dynamic_config")
             self.quant_config = {tag: _settings(**_named(values, tag)) for tag, values in dynamic_config.items()}
         self.__post_init__()
 
@@ -160,8 +159,7 @@ def _check_settings(settings: Any, label: str) -> None:
         raise ValueError(f"{label}.{_WEIGHT}.nbits is missing; use one of {', '.join(map(str, BITS))}")
     for key in _TYPES.keys() & weight.keys():
         where = f"{label}.{_WEIGHT}.{key}"
-        if not matches_type(weight[key], _TYPES[key]):
-            raise TypeError(f"{where} must be {_TYPES[key]}, got {type(weight[key]).__name__}: {weight[key]!r:.80}")
+        check_type(weight[key], _TYPES[key], where)
         if weight[key] is not None:
             check_limits(weight[key], where, **_LIMITS.get(key, {}))
     group_size = weight.get("group_size")

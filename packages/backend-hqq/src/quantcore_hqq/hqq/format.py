@@ -48,8 +48,7 @@ class Hqq(WeightFormat):
         words, stored = word_dtype(self.packing), (packed_rows(rows, self.packing), columns)
         if self.view_as_float:
             words, stored = dtype, (stored[0], stored[1] * words.itemsize // dtype.itemsize)
-        scale_shape: tuple[int, ...] = (rows, 1) if self.axis == 1 else (1, columns)
-        scale_shape = scale_shape if self.channel_wise else ()
+        scale_shape = self._scale_shape(shape)
         operands = (
             TensorSpec("W_q", words, stored),
             TensorSpec("scale", dtype, scale_shape),
@@ -114,11 +113,8 @@ class Hqq(WeightFormat):
         return float_dtype(self.compute_dtype, "compute_dtype")
 
     def lower(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Affine:
-        rows, columns = self._grouped(shape)
-        groups = rows if self.axis == 1 else columns
-        scale, zero = (tensors[name].expand(groups) if not self.channel_wise else tensors[name].view(-1) for name in ("scale", "zero"))
         codes = self._codes(tensors["W_q"], shape).view(shape)
-        return Affine(codes, scale, zero, self._grouping(shape), self.bits)
+        return Affine(codes, tensors["scale"].view(-1), tensors["zero"].view(-1), self._grouping(shape), self.bits)
 
     def raise_(self, family: Family) -> dict[str, Tensor]:
         shape = tuple(family.codes.shape)
@@ -127,19 +123,26 @@ class Hqq(WeightFormat):
         dtype = float_dtype(self.compute_dtype, "compute_dtype")
         if family.scale.dtype != dtype:
             raise ValueError(f"scale is {family.scale.dtype}, compute_dtype {dtype}; the product would round differently")
-        rows, columns = self._grouped(shape)
-        if not self.channel_wise:
-            return self._stored(family.codes.view(rows, columns), family.scale[0], family.zero[0], shape)
-        form = (rows, 1) if self.axis == 1 else (1, columns)
-        return self._stored(family.codes.view(rows, columns), family.scale.view(form), family.zero.view(form), shape)
+        codes, form = family.codes.reshape(self._grouped(shape)), self._scale_shape(shape)
+        return self._stored(codes, family.scale.view(form), family.zero.view(form), shape)
 
     def _grouped(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns of the grouped code matrix."""
+        """Rows and columns of the code matrix: grouped, or the weight's own where one range spans it."""
+        if not self.channel_wise:
+            return shape[0], shape[1]
         length = group_length(shape, self.group_size, self.axis)
         groups = math.prod(shape) // length
         return (groups, length) if self.axis == 1 else (length, groups)
 
+    def _scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if not self.channel_wise:
+            return ()
+        rows, columns = self._grouped(shape)
+        return (rows, 1) if self.axis == 1 else (1, columns)
+
     def _grouping(self, shape: tuple[int, ...]) -> Grouping:
+        if not self.channel_wise:
+            return Grouping(math.prod(shape))
         return Grouping(group_length(shape, self.group_size, self.axis), strided=self.axis == 0)
 
     def _codes(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor:

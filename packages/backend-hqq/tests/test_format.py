@@ -1,0 +1,156 @@
+"""The stored layout of HQQ weights: golden layers, descriptions that cannot be, and the family."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quantcore.errors import CheckpointError
+from quantcore.formats.families import Affine
+from quantcore.nn import QuantizedLinear
+from quantcore_hqq.hqq.format import Hqq
+
+GOLDEN = Path(os.environ.get("QUANTCORE_GOLDEN") or Path(__file__).parents[3] / "tests" / "golden") / "hqq"
+
+
+class Case:
+    def __init__(self, file: Path) -> None:
+        tensors = load_file(file)
+        self.config = json.loads(file.with_suffix(".json").read_text())["quantization_config"]
+        self.stored = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("layer.")}
+        self.expected = {name[9:]: tensor for name, tensor in tensors.items() if name.startswith("expected.")}
+        self.weight = tensors["input.weight"]
+
+    def layer(self) -> QuantizedLinear:
+        rows, columns = self.weight.shape
+        return QuantizedLinear.from_tensors(self.config, self.stored, in_features=columns, out_features=rows)
+
+    def linear(self) -> torch.nn.Linear:
+        rows, columns = self.weight.shape
+        linear = torch.nn.Linear(columns, rows, bias="bias" in self.stored, dtype=self.weight.dtype)
+        linear.load_state_dict({"weight": self.weight, **{k: v for k, v in self.stored.items() if k == "bias"}})
+        return linear
+
+
+@pytest.fixture(params=sorted(GOLDEN.glob("w*.safetensors")), ids=lambda file: file.stem)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param)
+
+
+def raw(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
+    return tensor.dtype, tuple(tensor.shape), bytes(tensor.detach().reshape(-1).view(torch.uint8).tolist())
+
+
+def all_raw(tensors: dict[str, torch.Tensor]) -> dict[str, object]:
+    return {name: raw(tensor) for name, tensor in tensors.items()}
+
+
+def test_golden_set_covers_both_axes_and_odd_widths() -> None:
+    names = [file.stem for file in GOLDEN.glob("*.safetensors")]
+    for name in ("w3-g64-axis1", "w3-g64-axis0-fp16", "w1.58-g64-axis1", "w4-g64-axis1-view-as-float"):
+        assert name in names
+
+
+def test_stored_layer_dequantizes_to_golden_weight(case: Case) -> None:
+    assert torch.equal(case.layer().dequantize(), case.expected["weight"])
+
+
+def test_state_dict_gives_back_the_golden_bytes(case: Case) -> None:
+    assert all_raw(case.layer().state_dict()) == all_raw(case.stored)
+
+
+def test_quantizing_by_the_config_gives_the_golden_bytes(case: Case) -> None:
+    assert all_raw(QuantizedLinear.from_linear(case.linear(), case.config).state_dict()) == all_raw(case.stored)
+
+
+def test_forward_is_within_golden_tolerance(case: Case) -> None:
+    y, expected = case.layer()(case.expected["x"]), case.expected["y"]
+    tolerance = 1e-5 if case.weight.dtype == torch.float32 else 1e-2  # upstream rounds before it adds the bias
+    assert y.dtype == expected.dtype
+    assert (y.float() - expected.float()).norm() <= tolerance * expected.float().norm()
+
+
+def test_lowering_keeps_every_value_and_raises_back_to_the_same_bytes(case: Case) -> None:
+    layer = case.layer()
+    family = layer.quantized_weight.lower()
+    assert isinstance(family, Affine)
+    assert torch.equal(family.dequantize(), layer.dequantize())
+    assert all_raw(layer.format.raise_(family)) == all_raw(layer.stored)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2, 1.58, 1])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("group_size", [8, 64, None])
+def test_every_width_and_axis_is_stored_and_read(bits: float, axis: int, group_size: int | None) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(128, 64, bias=False, dtype=torch.bfloat16)
+    layer = QuantizedLinear.from_linear(linear, Hqq(bits=bits, axis=axis, group_size=group_size))
+    again = QuantizedLinear.from_tensors(Hqq(), layer.state_dict(), in_features=128, out_features=64)
+    assert torch.equal(again.dequantize(), layer.dequantize())
+    assert all_raw(again.state_dict()) == all_raw(layer.state_dict())
+
+
+def test_whole_tensor_range_is_stored_as_scalars() -> None:
+    layer = QuantizedLinear.from_linear(torch.nn.Linear(32, 16), Hqq(channel_wise=False, compute_dtype="float32"))
+    assert layer.stored["scale"].shape == layer.stored["zero"].shape == ()
+    assert (layer.dequantize() - layer.dequantize().mean()).abs().max() > 0
+    raised = layer.format.raise_(layer.quantized_weight.lower())
+    assert all_raw(raised) == all_raw(layer.stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("nbits", torch.tensor(7, dtype=torch.int32), "nbits is 7"),
+        ("axis", torch.tensor(2, dtype=torch.int32), "axis is 2"),
+        ("group_size", torch.tensor(-64, dtype=torch.int32), "group_size is -64"),
+        ("shape", torch.tensor([64, 32]), "shape"),
+        ("packing", torch.tensor(list(b"2bit_u8"), dtype=torch.uint8), "packing"),
+        ("compute_dtype", torch.tensor(list(b"__import__('os')"), dtype=torch.uint8), "compute_dtype"),
+        ("unpack_view_dtype", torch.tensor(list(b"torch.load"), dtype=torch.uint8), "unpack_view_dtype"),
+        ("quant_scale", torch.tensor(1, dtype=torch.uint8), "quant_scale is set"),
+    ],
+    ids=lambda value: str(value)[:20] if isinstance(value, str) else "",
+)
+def test_impossible_description_is_refused_by_field(name: str, value: torch.Tensor, words: str) -> None:
+    stored = Hqq(compute_dtype="float32").quantize(torch.randn(32, 64))
+    stored[name] = value
+    with pytest.raises(CheckpointError, match=f"mlp.up_proj: .*{words}"):
+        QuantizedLinear.from_tensors(Hqq(), stored, in_features=64, out_features=32, name="mlp.up_proj")
+
+
+def test_every_wrong_tensor_is_named_at_once() -> None:
+    stored = Hqq(compute_dtype="float32").quantize(torch.randn(32, 64))
+    stored["scale"] = stored["scale"].half()
+    stored["W_q"] = stored["W_q"][:8]
+    stored["surplus"] = torch.zeros(1)
+    with pytest.raises(CheckpointError) as caught:
+        QuantizedLinear.from_tensors(Hqq(), stored, in_features=64, out_features=32)
+    for name in ("scale", "W_q", "surplus"):
+        assert f"{name}: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "words"),
+    [
+        (Hqq(group_size=32), r"layers.0: weight \[20, 60\] does not divide into groups of 32"),
+        (Hqq(bits=1, group_size=40, axis=1), "do not divide into 8 equal blocks"),
+        (Hqq(group_size=40, compute_dtype="float32", view_as_float=True, axis=0), "view_as_float"),
+    ],
+    ids=["group", "rows", "view"],
+)
+def test_shape_that_does_not_fit_is_refused_with_a_remedy(weight_format: Hqq, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        QuantizedLinear.from_linear(torch.nn.Linear(60, 20), weight_format, name="layers.0")
+
+
+def test_casting_the_layer_leaves_codes_viewed_as_floats_alone() -> None:
+    layer = QuantizedLinear.from_linear(torch.nn.Linear(64, 32).bfloat16(), Hqq(view_as_float=True))
+    before = all_raw(layer.stored)
+    layer.half().float()
+    assert all_raw(layer.stored) == before
