@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantcore import AutoHfQuantizer, AutoQuantizationConfig
 
+from quantcore import AutoHfQuantizer, AutoQuantizationConfig
 from quantcore_bnb.bitsandbytes.config import BitsAndBytesConfig
 from quantcore_bnb.bitsandbytes.quantizer import Bnb4BitQuantizer
 

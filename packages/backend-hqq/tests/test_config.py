@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantcore import AutoHfQuantizer, AutoQuantizationConfig
 
+from quantcore import AutoHfQuantizer, AutoQuantizationConfig
 from quantcore_hqq.hqq.config import HqqConfig
 from quantcore_hqq.hqq.format import Hqq
 from quantcore_hqq.hqq.quantizer import HqqQuantizer, layer_tag
@@ -77,7 +77,9 @@ def test_layer_tag_drops_model_layers_and_numbers() -> None:
 
 
 def test_layers_get_the_settings_of_their_tag() -> None:
-    config = HqqConfig(dynamic_config={"mlp.up_proj": {"nbits": 3}, "self_attn.q_proj": {"nbits": 8, "group_size": 128}})
+    config = HqqConfig(
+        dynamic_config={"mlp.up_proj": {"nbits": 3}, "self_attn.q_proj": {"nbits": 8, "group_size": 128}}
+    )
     assert format_of(config, "model.layers.0.mlp.up_proj").bits == 3
     assert format_of(config, "model.language_model.layers.7.self_attn.q_proj").group_size == 128
     assert format_of(config, "model.layers.0.mlp.down_proj") is None

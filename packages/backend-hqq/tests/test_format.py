@@ -154,3 +154,22 @@ def test_casting_the_layer_leaves_codes_viewed_as_floats_alone() -> None:
     before = all_raw(layer.stored)
     layer.half().float()
     assert all_raw(layer.stored) == before
+
+
+@pytest.mark.parametrize("file", sorted(GOLDEN.glob("legacy-*.safetensors")), ids=lambda file: file.stem)
+def test_layers_of_hqq_before_0_2_dequantize_to_golden_weight(file: Path) -> None:
+    tensors = load_file(file)
+    stored = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("layer.")}
+    config = {"quant_method": "hqq", "quant_config": json.loads(file.with_suffix(".json").read_text())["quant_config"]}
+    rows, columns = tensors["input.weight"].shape
+    layer = QuantizedLinear.from_tensors(config, stored, in_features=columns, out_features=rows)
+    assert torch.equal(layer.dequantize(), tensors["expected.weight"])
+    assert all_raw(layer.state_dict()) == all_raw(stored)
+
+
+def test_wrong_tensors_of_hqq_before_0_2_are_named() -> None:
+    tensors = load_file(GOLDEN / "legacy-w2-g16-qzero-qscale.safetensors")
+    stored = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("layer.")}
+    stored["meta.scale_q"] = stored["meta.scale_q"][:, :3]
+    with pytest.raises(CheckpointError, match=r"meta.scale_q: expected uint8 \[128, 6\], got uint8 \[128, 3\]"):
+        QuantizedLinear.from_tensors(Hqq(bits=2, group_size=16, axis=0), stored, in_features=128, out_features=96)

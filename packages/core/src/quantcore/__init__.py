@@ -10,7 +10,11 @@ if TYPE_CHECKING:
 
     from quantcore import nn as nn
     from quantcore.checkpoints.model import load as load, save as save
-    from quantcore.formats.base import QuantizedWeight as QuantizedWeight, TensorSpec as TensorSpec, WeightFormat as WeightFormat
+    from quantcore.formats.base import (
+        QuantizedWeight as QuantizedWeight,
+        TensorSpec as TensorSpec,
+        WeightFormat as WeightFormat,
+    )
     from quantcore.plugins.backend import Backend as Backend
     from quantcore.plugins.discovery import methods as methods
     from quantcore.plugins.hookspecs import hookimpl as hookimpl

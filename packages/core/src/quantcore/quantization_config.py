@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-import functools
 import json
 import math
 import os
@@ -96,11 +95,13 @@ class QuantizationConfigMixin:
 
         A subclass that overrides this to check fields against each other calls it first.
         """
+        annotations = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
+            value, label = getattr(self, field.name), self._label(field.name)
             if field.metadata.get("dtype"):
-                setattr(self, field.name, as_dtype(getattr(self, field.name), self._label(field.name)))
+                setattr(self, field.name, as_dtype(value, label))
             else:
-                check_field(field, _annotations(type(self))[field.name], getattr(self, field.name), self._label(field.name))
+                check_field(field, annotations[field.name], value, label)
 
     @classmethod
     def from_dict(
@@ -257,7 +258,9 @@ def as_dtype(value: Any, label: str) -> Any:
         raise TypeError(f"{label} must be a torch dtype or its name, got {type(value).__name__}: {value!r:.80}")
     dtype = getattr(torch, value.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{label}: {value!r:.80} is no torch dtype; use a name such as 'bfloat16', 'float16', 'float32'")
+        raise ValueError(
+            f"{label}: {value!r:.80} is no torch dtype; use a name such as 'bfloat16', 'float16', 'float32'"
+        )
     return dtype
 
 
@@ -273,11 +276,6 @@ def to_json_value(value: Any) -> Any:
     if torch is not None and isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return copy.deepcopy(value)
-
-
-@functools.lru_cache(maxsize=128)
-def _annotations(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 def _required(cls: type[QuantizationConfigMixin]) -> list[str]:

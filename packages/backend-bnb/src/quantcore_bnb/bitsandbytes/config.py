@@ -6,10 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantcore.quantization_config import Config, QuantizationConfigMixin, QuantizationMethod, diff_from_default, option
+from quantcore.quantization_config import (
+    Config,
+    QuantizationConfigMixin,
+    QuantizationMethod,
+    check_limits,
+    diff_from_default,
+    option,
+    to_json_value,
+)
 
 QUANT_TYPES = ("nf4", "fp4")
-STORAGE_DTYPES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
+COMPUTE_DTYPES = ("float16", "bfloat16", "float32", "float64")
+STORAGE_DTYPES = ("uint8", "int8", *COMPUTE_DTYPES)
 _COPIES = {"_load_in_4bit": "load_in_4bit", "_load_in_8bit": "load_in_8bit"}  # written beside the flags, read by nobody
 
 
@@ -25,14 +34,18 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
 
     load_in_8bit: bool = option(False, help="8-bit weights, LLM.int8()")
     load_in_4bit: bool = option(False, help="4-bit weights")
-    llm_int8_threshold: float = option(6.0, minimum=0.0, help="activation magnitude above which 8-bit keeps a column float")
+    llm_int8_threshold: float = option(
+        6.0, minimum=0.0, help="activation magnitude above which 8-bit keeps a column float"
+    )
     llm_int8_skip_modules: list[str] | None = option(None, help="modules that stay float; none means the output head")
     llm_int8_enable_fp32_cpu_offload: bool = option(False, help="modules that a device map puts on the CPU stay float")
     llm_int8_has_fp16_weight: bool = option(False, help="8-bit keeps float weights and quantizes them in each forward")
     bnb_4bit_compute_dtype: Any = option(None, dtype=True, help="dtype of the matmul; float32 when absent")
     bnb_4bit_quant_type: str = option("fp4", choices=QUANT_TYPES, help="code table of 4-bit weights")
     bnb_4bit_use_double_quant: bool = option(False, help="store the block scales in 8 bits")
-    bnb_4bit_quant_storage: Any = option(None, dtype=True, help="dtype under which packed bytes are stored; uint8 when absent")
+    bnb_4bit_quant_storage: Any = option(
+        None, dtype=True, help="dtype under which packed bytes are stored; uint8 when absent"
+    )
 
     def validate(self) -> None:
         """Check every field, and that not both widths are asked for."""
@@ -43,12 +56,8 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
             raise ValueError(_both_widths())
         self.bnb_4bit_compute_dtype = self.bnb_4bit_compute_dtype or torch.float32
         self.bnb_4bit_quant_storage = self.bnb_4bit_quant_storage or torch.uint8
-        if not self.bnb_4bit_compute_dtype.is_floating_point:
-            raise ValueError(f"{self._label('bnb_4bit_compute_dtype')} must be a float dtype, got {self.bnb_4bit_compute_dtype}")
-        storage = str(self.bnb_4bit_quant_storage).removeprefix("torch.")
-        if storage not in STORAGE_DTYPES:
-            allowed = ", ".join(STORAGE_DTYPES)
-            raise ValueError(f"{self._label('bnb_4bit_quant_storage')} must be one of {allowed}, got {storage}")
+        for name, allowed in (("bnb_4bit_compute_dtype", COMPUTE_DTYPES), ("bnb_4bit_quant_storage", STORAGE_DTYPES)):
+            check_limits(to_json_value(getattr(self, name)), self._label(name), choices=allowed)
 
     def __setattr__(self, name: str, value: Any) -> None:
         other = {"load_in_4bit": "load_in_8bit", "load_in_8bit": "load_in_4bit"}.get(name)

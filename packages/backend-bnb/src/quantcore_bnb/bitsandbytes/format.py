@@ -36,7 +36,8 @@ _MAX_BLOCKSIZE = 1 << 16
 class Bnb4Bit(WeightFormat):
     """4-bit codes in blocks over the flattened weight.
 
-    quant_type: "nf4" or "fp4". dtype: of the weight that was quantized. storage: under which the packed bytes are stored.
+    quant_type: "nf4" or "fp4". dtype: of the weight that was quantized. storage: under which the packed bytes are
+    stored.
     compute_dtype: of the matmul; None follows the input.
     """
 
@@ -64,15 +65,17 @@ class Bnb4Bit(WeightFormat):
             specs.append(TensorSpec("weight.nested_absmax", torch.float32, (nested_blocks,)))
             specs.append(TensorSpec("weight.nested_quant_map", torch.float32, (256,)))
         state = self._describe(shape, _TYPICAL_OFFSET)
-        specs.append(TensorSpec(_STATE + self.quant_type, torch.uint8, tuple(state.shape), metadata=True, variable=True))
+        specs.append(
+            TensorSpec(_STATE + self.quant_type, torch.uint8, tuple(state.shape), metadata=True, variable=True)
+        )
         return tuple(specs)
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         packed, itemsize = -(-math.prod(shape) // 2), _storage_dtype(self.storage).itemsize
         if packed % itemsize:
             raise ValueError(
-                f"weight {list(shape)} packs to {packed} bytes, which bnb_4bit_quant_storage={self.storage!r} cannot hold; "
-                "use 'uint8'"
+                f"weight {list(shape)} packs to {packed} bytes, which bnb_4bit_quant_storage={self.storage!r} cannot "
+                "hold; use 'uint8'"
             )
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
@@ -84,9 +87,13 @@ class Bnb4Bit(WeightFormat):
             nested = tuple(rest)
         source = self.replace(dtype=dtype_name(weight.dtype))
         assert isinstance(source, Bnb4Bit)
-        return source._stored(packed, absmax, code_table(self.quant_type, weight.device), nested, offset, tuple(weight.shape))
+        return source._stored(
+            packed, absmax, code_table(self.quant_type, weight.device), nested, offset, tuple(weight.shape)
+        )
 
-    def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    def dequantize(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
         absmax = tensors["weight.absmax"]
         if self.double_quant:
             absmax = dequantize_absmax(
@@ -151,11 +158,17 @@ class Bnb4Bit(WeightFormat):
 
     def raise_(self, family: Family) -> dict[str, Tensor]:
         if not isinstance(family, Lookup) or family.levels.numel() != 16 or family.grouping != Grouping(self.blocksize):
-            raise ValueError(f"{type(family).__name__} in {family.grouping} is no 16-level table in blocks of {self.blocksize}")
+            raise ValueError(
+                f"{type(family).__name__} in {family.grouping} is no 16-level table in blocks of {self.blocksize}"
+            )
         nested = family.scale if isinstance(family.scale, NestedScale) else None
         if (nested is not None) != self.double_quant:
-            raise ValueError(f"double_quant={self.double_quant} does not fit a scale of type {type(family.scale).__name__}")
-        packed = pack_nibbles(family.codes.reshape(-1), high_first=True, padding=code_levels(self.quant_type).index(0.0))
+            raise ValueError(
+                f"double_quant={self.double_quant} does not fit a scale of type {type(family.scale).__name__}"
+            )
+        packed = pack_nibbles(
+            family.codes.reshape(-1), high_first=True, padding=code_levels(self.quant_type).index(0.0)
+        )
         shape = tuple(family.codes.shape)
         if nested is None:
             assert isinstance(family.scale, Tensor)
@@ -212,8 +225,10 @@ def _parse_state(tensor: Tensor, name: str) -> dict[str, Any]:
 def _check_state(state: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> None:
     """Raise ValueError naming the field for a description that cannot be; every string in it is data."""
     checks = {
-        "quant_type": (f"one of {', '.join(QUANT_TYPES)}, as the name ends", name.endswith("__" + str(state.get("quant_type")))
-                       and state.get("quant_type") in QUANT_TYPES),
+        "quant_type": (
+            f"one of {', '.join(QUANT_TYPES)}, as the name ends",
+            name.endswith("__" + str(state.get("quant_type"))) and state.get("quant_type") in QUANT_TYPES,
+        ),
         "blocksize": ("an even number from 2 to 65536", _is_blocksize(state.get("blocksize"))),
         "dtype": ("the name of a float dtype", isinstance(state.get("dtype"), str)),
         "shape": (f"{list(shape)}, the shape of the layer", state.get("shape") == list(shape)),

@@ -1,13 +1,14 @@
 """The three code tables of bitsandbytes, and what is derived from them.
 
-Sources: NF4 from Dettmers et al. 2023, QLoRA, appendix E (arXiv:2305.14314), in the float32 values of published checkpoints; FP4 is a
-sign bit, two exponent bits and one mantissa bit, over 12; the dynamic map is from Dettmers 2015 (arXiv:1511.04561).
+Sources: NF4 from Dettmers et al. 2023, QLoRA, appendix E (arXiv:2305.14314), in the float32 values of published
+checkpoints; FP4 is a sign bit, two exponent bits and one mantissa bit, over 12; the dynamic map is from Dettmers
+2015 (arXiv:1511.04561).
 """
 
 from __future__ import annotations
 
 import struct
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -52,14 +53,14 @@ def code_table(quant_type: str, device: torch.device | str | None = None) -> Ten
     return torch.tensor(code_levels(quant_type), dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def code_order(quant_type: str) -> tuple[int, ...]:
     """The 16 codes by ascending level. Of fp4's two zeros, code 0 stands before code 8."""
     levels = code_levels(quant_type)
     return tuple(sorted(range(len(levels)), key=levels.__getitem__))
 
 
-@lru_cache(maxsize=None)
+@cache
 def code_midpoints(quant_type: str) -> tuple[float, ...]:
     """The 15 float32 midpoints between neighbouring levels, ascending.
 
@@ -73,18 +74,19 @@ def code_midpoints(quant_type: str) -> tuple[float, ...]:
 def dynamic_map(device: torch.device | str | None = None) -> Tensor:
     """A new float32 [256] tensor, ascending: the 8-bit dynamic map, the `nested_quant_map` of a checkpoint.
 
-    In each of seven decades 2**i values of either sign, and 0.0 and 1.0. There is no -1.0: the lowest level is -0.99296874.
+    In each of seven decades 2**i values of either sign, and 0.0 and 1.0. There is no -1.0: the lowest level is
+    -0.99296874.
     """
     return _shared_dynamic_map().to(device, copy=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def dynamic_bins(device: torch.device) -> tuple[Tensor, Tensor]:
-    """For every pattern of the high 16 bits of a float32, the number of dynamic-map midpoints below all values of that bin.
+    """For every pattern of the high 16 bits of a float32, the number of dynamic-map midpoints below that bin.
 
-    Returns counts int32 [65536], by those bits as an unsigned number, and pivots float32 [256]: the midpoints, and inf. At most one midpoint
-    lies inside a bin, so `count = counts[bin]; count += value > pivots[count]` is the number of midpoints strictly below value.
-    Both tensors are shared by all callers: read only.
+    Returns counts int32 [65536], by those bits as an unsigned number, and pivots float32 [256]: the midpoints, and
+    inf. At most one midpoint lies inside a bin, so `count = counts[bin]; count += value > pivots[count]` is the
+    number of midpoints strictly below value. Both tensors are shared by all callers: read only.
     """
     levels = _shared_dynamic_map()
     midpoints = (levels[:-1] + levels[1:]) / 2
@@ -95,7 +97,7 @@ def dynamic_bins(device: torch.device) -> tuple[Tensor, Tensor]:
     return counts.to(device), pivots.to(device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _shared_dynamic_map() -> Tensor:
     levels = [torch.tensor([0.0, 1.0])]
     for decade in range(_DYNAMIC_DECADES):

@@ -95,7 +95,9 @@ class HqqConfig(QuantizationConfigMixin):
         values = {str(key): copy.deepcopy(value) for key, value in config_dict.items() if key != "quant_method"}
         quant_config = values.pop("quant_config", None)
         if _WEIGHT in values:
-            keys = [key for key in (_WEIGHT, "scale_quant_params", "zero_quant_params", "offload_meta") if key in values]
+            keys = [
+                key for key in (_WEIGHT, "scale_quant_params", "zero_quant_params", "offload_meta") if key in values
+            ]
             quant_config = {key: values.pop(key) for key in keys}
         flat = {key: values.pop(key) for key in _CONSTRUCTOR if key in values}
         config = cls(**flat)

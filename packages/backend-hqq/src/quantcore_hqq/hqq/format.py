@@ -16,6 +16,7 @@ from torch import Tensor
 from quantcore.formats.base import TensorSpec, WeightFormat, float_dtype
 from quantcore.formats.families import Affine, Family, Grouping
 from quantcore_hqq.hqq.config import BITS
+from quantcore_hqq.hqq.legacy import HqqLegacy
 from quantcore_hqq.hqq.packing import pack, packed_rows, packing_for, unpack, word_dtype
 from quantcore_hqq.hqq.solver import group_length, solve
 
@@ -27,8 +28,8 @@ _ONES = ("encoded_state_dict", "stores_quant_config")
 class Hqq(WeightFormat):
     """w = (code - zero) * scale, every step in compute_dtype, in groups along axis of the grouped matrix.
 
-    axis 1: groups are runs of group_size in the flattened weight. axis 0: the flattened weight is cut into group_size rows
-    and each column is a group. group_size None: a whole row (axis 1) or column (axis 0).
+    axis 1: groups are runs of group_size in the flattened weight. axis 0: the flattened weight is cut into
+    group_size rows and each column is a group. group_size None: a whole row (axis 1) or column (axis 0).
     """
 
     family: ClassVar[str | None] = "affine"
@@ -63,8 +64,8 @@ class Hqq(WeightFormat):
         itemsize = float_dtype(self.compute_dtype, "compute_dtype").itemsize
         if self.view_as_float and columns * word_dtype(self.packing).itemsize % itemsize:
             raise ValueError(
-                f"view_as_float: {columns} columns of {word_dtype(self.packing)} cannot be viewed as {self.compute_dtype}; "
-                "set view_as_float to false"
+                f"view_as_float: {columns} columns of {word_dtype(self.packing)} cannot be viewed as "
+                f"{self.compute_dtype}; set view_as_float to false"
             )
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
@@ -80,14 +81,20 @@ class Hqq(WeightFormat):
         )
         return self._stored(codes, scale, zero, shape)
 
-    def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    def dequantize(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
         values = self._codes(tensors["W_q"], shape).to(tensors["scale"].dtype)
         values = values.sub_(tensors["zero"]).mul_(tensors["scale"]).view(shape)
         return values if dtype is None else values.to(dtype)
 
-    def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Hqq:
+    def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
+        if "nbits" not in tensors and any(name.startswith("meta.") for name in tensors):
+            return HqqLegacy(self.bits, self.group_size, self.axis).read(tensors, shape)
         bits = _read_bits(tensors["nbits"])
-        flags = {name: _read_flag(tensors, name) for name in ("view_as_float", "channel_wise", "optimize", "round_zero")}
+        flags = {
+            name: _read_flag(tensors, name) for name in ("view_as_float", "channel_wise", "optimize", "round_zero")
+        }
         for name in _UNSUPPORTED_FLAGS:
             if _read_flag(tensors, name):
                 raise ValueError(f"{name} is set: scales quantized by hqq before 0.2 are not read in this layout")
@@ -95,7 +102,9 @@ class Hqq(WeightFormat):
             bits=bits,
             group_size=_read_int(tensors, "group_size", 1, 1 << 31),
             axis=_read_int(tensors, "axis", 0, 1),
-            compute_dtype=str(float_dtype(_read_text(tensors, "compute_dtype"), "compute_dtype")).removeprefix("torch."),
+            compute_dtype=str(float_dtype(_read_text(tensors, "compute_dtype"), "compute_dtype")).removeprefix(
+                "torch."
+            ),
             **flags,
         )
         _expect("shape", tensors["shape"].tolist(), list(shape))
@@ -119,10 +128,14 @@ class Hqq(WeightFormat):
     def raise_(self, family: Family) -> dict[str, Tensor]:
         shape = tuple(family.codes.shape)
         if not isinstance(family, Affine) or family.grouping != self._grouping(shape) or family.bits > self.bits:
-            raise ValueError(f"{type(family).__name__} of {family.bits} bits in {family.grouping} does not fit {self!r}")
+            raise ValueError(
+                f"{type(family).__name__} of {family.bits} bits in {family.grouping} does not fit {self!r}"
+            )
         dtype = float_dtype(self.compute_dtype, "compute_dtype")
         if family.scale.dtype != dtype:
-            raise ValueError(f"scale is {family.scale.dtype}, compute_dtype {dtype}; the product would round differently")
+            raise ValueError(
+                f"scale is {family.scale.dtype}, compute_dtype {dtype}; the product would round differently"
+            )
         codes, form = family.codes.reshape(self._grouped(shape)), self._scale_shape(shape)
         return self._stored(codes, family.scale.view(form), family.zero.view(form), shape)
 
@@ -152,7 +165,11 @@ class Hqq(WeightFormat):
     def _stored(self, codes: Tensor, scale: Tensor, zero: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
         dtype = float_dtype(self.compute_dtype, "compute_dtype")
         words = pack(codes, self.packing)
-        stored = {"W_q": words.view(dtype) if self.view_as_float else words, "scale": scale.to(dtype), "zero": zero.to(dtype)}
+        stored = {
+            "W_q": words.view(dtype) if self.view_as_float else words,
+            "scale": scale.to(dtype),
+            "zero": zero.to(dtype),
+        }
         metadata = {name: tensor.to(codes.device) for name, tensor in self._metadata(shape).items()}
         return {**stored, **metadata}
 

@@ -1,7 +1,7 @@
 """HQQ's packed storage: a matrix of codes, split over its rows, several codes to a word.
 
-The rows of the grouped code matrix [R, C] are cut into equal blocks, and word [i, c] holds code [i, c] of every block, the first block in
-the highest bits. Source: formats/hqq.md, "Packing".
+The rows of the grouped code matrix [R, C] are cut into equal blocks, and word [i, c] holds code [i, c] of every
+block, the first block in the highest bits. Source: formats/hqq.md, "Packing".
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def unpack(words: Tensor, packing: str, rows: int) -> Tensor:
     _require_dtype(words, layout.word_dtype, f"{packing} words are read")
     step = packed_rows(rows, packing)
     if words.shape[0] != step:
-        raise ValueError(f"{packing} packing: {rows} rows of codes need {step} rows of words, found {words.shape[0]}; check rows")
+        raise ValueError(
+            f"{packing} packing: {rows} rows of codes need {step} rows of words, found {words.shape[0]}; check rows"
+        )
     codes = torch.empty((rows, *words.shape[1:]), dtype=torch.uint8, device=words.device)
     for block, shift in enumerate(layout.shifts):
         part = codes[block * step : (block + 1) * step]

@@ -1,10 +1,11 @@
 """The HQQ solver: codes, scale and zero of a weight, without calibration data.
 
-Gives the bits of hqq 0.2.8 on a CPU. The weight is read tile by tile, so that float32 copies are never larger than a tile. Groups are
-independent but for the common stop test, and a group whose zero no longer changes is at a fixed point: only the other groups are visited
-again, and the stored error of the settled ones stands in for them in the test.
+Gives the bits of hqq 0.2.8 on a CPU. The weight is read tile by tile, so that float32 copies are never larger than a
+tile. Groups are independent but for the common stop test, and a group whose zero no longer changes is at a fixed
+point: only the other groups are visited again, and the stored error of the settled ones stands in for them in the test.
 
-Source: Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog/; exact order of operations in formats/hqq.md, "Quantization".
+Source: Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog/; exact order of operations in formats/hqq.md,
+"Quantization".
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ BETA = 10.0
 MAX_INV_SCALE = 2e4
 FLAT_RANGE = 1e-4  # groups whose max - min is not above this get scale 1
 
-# Shrinkage leaves 0 below |error| = BETA ** (-1 / (2 - LP_NORM)) = 0.1701; a tile is shrunk from a safe distance below on.
+# Shrinkage leaves 0 below |error| = BETA ** (-1 / (2 - LP_NORM)) = 0.1701; a tile is shrunk from a safe distance
+# below on.
 SHRINK_FROM = 0.16
 
-# Larger tiles gain nothing where five float32 buffers fill the share of cache of a core; devices with launch latency need larger ones.
+# Larger tiles gain nothing where five float32 buffers fill the share of cache of a core; devices with launch latency
+# need larger ones.
 TILE_VALUES_PER_CPU_THREAD = 1 << 17
 TILE_VALUES_ELSEWHERE = 1 << 24
 
-# torch sums columns in blocks of 32 and the columns left over in another order, and cuts one lone long row among threads.
-# Tiles are multiples of these many groups (by axis), so that every group is summed in the order it has in the whole matrix.
+# torch sums columns in blocks of 32 and the columns left over in another order, and cuts one lone long row among
+# threads. Tiles are multiples of these many groups (by axis), so that every group is summed in the order it has in
+# the whole matrix.
 TILE_MULTIPLE = {0: 32, 1: 2}
 
 USUAL_GROUP_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -56,9 +60,10 @@ def solve(
 
     weight: [N, K], any float dtype, strides and device; NaN and inf spoil their own groups and end the solver for all.
     group_size: values per group, or None for one group per row (axis 1) or column (axis 0).
-    Returns codes uint8, the weight reshaped to [G, group_size] (axis 1) or [group_size, G] (axis 0); scale and zero float32 [G, 1] or
-    [1, G]. channel_wise=False: one range for the whole weight, codes [N, K], scale and zero 0-dimensional, no solver.
-    optimize=False: the range alone, no solver. round_zero: the zero from which the solver starts is rounded to an integer.
+    Returns codes uint8, the weight reshaped to [G, group_size] (axis 1) or [group_size, G] (axis 0); scale and zero
+    float32 [G, 1] or [1, G]. channel_wise=False: one range for the whole weight, codes [N, K], scale and zero
+    0-dimensional, no solver. optimize=False: the range alone, no solver. round_zero: the zero from which the solver
+    starts is rounded to an integer.
     Raises ValueError for a bit width, axis or group_size that the format or the weight does not allow.
     """
     packing_for(bits)
@@ -169,8 +174,8 @@ def _shrink(residual: Tensor, magnitude: Tensor) -> Tensor:
 def _unsettled(changed: Tensor, multiple: int) -> Tensor:
     """Indices of the groups to visit again, as many as keep every group's order of summation.
 
-    The groups after the last multiple stay at the end, settled or not. Those before are filled up to a multiple with visits to group 0:
-    a visit to a settled group changes nothing.
+    The groups after the last multiple stay at the end, settled or not. Those before are filled up to a multiple with
+    visits to group 0: a visit to a settled group changes nothing.
     """
     tail = changed.numel() % multiple
     changed[changed.numel() - tail :] = True

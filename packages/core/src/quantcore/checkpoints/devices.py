@@ -48,8 +48,8 @@ class Placement:
 def place(model: nn.Module, device_map: Any, quantizer: HfQuantizer | None = None) -> Placement:
     """The placement of a model, which may be on the meta device, for a user's device map.
 
-    device_map: None for the CPU, a device or its name, "auto" and accelerate's other strategies, or a dict of module names
-    to devices. Raises ValueError for "disk" and for names that are no device.
+    device_map: None for the CPU, a device or its name, "auto" and accelerate's other strategies, or a dict of module
+    names to devices. Raises ValueError for "disk" and for names that are no device.
     """
     if isinstance(device_map, str) and device_map in _AUTOMATIC:
         device_map = _infer(model, device_map, quantizer)
@@ -80,4 +80,6 @@ def _device(device: Any, name: str) -> torch.device:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device_map: {device!r} for {name or 'the model'} is no device; use 'cpu', 'cuda:0' or 'auto'") from error
+        raise ValueError(
+            f"device_map: {device!r} for {name or 'the model'} is no device; use 'cpu', 'cuda:0' or 'auto'"
+        ) from error

@@ -38,7 +38,8 @@ def save(
     """Write config.json and safetensors files that quantcore and the upstream tools load.
 
     max_shard_size: bytes or a string such as "5GB". companions_from: a folder whose tokenizer and generation files are
-    copied along. The folder appears under its name only when complete; an existing one is kept unless overwrite is true.
+    copied along. The folder appears under its name only when complete; an existing one is kept unless overwrite is
+    true.
     Raises FileExistsError, and OSError when the disk is full.
     """
     quantizer: HfQuantizer | None = getattr(model, "hf_quantizer", None)
@@ -59,10 +60,10 @@ def load(
 ) -> nn.Module:
     """The model of a checkpoint folder, quantized or float, in eval mode.
 
-    path: a folder, or a hub id. model: a module or a function that builds one; it is built without memory for its weights.
-    None builds the architecture that config.json names and needs quantcore[transformers]. device_map: None (the CPU),
-    a device, "auto", or a dict of module names to devices. dtype: of float tensors outside quantized weights; None keeps
-    the file's. Peak memory is the loaded model plus its largest tensor.
+    path: a folder, or a hub id. model: a module or a function that builds one; it is built without memory for its
+    weights. None builds the architecture that config.json names and needs quantcore[transformers]. device_map: None
+    (the CPU), a device, "auto", or a dict of module names to devices. dtype: of float tensors outside quantized
+    weights; None keeps the file's. Peak memory is the loaded model plus its largest tensor.
     Raises CheckpointError listing every tensor that does not fit, before any is read.
     """
     checkpoint = Checkpoint(path)
@@ -118,7 +119,9 @@ def _tensors_to_save(model: nn.Module, quantizer: HfQuantizer | None) -> dict[st
     tied = _tied_to_drop(model)
     unloaded = [name for name, tensor in tensors.items() if tensor.device.type == "meta" and name not in tied]
     if unloaded:
-        raise ValueError(f"{unloaded[0]} and {len(unloaded) - 1} more tensors are on the meta device; load them before saving")
+        raise ValueError(
+            f"{unloaded[0]} and {len(unloaded) - 1} more tensors are on the meta device; load them before saving"
+        )
     return {name: tensor.detach() for name, tensor in tensors.items() if name not in tied}
 
 

@@ -74,8 +74,8 @@ class Checkpoint:
     def by_module(self) -> dict[str, dict[str, Tensor]]:
         """Meta tensors grouped by the module that owns them: {module: {suffix: tensor}}.
 
-        A dotted suffix cannot be told from a submodule by its name alone, so each tensor is listed under every prefix that
-        could own it, nearest first.
+        A dotted suffix cannot be told from a submodule by its name alone, so each tensor is listed under every
+        prefix that could own it, nearest first.
         """
         groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, header in self.headers.items():
@@ -127,7 +127,9 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     if directory.is_dir():
         return directory
     if directory.exists():
-        raise FileNotFoundError(f"{directory} is a file; give the folder that holds config.json and the safetensors files")
+        raise FileNotFoundError(
+            f"{directory} is a file; give the folder that holds config.json and the safetensors files"
+        )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(path)):
         raise FileNotFoundError(f"{directory} does not exist; give a checkpoint folder or a hub id such as 'org/name'")
     return _download(os.fspath(path))

@@ -45,15 +45,17 @@ def fill(
 ) -> None:
     """Put the checkpoint's tensors into a model, which may be on the meta device.
 
-    device_of: the device of a checkpoint tensor by name. dtype: of float tensors that are not part of a quantized weight;
-    None keeps the file's. Tied parameters stay tied. Peak memory is the filled model plus one tensor.
+    device_of: the device of a checkpoint tensor by name. dtype: of float tensors that are not part of a quantized
+    weight; None keeps the file's. Tied parameters stay tied. Peak memory is the filled model plus one tensor.
     Raises CheckpointError that lists every missing, surplus, wrong-shape and wrong-dtype tensor, before any is read.
     """
     targets = slots(model)
     ignored = _ignored(model, "_keys_to_ignore_on_load_unexpected")
     faults = _faults(targets, checkpoint.headers, ignored, _ignored(model, "_keys_to_ignore_on_load_missing"))
     if faults:
-        raise CheckpointError(f"{checkpoint.directory}: {len(faults)} tensors do not fit the model\n" + "\n".join(faults))
+        raise CheckpointError(
+            f"{checkpoint.directory}: {len(faults)} tensors do not fit the model\n" + "\n".join(faults)
+        )
     twins = _twins(targets)
     for name, tensor in checkpoint.stream(name for name in checkpoint.headers if name in targets):
         slot = targets[name]
@@ -79,7 +81,9 @@ def _faults(
         if name not in targets and not ignored(name)
     ]
     wrong = [
-        fault for name, header in headers.items() if name in targets and (fault := _mismatch(name, targets[name], header))
+        fault
+        for name, header in headers.items()
+        if name in targets and (fault := _mismatch(name, targets[name], header))
     ]
     return missing + wrong + surplus
 
@@ -120,5 +124,3 @@ def _ignored(model: nn.Module, attribute: str) -> Callable[[str], bool]:
     """A test for names that the model class says may be surplus or missing."""
     patterns = [re.compile(pattern) for pattern in getattr(model, attribute, None) or ()]
     return lambda name: any(pattern.search(name) for pattern in patterns)
-
-

@@ -24,8 +24,8 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that takes the target's name when the block ends well, and vanishes when it does not.
 
-    Raises FileExistsError when target exists and overwrite is false; an overwritten folder is removed only after the new
-    one is in place.
+    Raises FileExistsError when target exists and overwrite is false; an overwritten folder is removed only after the
+    new one is in place.
     """
     final = Path(target).absolute()
     if final.exists() and not overwrite:

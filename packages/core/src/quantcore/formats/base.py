@@ -53,6 +53,13 @@ class WeightFormat:
 
     family: ClassVar[str | None] = None  # name of the family that `lower` gives, for kernels that serve families
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__qualname__ != cls.__name__:
+            raise TypeError(
+                f"{cls.__qualname__}: define a weight format at the top of a module, so that it can be pickled"
+            )
+
     def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         """The tensors that store a weight of this shape, in checkpoint order."""
         raise NotImplementedError(f"{type(self).__name__} defines no tensor_specs")
@@ -61,7 +68,9 @@ class WeightFormat:
         """The stored tensors of a finite weight [N, K], on its device. The weight is not changed."""
         raise NotImplementedError(f"{type(self).__name__} cannot quantize, only read")
 
-    def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    def dequantize(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
         """The weight [N, K] in dtype (None: the dtype it was quantized from); reads only what `operands` gives."""
         raise NotImplementedError(f"{type(self).__name__} defines no dequantize")
 
@@ -74,7 +83,7 @@ class WeightFormat:
         return self
 
     def operands(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """What kernels read, in `operand_names` order: stored tensors themselves, or small ones derived from metadata."""
+        """What kernels read, in `operand_names` order: stored tensors, or small ones derived from metadata."""
         return {name: tensors[name] for name in self.operand_names(shape)}
 
     def operand_names(self, shape: tuple[int, ...]) -> tuple[str, ...]:
@@ -104,7 +113,11 @@ class WeightFormat:
     def faults(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> list[str]:
         """Every missing, surplus, wrong-shape or wrong-dtype tensor, a sentence each; empty when all fit."""
         specs = {spec.name: spec for spec in self.tensor_specs(shape)}
-        missing = [f"{name}: missing, expected {describe(s.dtype, s.shape)}" for name, s in specs.items() if name not in tensors]
+        missing = [
+            f"{name}: missing, expected {describe(s.dtype, s.shape)}"
+            for name, s in specs.items()
+            if name not in tensors
+        ]
         surplus = [f"{name}: surplus, no tensor of {type(self).__name__}" for name in tensors if name not in specs]
         wrong = [fault for name, spec in specs.items() if name in tensors and (fault := spec.fault(tensors[name]))]
         return missing + wrong + surplus

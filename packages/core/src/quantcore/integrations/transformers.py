@@ -21,7 +21,9 @@ def build_model(directory: Path) -> nn.Module:
     names = config.architectures or []
     cls = getattr(transformers, names[0], None) if names else transformers.AutoModelForCausalLM
     if cls is None:
-        raise ValueError(f"{directory}: transformers {transformers.__version__} has no architecture {names[0]!r}; upgrade it")
+        raise ValueError(
+            f"{directory}: transformers {transformers.__version__} has no architecture {names[0]!r}; upgrade it"
+        )
     model: nn.Module = cls._from_config(config) if names else cls.from_config(config)
     return model
 

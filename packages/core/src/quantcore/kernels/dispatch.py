@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kernel is asked to compute: op ("linear" or "linear_input_grad") on a weight [N, K] and M rows of input."""
+    """What a kernel is asked for: op ("linear" or "linear_input_grad") on a weight [N, K] and M rows of input."""
 
     op: str
     weight_format: WeightFormat

@@ -31,7 +31,9 @@ def _linear(x: Tensor, tensors: list[Tensor], bias: Tensor | None, format: str, 
 def _linear_input_grad(grad: Tensor, tensors: list[Tensor], format: str, in_features: int) -> Tensor:
     weight_format = format_from_key(format)
     rows = math.prod(grad.shape[:-1])
-    problem = Problem("linear_input_grad", weight_format, grad.device.type, grad.dtype, rows, grad.shape[-1], in_features)
+    problem = Problem(
+        "linear_input_grad", weight_format, grad.device.type, grad.dtype, rows, grad.shape[-1], in_features
+    )
     return choose(problem).kernel.linear_input_grad(grad, tensors, weight_format, in_features)
 
 
@@ -67,7 +69,12 @@ def _save_linear_input_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 def _linear_input_grad_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     tensors = list(ctx.saved_tensors)
-    return torch.ops.quantcore.linear(grad, tensors, None, ctx.format, ctx.out_features), [None] * len(tensors), None, None
+    return (
+        torch.ops.quantcore.linear(grad, tensors, None, ctx.format, ctx.out_features),
+        [None] * len(tensors),
+        None,
+        None,
+    )
 
 
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")

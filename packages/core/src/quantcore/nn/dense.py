@@ -37,12 +37,11 @@ def build_dense(kind: type[nn.Module], weight: Tensor, bias: Tensor | None) -> n
     """A float layer of the given kind over a weight [N, K]; the tensors are used, not copied."""
     out_features, in_features = weight.shape
     with torch.device("meta"):
-        if kind is nn.Linear:
-            module = nn.Linear(in_features, out_features, bias=bias is not None)
-        else:
-            module = kind(out_features, in_features)
-    module.weight = nn.Parameter(weight if kind is nn.Linear else weight.t().contiguous(), requires_grad=False)
-    module.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        # Conv1D takes its arguments the other way round, and always has a bias.
+        module = nn.Linear(in_features, out_features) if kind is nn.Linear else kind(out_features, in_features)
+    weight = weight if kind is nn.Linear else weight.t().contiguous()
+    module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    module.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
     return module
 
 
@@ -63,7 +62,9 @@ def check_finite(weight: Tensor, name: str) -> None:
 def _is_conv1d(module: nn.Module) -> bool:
     # Recognised by name and shape, so that transformers need not be importable.
     weight = getattr(module, "weight", None)
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(weight, Tensor) and weight.ndim == 2
+    return (
+        type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(weight, Tensor) and weight.ndim == 2
+    )
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:

@@ -55,7 +55,9 @@ class QuantizedLinear(QuantizedModule):
         dense = _dense(linear, name)
         weight_format = _resolve_format(config_or_format, name, linear, stored=False)
         if calibration is not None:
-            raise ValueError(f"{name or 'layer'}: {type(weight_format).__name__} takes no calibration data; leave it out")
+            raise ValueError(
+                f"{name or 'layer'}: {type(weight_format).__name__} takes no calibration data; leave it out"
+            )
         check_finite(dense.weight, name)
         try:
             weight_format.check_shape(dense.shape)
@@ -96,7 +98,8 @@ class QuantizedLinear(QuantizedModule):
         return cls._build(weight_format, tensors, bias, dense, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.operands, self.bias, self._format_key, self.out_features)
+        y: Tensor = ops.linear(x, self.operands, self.bias, self._format_key, self.out_features)
+        return y
 
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The layer with a float weight again, of the kind it was quantized from."""
@@ -110,7 +113,12 @@ class QuantizedLinear(QuantizedModule):
 
     @classmethod
     def _build(
-        cls, weight_format: WeightFormat, tensors: Mapping[str, Tensor], bias: Tensor | None, dense: DenseLinear, name: str
+        cls,
+        weight_format: WeightFormat,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
+        dense: DenseLinear,
+        name: str,
     ) -> QuantizedLinear:
         out_features, in_features = dense.shape
         return cls(
@@ -139,10 +147,14 @@ def _resolve_format(config_or_format: Any, name: str, module: nn.Module, *, stor
 
     quantizer = AutoHfQuantizer.from_config(config_or_format, pre_quantized=stored)
     if not isinstance(quantizer, WeightQuantizer):
-        raise TypeError(f"{type(quantizer).__name__} has no weight format for single layers; quantize the model instead")
+        raise TypeError(
+            f"{type(quantizer).__name__} has no weight format for single layers; quantize the model instead"
+        )
     weight_format = quantizer.format_for(name, module)
     if weight_format is None and stored:
         return quantizer.fallback_format(name, module)
     if weight_format is None:
-        raise ValueError(f"{name or 'layer'}: the config leaves this layer unquantized; name another or change the config")
+        raise ValueError(
+            f"{name or 'layer'}: the config leaves this layer unquantized; name another or change the config"
+        )
     return weight_format

@@ -18,15 +18,17 @@ class QuantizedModule(nn.Module):
     """A module whose weight is stored as the tensors of a weight format.
 
     Each stored tensor is a frozen parameter. `state_dict` shows it under its checkpoint suffix, dots included; the
-    attribute has underscores instead, since torch allows no dots there. `.to(dtype)` moves stored tensors and never casts
-    them.
+    attribute has underscores instead, since torch allows no dots there. `.to(dtype)` moves stored tensors and never
+    casts them.
     """
 
     format: WeightFormat
     shape: tuple[int, ...]
     name: str
 
-    def __init__(self, weight_format: WeightFormat, tensors: Mapping[str, Tensor], shape: tuple[int, ...], name: str = ""):
+    def __init__(
+        self, weight_format: WeightFormat, tensors: Mapping[str, Tensor], shape: tuple[int, ...], name: str = ""
+    ):
         super().__init__()
         self.shape = tuple(shape)
         self.name = name
@@ -103,7 +105,7 @@ class QuantizedModule(nn.Module):
         return super().__getattr__(name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         format_key(self.format)  # the op finds the format by this key, in this process too
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
@@ -112,7 +114,7 @@ class QuantizedModule(nn.Module):
         def move(tensor: Tensor) -> Tensor:
             return _without_cast(fn, tensor) if id(tensor) in kept else fn(tensor)
 
-        super()._apply(move, recurse)
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -80,6 +80,8 @@ def _describe(method: str, distributions: tuple[str, ...]) -> MethodInfo:
 def _installed(group: str) -> tuple[Claim, ...]:
     entry_points: Iterable[Any] = importlib_metadata.entry_points(group=group)
     return tuple(
-        Claim(entry.name, entry.module, entry.dist.name if entry.dist else "?", entry.dist.version if entry.dist else "")
+        Claim(
+            entry.name, entry.module, entry.dist.name if entry.dist else "?", entry.dist.version if entry.dist else ""
+        )
         for entry in entry_points
     )

@@ -20,17 +20,17 @@ hookimpl = HookimplMarker("quantcore")
 
 
 @hookspec
-def quantcore_backends() -> Iterable[Backend]:
+def quantcore_backends() -> Iterable[Backend]:  # type: ignore[empty-body]
     """The methods that this plugin provides."""
 
 
 @hookspec(firstresult=True)
 def quantcore_match_config(config_dict: Mapping[str, Any]) -> str | None:
-    """The method of a config dict without `quant_method`, or None. Found through the entry-point group quantcore.match."""
+    """The method of a config dict without `quant_method`, or None. Entry-point group: quantcore.match."""
 
 
 @hookspec
-def quantcore_kernels() -> Iterable[Kernel]:
+def quantcore_kernels() -> Iterable[Kernel]:  # type: ignore[empty-body]
     """Kernels published apart from methods. Found through the entry-point group quantcore.kernels."""
 
 

@@ -180,7 +180,8 @@ class Plugins:
         near = difflib.get_close_matches(method, candidates, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return UnknownMethodError(
-            f"quant_method {method!r:.80} is unknown; {hint}Known: {', '.join(candidates)}. Installed: {installed}{failed}"
+            f"quant_method {method!r:.80} is unknown; {hint}Known: {', '.join(candidates)}. "
+            f"Installed: {installed}{failed}"
         )
 
 
@@ -204,7 +205,9 @@ def _check_requirement(method: str, claim: Claim) -> None:
 
     for line in importlib_metadata.requires(claim.distribution) or ():
         requirement = Requirement(line)
-        if requirement.name.lower() == "quantcore" and not requirement.specifier.contains(__version__, prereleases=True):
+        if requirement.name.lower() == "quantcore" and not requirement.specifier.contains(
+            __version__, prereleases=True
+        ):
             raise BackendVersionError(
                 f"method {method!r}: {claim} needs quantcore{requirement.specifier}, this is {__version__}; "
                 f"pip install --upgrade quantcore {claim.distribution}"

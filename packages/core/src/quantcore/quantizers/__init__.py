@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 from quantcore import _lazy
 
 if TYPE_CHECKING:
-    from quantcore.quantizers.auto import AutoHfQuantizer as AutoHfQuantizer, AutoQuantizationConfig as AutoQuantizationConfig
+    from quantcore.quantizers.auto import (
+        AutoHfQuantizer as AutoHfQuantizer,
+        AutoQuantizationConfig as AutoQuantizationConfig,
+    )
     from quantcore.quantizers.base import HfQuantizer as HfQuantizer
     from quantcore.quantizers.weight import WeightQuantizer as WeightQuantizer
 

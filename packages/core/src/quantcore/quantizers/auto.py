@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from quantcore.plugins.backend import import_string
 from quantcore.plugins.known import normalize_method
@@ -62,8 +62,7 @@ def quantizer_class(config: QuantizationConfigMixin) -> type[HfQuantizer]:
     if name in _registered_quantizers:
         return _registered_quantizers[name]
     target = import_string(plugins().backend(name).quantizer)
-    cls: type[HfQuantizer] = target if inspect.isclass(target) else target(config)
-    return cls
+    return cast("type[HfQuantizer]", target if inspect.isclass(target) else target(config))
 
 
 class AutoQuantizationConfig:
@@ -82,7 +81,9 @@ class AutoQuantizationConfig:
         return config
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> QuantizationConfigMixin:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> QuantizationConfigMixin:
         """The config that stands in a checkpoint's config.json. Raises ValueError when the model is not quantized."""
         from quantcore.checkpoints.read import quantization_dict, read_config, resolve
 
@@ -128,7 +129,8 @@ class AutoHfQuantizer:
         changes = quantization_config_from_args.get_loading_attributes()
         config.update(**changes)
         logger.warning(
-            "the checkpoint's own quantization_config is used; of the one passed, only %s count", sorted(changes) or "none"
+            "the checkpoint's own quantization_config is used; of the one passed, only %s count",
+            sorted(changes) or "none",
         )
         return config
 
@@ -179,7 +181,9 @@ def _register(registry: dict[str, Any], method: str, base: type, override: bool)
         if not (inspect.isclass(cls) and issubclass(cls, base)):
             raise TypeError(f"{name!r}: expected a subclass of {base.__name__}, got {cls!r:.80}")
         if name in registry and not override:
-            raise ValueError(f"{name!r} is registered already, as {registry[name].__name__}; pass override=True to replace it")
+            raise ValueError(
+                f"{name!r} is registered already, as {registry[name].__name__}; pass override=True to replace it"
+            )
         registry[name] = cls
         return cls
 

@@ -28,7 +28,7 @@ class HfQuantizer:
         self.pre_quantized = pre_quantized
         if self.requires_calibration and not pre_quantized:
             raise ValueError(
-                f"{self._method()} quantizes with calibration data; give some, or load a checkpoint that is quantized already"
+                f"{self._method()} quantizes with calibration data; give some, or load a quantized checkpoint"
             )
 
     # Environment and placement
@@ -126,7 +126,9 @@ class HfQuantizer:
 
     # Saving, training, leaving
 
-    def get_state_dict_and_metadata(self, model: nn.Module, *args: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: nn.Module, *args: Any
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The tensors to save (None: the model's own state dict) and metadata for the file header."""
         return None, {}
 
@@ -209,7 +211,9 @@ class HfQuantizer:
         return self.param_needs_quantization(model, param_name, **kwargs)
 
     def create_quantized_param(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(f"{self._method()} does not create parameters one by one; use quantcore.quantize or load")
+        raise NotImplementedError(
+            f"{self._method()} does not create parameters one by one; use quantcore.quantize or load"
+        )
 
     def get_param_name(self, param_name: str) -> str:
         return self.update_param_name(param_name)
@@ -230,7 +234,9 @@ class HfQuantizer:
     def update_ep_plan(self, config: Any) -> Any:
         return config
 
-    def update_state_dict_with_metadata(self, state_dict: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    def update_state_dict_with_metadata(
+        self, state_dict: dict[str, Tensor], metadata: Mapping[str, str]
+    ) -> dict[str, Tensor]:
         return state_dict
 
     def _method(self) -> str:

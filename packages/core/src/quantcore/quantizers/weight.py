@@ -157,7 +157,9 @@ class WeightQuantizer(HfQuantizer):
 
     def fallback_format(self, name: str, module: nn.Module) -> WeightFormat:
         """The format to read a layer with that the config leaves float, but that is quantized in the checkpoint."""
-        raise ValueError(f"{name}: is quantized in the checkpoint, but quantization_config leaves it float; they contradict")
+        raise ValueError(
+            f"{name}: is quantized in the checkpoint, but quantization_config leaves it float; they contradict"
+        )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for _, module in quantized_modules(model):
@@ -187,7 +189,9 @@ class WeightQuantizer(HfQuantizer):
         if given is None:
             return selection.default_skips(model)
         missed = selection.unmatched_patterns(given, (name for name, _ in model.named_modules()))
-        missed = [pattern for pattern in missed if not any(self.skips(name, pattern) for name, _ in model.named_modules())]
+        missed = [
+            pattern for pattern in missed if not any(self.skips(name, pattern) for name, _ in model.named_modules())
+        ]
         if missed:
             logger.warning("no module matches the skip patterns %s; check them for renamed modules", missed)
         return given + selection.kept_in_float32(model)
@@ -214,6 +218,8 @@ def _nothing_to_do(model: nn.Module, left: Mapping[str, str]) -> str:
 
 def _report(plan: Plan, model: nn.Module) -> None:
     total = sum(parameter.numel() for parameter in model.parameters())
-    logger.info("quantizing %d layers, %.1f %% of %d parameters", len(plan.layers), 100 * plan.quantized_weights / total, total)
+    logger.info(
+        "quantizing %d layers, %.1f %% of %d parameters", len(plan.layers), 100 * plan.quantized_weights / total, total
+    )
     for name, reason in plan.left.items():
         logger.info("%s stays float: %s", name, reason)
