@@ -131,7 +131,7 @@ def install_torch(session: nox.Session) -> None:
     """Installs the pinned torch before anything that depends on it.
 
     Any build of that version will do, a CPU build of 0.2 GB as well as a CUDA build of several GB. With the version in
-    place, `torch>=2.6` in a package's dependencies is met, and pip fetches no other build.
+    place, `torch>=2.7` in a package's dependencies is met, and pip fetches no other build.
     """
     session.install(pinned("torch"))
 

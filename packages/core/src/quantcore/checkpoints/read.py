@@ -74,8 +74,8 @@ class Checkpoint:
     def by_module(self) -> dict[str, dict[str, Tensor]]:
         """Meta tensors grouped by the module that owns them: {module: {suffix: tensor}}.
 
-        A dotted suffix cannot be told from a submodule by its name alone, so each tensor is listed under every
-        prefix that could own it, nearest first.
+        A dotted suffix cannot be told from a submodule by its name alone, so each tensor is listed under every prefix
+        that could own it.
         """
         groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, header in self.headers.items():
@@ -85,16 +85,9 @@ class Checkpoint:
                 groups[".".join(parts[:cut])][".".join(parts[cut:])] = tensor
         return groups
 
-    def describe(self, module: str) -> dict[str, Tensor]:
-        """The tensors of one module by suffix: small ones read, for they may hold metadata, the others on meta."""
-        prefix = module + "."
-        names = [name for name in self.headers if name.startswith(prefix)]
-        small = [name for name in names if self.headers[name].nbytes <= _METADATA_BYTES]
-        tensors = dict(self.stream(small))
-        for name in names:
-            header = self.headers[name]
-            tensors.setdefault(name, torch.empty(header.shape, dtype=header.dtype, device="meta"))
-        return {name.removeprefix(prefix): tensors[name] for name in names}
+    def read_metadata(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Those of the named tensors that are small enough to describe a format, by name; one pass over the files."""
+        return dict(self.stream(name for name in names if self.headers[name].nbytes <= _METADATA_BYTES))
 
     def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) for the given names, or all, in file order; each tensor is a copy that owns its memory."""

@@ -49,6 +49,8 @@ def check_finite(weight: Tensor, name: str) -> None:
     """Raise ValueError naming the layer and the first bad row when a weight [N, K] holds NaN or inf, or is empty."""
     if weight.numel() == 0:
         raise ValueError(f"{name or 'layer'}: weight {list(weight.shape)} has no elements; skip this layer")
+    if weight.device.type == "meta":
+        raise ValueError(f"{name or 'layer'}: weight is on the meta device and has no values; load it first")
     if not weight.is_floating_point():
         raise ValueError(f"{name or 'layer'}: weight is {weight.dtype}, not a float; it may be quantized already")
     # A sum is finite only if every element is, up to overflow: one pass without a mask settles the usual case.

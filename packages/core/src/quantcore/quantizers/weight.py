@@ -129,15 +129,18 @@ class WeightQuantizer(HfQuantizer):
         """Put empty quantized layers where the checkpoint holds quantized weights."""
         if checkpoint is None:
             return
-        faults: list[str] = []
         groups = checkpoint.by_module()
-        for name, module in list(model.named_modules()):
-            dense = view_dense(module)
-            stored = groups.get(name)
-            if dense is None or stored is None or not self.is_quantized(dense, stored):
-                continue
+        layers = {
+            name: (module, dense)
+            for name, module in model.named_modules()
+            if name in groups and (dense := view_dense(module)) is not None and self.is_quantized(dense, groups[name])
+        }
+        metadata = checkpoint.read_metadata(f"{name}.{suffix}" for name in layers for suffix in groups[name])
+        faults: list[str] = []
+        for name, (module, dense) in layers.items():
+            stored = {suffix: metadata.get(f"{name}.{suffix}", tensor) for suffix, tensor in groups[name].items()}
             try:
-                replace_module(model, name, self._empty_layer(name, module, dense, checkpoint.describe(name)))
+                replace_module(model, name, self._empty_layer(name, module, dense, stored))
             except (ValueError, LookupError) as error:
                 faults.append(f"{name}: {error}" if name not in str(error) else str(error))
         if faults:
