@@ -119,7 +119,8 @@ def measure(arguments: argparse.Namespace, peaks: dict[str, float]) -> list[dict
             start = time.perf_counter()
             stored = quantize(weight, arguments)
             seconds[name].append(time.perf_counter() - start)
-            errors[name] = (weight.float() - dequantize(stored, tuple(weight.shape)).float()).abs().mean(dtype=torch.float64).item()
+            restored = dequantize(stored, tuple(weight.shape))
+            errors[name] = (weight.float() - restored.float()).abs().mean(dtype=torch.float64).item()
     slowest = statistics.median(seconds["hqq"])
     return [
         {
@@ -161,9 +162,10 @@ def peak_extra_mib(name: str, arguments: argparse.Namespace) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'':10} {'seconds':>8} {'x faster':>9} {'mean |error|':>13} {'peak MiB':>9}"]
     for row in rows:
-        lines.append(
-            f"{row['name']:10} {row['seconds']:8.3f} {row['times_faster']:9.1f} {row['mean_error']:13.9f} {row['peak_extra_mib']:9.1f}"
+        figures = (
+            f"{row['seconds']:8.3f} {row['times_faster']:9.1f} {row['mean_error']:13.9f} {row['peak_extra_mib']:9.1f}"
         )
+        lines.append(f"{row['name']:10} {figures}")
     return "\n".join(lines)
 
 
@@ -171,7 +173,8 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[st
     from importlib.metadata import version
 
     settings = {key: value for key, value in vars(arguments).items() if key not in ("json", "peak_of")}
-    machine = {"platform": platform.platform(), "processor": cpu_name(), "torch": version("torch"), "hqq": version("hqq")}
+    versions = {name: version(name) for name in ("torch", "hqq")}
+    machine = {"platform": platform.platform(), "processor": cpu_name(), **versions}
     return {"settings": settings, "machine": machine, "results": rows}
 
 

@@ -13,11 +13,12 @@ BACKEND = Backend(
     method="bitsandbytes",
     config=f"{_MODULE}.config:BitsAndBytesConfig",
     quantizer=f"{_MODULE}.quantizer:quantizer_for",
-    summary="NF4 and FP4 with double quantization",
+    summary="NF4 and FP4 with double quantization, LLM.int8",
     example_configs=(
         {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
         {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"},
         {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "float16"},
+        {"load_in_8bit": True},
     ),
 )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantcore.formats.base import TensorSpec, WeightFormat, float_dtype
 from quantcore.formats.families import Affine, Family, Grouping
+from quantcore.quantization_config import matches_type
 from quantcore_hqq.hqq.config import BITS
 from quantcore_hqq.hqq.legacy import HqqLegacy
 from quantcore_hqq.hqq.packing import pack, packed_rows, packing_for, unpack, word_dtype
@@ -111,6 +112,14 @@ class Hqq(WeightFormat):
         _expect("packing", _read_text(tensors, "packing"), found.packing)
         _expect("unpack_view_dtype", _read_text(tensors, "unpack_view_dtype"), str(word_dtype(found.packing)))
         return found
+
+    def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+        if "W_q" not in tensors or "shape" not in tensors:
+            return None
+        shape = tensors["shape"].tolist()
+        if not matches_type(shape, list[int]) or len(shape) < 2 or min(shape) < 1:
+            raise ValueError(f"shape must be two or more positive numbers, got {shape!r:.60}")
+        return tuple(shape)
 
     @property
     def packing(self) -> str:

@@ -1,7 +1,7 @@
 """HQQ's packed storage: a matrix of codes, split over its rows, several codes to a word.
 
 The rows of the grouped code matrix [R, C] are cut into equal blocks, and word [i, c] holds code [i, c] of every
-block, the first block in the highest bits. Source: formats/hqq.md, "Packing".
+block, the first block in the highest bits. Source: the layout that hqq 0.2.8 writes.
 """
 
 from __future__ import annotations

@@ -3,14 +3,16 @@
 Gives the bits of hqq 0.2.8 on a CPU. The weight is read tile by tile, so that float32 copies are never larger than a
 tile. Groups are independent but for the common stop test, and a group whose zero no longer changes is at a fixed
 point: only the other groups are visited again, and the stored error of the settled ones stands in for them in the test.
+The test adds up in float64, hqq in float32: on weights of magnitude 1000, where a step changes the error by less than
+float32 resolves, hqq stops some steps earlier.
 
-Source: Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog/; exact order of operations in formats/hqq.md,
-"Quantization".
+Source: Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog/, in the order of operations of hqq 0.2.8.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,20 +34,17 @@ FLAT_RANGE = 1e-4  # groups whose max - min is not above this get scale 1
 # below on.
 SHRINK_FROM = 0.16
 
-# Larger tiles gain nothing where five float32 buffers fill the share of cache of a core; devices with launch latency
-# need larger ones.
-TILE_VALUES_PER_CPU_THREAD = 1 << 17
-TILE_VALUES_ELSEWHERE = 1 << 24
+# Five float32 buffers of this many values lie in a core's cache; devices with launch latency need larger tiles.
+CPU_TILE_VALUES = 1 << 18
+DEVICE_TILE_VALUES = 1 << 24
 
-# torch sums columns in blocks of 32 and the columns left over in another order, and cuts one lone long row among
-# threads. Tiles are multiples of these many groups (by axis), so that every group is summed in the order it has in
-# the whole matrix.
-TILE_MULTIPLE = {0: 32, 1: 2}
+# torch adds up columns in blocks of 32, and those left over in another order. Tiles along axis 0 are whole blocks, so
+# that every group is summed in the order it has in the whole matrix.
+TILE_MULTIPLE = {0: 32, 1: 1}
 
 USUAL_GROUP_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-@torch.no_grad()
 def solve(
     weight: Tensor,
     *,
@@ -69,13 +68,18 @@ def solve(
     packing_for(bits)
     top = round(2**bits - 1)
     if not channel_wise:
-        return _solve_whole(weight, top, round_zero)
+        group_size, axis = None, 1
     size = group_length(tuple(weight.shape), group_size, axis)
-    matrix = weight.reshape(-1, size) if axis == 1 else weight.reshape(size, -1)
-    inv_scale, zero = _affine(*_ranges(matrix, axis), top, round_zero)
-    if optimize:
-        _refine_zero(matrix, axis, inv_scale, zero, top)
-    return _encode(matrix, axis, inv_scale, zero, top), inv_scale.reciprocal_(), zero
+    matrix = weight.detach().reshape((-1, size) if axis == 1 else (size, -1))
+    with _one_cpu_thread():
+        low, high = _ranges(matrix, axis)
+        if not channel_wise:
+            low, high = low.amin(), high.amax()
+        inv_scale, zero = _affine(low, high, top, round_zero)
+        if optimize and channel_wise:
+            _refine_zero(matrix, axis, inv_scale, zero, top)
+        codes = _encode(matrix, axis, inv_scale, zero, top)
+    return codes, inv_scale.reciprocal_(), zero
 
 
 def group_length(shape: tuple[int, ...], group_size: int | None, axis: int) -> int:
@@ -98,25 +102,16 @@ def group_length(shape: tuple[int, ...], group_size: int | None, axis: int) -> i
     return group_size
 
 
-def _solve_whole(weight: Tensor, top: int, round_zero: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`solve` with one range for the whole weight."""
-    low, high = _ranges(weight, 1)
-    inv_scale, zero = _affine(low.amin(), high.amax(), top, round_zero)
-    rows = (weight.shape[0], 1)
-    return _encode(weight, 1, inv_scale.expand(rows), zero.expand(rows), top), inv_scale.reciprocal(), zero
-
-
 def _ranges(matrix: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each group, float32, reduced over axis (kept)."""
-    shape = [1, 1]
-    shape[1 - axis] = matrix.shape[1 - axis]
-    low, high = torch.empty((2, *shape), dtype=torch.float32, device=matrix.device)
+    groups = 1 - axis
+    low, high = torch.empty((2, *_per_group(matrix, axis)), dtype=torch.float32, device=matrix.device)
     buffers = _buffers(matrix, axis, 1)
-    for start, count in _tiles(matrix, axis, matrix.shape[1 - axis]):
-        part = matrix.narrow(1 - axis, start, count)
+    for start, count in _tiles(matrix, axis, matrix.shape[groups]):
+        part = matrix.narrow(groups, start, count)
         values = _views(buffers, part.shape)[0].copy_(part)
-        torch.amin(values, axis, keepdim=True, out=low.narrow(1 - axis, start, count))
-        torch.amax(values, axis, keepdim=True, out=high.narrow(1 - axis, start, count))
+        torch.amin(values, axis, keepdim=True, out=low.narrow(groups, start, count))
+        torch.amax(values, axis, keepdim=True, out=high.narrow(groups, start, count))
     return low, high
 
 
@@ -139,10 +134,8 @@ def _refine_zero(matrix: Tensor, axis: int, inv_scale: Tensor, zero: Tensor, top
         before = zero.clone()
         for start, count in _tiles(matrix, axis, index.numel()):
             tile = index[start : start + count]
-            part = matrix.index_select(groups, tile)
-            new_zero, new_error = _step(
-                part, inv_scale.index_select(groups, tile), zero.index_select(groups, tile), top, axis, buffers
-            )
+            part, part_scale, part_zero = (tensor.index_select(groups, tile) for tensor in (matrix, inv_scale, zero))
+            new_zero, new_error = _step(part, part_scale, part_zero, top, axis, buffers)
             zero.index_copy_(groups, tile, new_zero)
             error.index_copy_(groups, tile, new_error)
         index = _unsettled((zero != before).flatten(), TILE_MULTIPLE[axis])
@@ -188,19 +181,32 @@ def _encode(matrix: Tensor, axis: int, inv_scale: Tensor, zero: Tensor, top: int
     """Codes uint8 in the shape of matrix."""
     groups = 1 - axis
     codes = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
+    inv_scale, zero = (tensor.expand(_per_group(matrix, axis)) for tensor in (inv_scale, zero))
     buffers = _buffers(matrix, axis, 1)
     for start, count in _tiles(matrix, axis, matrix.shape[groups]):
-        part = matrix.narrow(groups, start, count)
+        part, part_scale, part_zero, out = (t.narrow(groups, start, count) for t in (matrix, inv_scale, zero, codes))
         values = _views(buffers, part.shape)[0].copy_(part)
-        values.mul_(inv_scale.narrow(groups, start, count)).add_(zero.narrow(groups, start, count))
-        codes.narrow(groups, start, count).copy_(values.round_().clamp_(0, top))
+        out.copy_(values.mul_(part_scale).add_(part_zero).round_().clamp_(0, top))
     return codes
+
+
+@contextmanager
+def _one_cpu_thread() -> Iterator[None]:
+    """Holds torch to one thread per operation.
+
+    The operations on a tile are short, and threads that meet after each of them all wait for the busiest core.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _tile_groups(matrix: Tensor, axis: int) -> int:
     """Groups in a tile, a multiple of TILE_MULTIPLE."""
-    on_cpu = matrix.device.type == "cpu"
-    values = TILE_VALUES_PER_CPU_THREAD * torch.get_num_threads() if on_cpu else TILE_VALUES_ELSEWHERE
+    values = CPU_TILE_VALUES if matrix.device.type == "cpu" else DEVICE_TILE_VALUES
     multiple = TILE_MULTIPLE[axis]
     return max(values // matrix.shape[axis] // multiple, 1) * multiple
 
@@ -216,8 +222,13 @@ def _tiles(matrix: Tensor, axis: int, groups: int) -> Iterator[tuple[int, int]]:
 
 def _buffers(matrix: Tensor, axis: int, count: int) -> Tensor:
     """Room for `count` float32 tiles, [count, values]; reused for every tile, so that they stay in cache."""
-    groups = min(_tile_groups(matrix, axis) + TILE_MULTIPLE[axis], matrix.shape[1 - axis])
+    groups = min(_tile_groups(matrix, axis) + TILE_MULTIPLE[axis] - 1, matrix.shape[1 - axis])
     return torch.empty((count, groups * matrix.shape[axis]), dtype=torch.float32, device=matrix.device)
+
+
+def _per_group(matrix: Tensor, axis: int) -> tuple[int, int]:
+    """Shape of what holds one number per group."""
+    return (matrix.shape[0], 1) if axis == 1 else (1, matrix.shape[1])
 
 
 def _views(buffers: Tensor, shape: torch.Size) -> list[Tensor]:
