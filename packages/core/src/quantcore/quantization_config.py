@@ -16,11 +16,13 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 Config = TypeVar("Config", bound="QuantizationConfigMixin")
+
+_MAX_NESTING = 100  # levels; published configs have five
 
 
 class QuantizationMethod(str, enum.Enum):
@@ -114,6 +116,7 @@ class QuantizationConfigMixin:
         """
         if not isinstance(config_dict, Mapping):
             raise TypeError(f"{cls.__name__}: expected a dict, got {type(config_dict).__name__}: {config_dict!r:.80}")
+        check_nesting(config_dict, cls.__name__)
         values = {key: copy.deepcopy(value) for key, value in config_dict.items() if key != "quant_method"}
         names = {field.name for field in dataclasses.fields(cls)}
         missing = [name for name in _required(cls) if name not in values]
@@ -145,7 +148,7 @@ class QuantizationConfigMixin:
     def to_dict(self) -> dict[str, Any]:
         """Every field and every kept key as JSON values, with quant_method: what stands in config.json."""
         values = {field.name: to_json_value(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        return {"quant_method": str(to_json_value(self.quant_method)), **values, **copy.deepcopy(self.extra_keys)}
+        return {"quant_method": str(to_json_value(self.quant_method)), **values, **to_json_value(self.extra_keys)}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The dict that `to_json_string` shows; the same as `to_dict` unless a class shortens it."""
@@ -215,11 +218,30 @@ def check_limits(
     for number in value if isinstance(value, list | tuple) else [value]:
         if isinstance(number, bool) or not isinstance(number, int | float):
             continue
-        if not math.isfinite(number):
+        if isinstance(number, float) and not math.isfinite(number):
             raise ValueError(f"{label} must be finite, got {number}")
         if (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
             low, high = ("-inf" if minimum is None else minimum), ("inf" if maximum is None else maximum)
             raise ValueError(f"{label} must lie in [{low}, {high}], got {number!r:.80}")
+
+
+def check_nesting(values: Mapping[str, Any], label: str) -> None:
+    """Raise ValueError naming the key whose value is nested so deeply that copying it would exhaust the stack."""
+    for key, value in values.items():
+        level = [value]
+        for _ in range(_MAX_NESTING):
+            inner = {id(item): item for outer in level for item in _items(outer)}
+            level = list(inner.values())
+            if not level:
+                break
+        else:
+            raise ValueError(f"{label}.{key} is nested too deeply: more than {_MAX_NESTING} levels")
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
 
 
 def matches_type(value: Any, annotation: Any) -> bool:

@@ -25,5 +25,31 @@ def debug() -> bool:
     return os.environ.get("QUANTCORE_DEBUG", "") not in ("", "0")
 
 
+def no_color() -> bool:
+    """Whether output stays without colour on a terminal too (NO_COLOR, https://no-color.org)."""
+    return bool(os.environ.get("NO_COLOR"))
+
+
+def in_force() -> dict[str, str]:
+    """The environment variables that are set and change what quantcore does, or where and on what it runs."""
+    heeded = (name for name in sorted(os.environ) if name.startswith("QUANTCORE_") or name in _OTHERS)
+    return {name: os.environ[name] for name in heeded}
+
+
+# Read by torch, by the hub's client, or by the terminal output.
+_OTHERS = frozenset(
+    (
+        "CUDA_VISIBLE_DEVICES",
+        "HF_HOME",
+        "HF_HUB_OFFLINE",
+        "HIP_VISIBLE_DEVICES",
+        "MKL_NUM_THREADS",
+        "NO_COLOR",
+        "OMP_NUM_THREADS",
+        "TRITON_INTERPRET",
+    )
+)
+
+
 def _split(variable: str) -> list[str]:
     return [part for part in (word.strip() for word in os.environ.get(variable, "").split(",")) if part]

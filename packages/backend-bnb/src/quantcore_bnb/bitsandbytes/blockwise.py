@@ -1,13 +1,19 @@
 """Blockwise 4-bit quantization (NF4, FP4) and the double quantization of its block maxima, on tensors.
 
 Source: Dettmers et al. 2023, QLoRA, section 3 (arXiv:2305.14314), as stored by bitsandbytes' portable backend.
-Every loop runs over tiles that fit in a core's cache: working memory is a few tiles, whatever the size of the weight.
+Work goes in pieces that fit in a core's cache: memory is a few pieces a thread, whatever the size of the weight.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from itertools import accumulate
 from math import gcd, prod
-from typing import TYPE_CHECKING, NamedTuple
+from threading import Semaphore
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,13 +21,15 @@ from torch import Tensor
 from quantcore_bnb.bitsandbytes.tables import code_midpoints, code_order, dynamic_bins, dynamic_map
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 NESTED_BLOCKSIZE = 256
 _ABSMAX_FLOOR = 1e-38
 _LABEL_BASE = 16  # labels lie above every normalized value and fit in int8
-_CPU_TILE = 1 << 19
-_GPU_TILE = 1 << 22
+_UNDIVIDED = 1 << 15  # torch itself runs an op on so few elements in one thread
+_MIN_PIECE = 1 << 18
+_MAX_PIECE = 1 << 19
+_GPU_PIECE = 1 << 22
 
 
 def quantize_blocks(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -36,17 +44,12 @@ def quantize_blocks(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Te
     """
     if not weight.is_floating_point():
         raise TypeError(f"weight has dtype {weight.dtype}; 4-bit quantization needs a float dtype")
-    length = _tile_length(weight, blocksize)
+    weight, numel = weight.detach(), weight.numel()
+    pieces = _row_major_pieces(weight, _piece_length(numel, blocksize, weight.device), blocksize)
+    packed = weight.new_empty(_ceil_div(numel, 2), 1, dtype=torch.uint8)
+    absmax = weight.new_empty(_ceil_div(numel, blocksize), dtype=torch.float32)
     steps = _label_steps(quant_type)
-    packed = weight.new_empty(_ceil_div(weight.numel(), 2), 1, dtype=torch.uint8)
-    absmax = weight.new_empty(_ceil_div(weight.numel(), blocksize), dtype=torch.float32)
-    buffers = _Buffers.allocate(min(length, 2 * packed.numel()), weight.device)
-    start = 0
-    for tile in _flat_tiles(weight.detach(), length, blocksize):
-        tile_absmax = absmax[start // blocksize : _ceil_div(start + tile.numel(), blocksize)]
-        tile_packed = packed[start // 2 : _ceil_div(start + tile.numel(), 2), 0]
-        _quantize_tile(tile, blocksize, steps, buffers, tile_packed, tile_absmax)
-        start += tile.numel()
+    _share(partial(_quantize_pieces, steps=steps, blocksize=blocksize, packed=packed.view(-1), absmax=absmax), pieces)
     return packed, absmax
 
 
@@ -60,19 +63,14 @@ def dequantize_blocks(
     Raises ValueError that lists every argument of another size or dtype.
     """
     numel = prod(shape)
-    length = _tile_length(packed, blocksize)
+    length = _piece_length(numel, blocksize, packed.device)
     _check_stored(packed, absmax, quant_map, numel, blocksize)
-    data, level_pairs = packed.reshape(-1), _level_pairs(quant_map)
     weight = packed.new_empty(numel, dtype=dtype)
-    longest = min(length, 2 * data.numel())
-    index = packed.new_empty(longest // 2, dtype=torch.int64)
-    values = packed.new_empty(longest, dtype=torch.float32)
-    for start in range(0, numel, length):
-        out = weight[start : start + length]
-        tile = data[start // 2 : (start + length) // 2]
-        _look_up(level_pairs, index[: tile.numel()].copy_(tile), values.view(torch.int64)[: tile.numel()])
-        _scale_(values[: out.numel()], absmax[start // blocksize :], blocksize)
-        out.copy_(values[: out.numel()])
+    data, pairs = packed.reshape(-1), _level_pairs(quant_map)
+    _share(
+        partial(_dequantize_pieces, packed=data, absmax=absmax, level_pairs=pairs, blocksize=blocksize),
+        weight.split(length),
+    )
     return weight.view(tuple(shape))
 
 
@@ -85,13 +83,10 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
     offset = absmax.mean().item()
     codes = torch.empty_like(absmax, dtype=torch.uint8)
     nested_absmax = absmax.new_empty(_ceil_div(absmax.numel(), NESTED_BLOCKSIZE))
-    length = _tile_length(absmax, NESTED_BLOCKSIZE)
-    for start in range(0, absmax.numel(), length):
-        values = absmax[start : start + length] - offset
-        first = start // NESTED_BLOCKSIZE
-        tile_absmax = nested_absmax[first : first + _ceil_div(values.numel(), NESTED_BLOCKSIZE)]
-        _normalize_(values, torch.empty_like(values), tile_absmax, NESTED_BLOCKSIZE)
-        codes[start : start + length] = _nearest_dynamic_codes(values)
+    length = _piece_length(absmax.numel(), NESTED_BLOCKSIZE, absmax.device)
+    _share(
+        partial(_quantize_absmax_pieces, offset=offset, codes=codes, nested_absmax=nested_absmax), absmax.split(length)
+    )
     return codes, nested_absmax, dynamic_map(absmax.device), offset
 
 
@@ -107,35 +102,57 @@ def dequantize_absmax(
     return absmax.add_(offset)
 
 
-class _Buffers(NamedTuple):
-    """What one tile needs, allocated once."""
-
-    values: Tensor  # [T] float32
-    magnitudes: Tensor  # [T] float32
-    labels: Tensor  # [T] int8
-
-    @classmethod
-    def allocate(cls, length: int, device: torch.device) -> _Buffers:
-        values, magnitudes = torch.empty(2, length, dtype=torch.float32, device=device)
-        return cls(values, magnitudes, torch.empty(length, dtype=torch.int8, device=device))
-
-
-def _quantize_tile(
-    tile: Tensor, blocksize: int, steps: Sequence[tuple[float, int]], buffers: _Buffers, packed: Tensor, absmax: Tensor
+def _quantize_pieces(
+    pieces: Iterator[tuple[int, Tensor]],
+    longest: int,
+    steps: Sequence[tuple[float, int]],
+    blocksize: int,
+    packed: Tensor,
+    absmax: Tensor,
 ) -> None:
-    size, padded = tile.numel(), 2 * packed.numel()
-    buffers.values[size:padded] = 0.0
-    values = buffers.values[:size].copy_(tile)
-    _normalize_(values, buffers.magnitudes[:size], absmax, blocksize)
-    values = buffers.values[:padded]
-    for limit, label in steps:
-        torch.threshold_(values, limit, label)
-    values.nan_to_num_(nan=steps[-1][1])
-    _pack_nibbles(buffers.labels[:padded].copy_(values), packed)
+    buffer = absmax.new_empty(longest + longest % 2)
+    magnitudes, labels = torch.empty_like(buffer), torch.empty_like(buffer, dtype=torch.int8)
+    for start, piece in pieces:
+        size, stop = piece.numel(), start + piece.numel()
+        values = buffer[:size].copy_(_flatten(piece))
+        _normalize_(values, magnitudes[:size], absmax[start // blocksize : _ceil_div(stop, blocksize)], blocksize)
+        padded = size + size % 2
+        buffer[size:padded] = 0.0
+        _label_(buffer[:padded], steps)
+        _pack_nibbles(labels[:padded].copy_(buffer[:padded]), packed[start // 2 : _ceil_div(stop, 2)])
+
+
+def _dequantize_pieces(
+    pieces: Iterator[tuple[int, Tensor]],
+    longest: int,
+    packed: Tensor,
+    absmax: Tensor,
+    level_pairs: Tensor,
+    blocksize: int,
+) -> None:
+    index = packed.new_empty(_ceil_div(longest, 2), dtype=torch.int32)
+    values = absmax.new_empty(2 * index.numel())
+    for start, out in pieces:
+        data = packed[start // 2 : _ceil_div(start + out.numel(), 2)]
+        size = data.numel()
+        torch.index_select(level_pairs, 0, index[:size].copy_(data), out=values.view(torch.int64)[:size])
+        _scale_(values[: out.numel()], absmax[start // blocksize :], blocksize)
+        out.copy_(values[: out.numel()])
+
+
+def _quantize_absmax_pieces(
+    pieces: Iterator[tuple[int, Tensor]], longest: int, offset: float, codes: Tensor, nested_absmax: Tensor
+) -> None:
+    for start, piece in pieces:
+        values = piece - offset
+        stop = start + piece.numel()
+        piece_absmax = nested_absmax[start // NESTED_BLOCKSIZE : _ceil_div(stop, NESTED_BLOCKSIZE)]
+        _normalize_(values, torch.empty_like(values), piece_absmax, NESTED_BLOCKSIZE)
+        codes[start:stop] = _nearest_dynamic_codes(values)
 
 
 def _normalize_(values: Tensor, magnitudes: Tensor, absmax: Tensor, blocksize: int) -> None:
-    """Writes the largest magnitude of each block to absmax, and divides values by it in place.
+    """Writes the largest magnitude of each block to absmax, and divides the block by it in place.
 
     Full blocks are multiplied by the rounded reciprocal, a partial last block is divided: upstream's two code paths.
     """
@@ -151,29 +168,27 @@ def _normalize_(values: Tensor, magnitudes: Tensor, absmax: Tensor, blocksize: i
 
 
 def _label_steps(quant_type: str) -> list[tuple[float, int]]:
-    """(limit, label) by ascending limit: a value not above limit, and above all limits before, has code label - 16.
-
-    A label is above every limit, so a value that one step replaces is left alone by the steps that follow.
-    """
+    """(limit, label) by ascending limit: a value up to limit, and above the limits before, has the code label - 16."""
     limits = (*code_midpoints(quant_type), 2.0)
     return [(limit, _LABEL_BASE + code) for limit, code in zip(limits, code_order(quant_type), strict=True)]
+
+
+def _label_(values: Tensor, steps: Sequence[tuple[float, int]]) -> None:
+    """Replaces each value by its label. A label is above all limits, so the steps after the one that set it keep it."""
+    for limit, label in steps:
+        torch.threshold_(values, limit, label)
+    values.nan_to_num_(nan=steps[-1][1])
 
 
 def _pack_nibbles(labels: Tensor, packed: Tensor) -> None:
     """Writes the low nibbles of labels int8 [2 P] to packed uint8 [P], even elements in the high nibble."""
     pairs = labels.view(torch.int16).bitwise_and_(0x0F0F)  # even + 256 * odd
-    packed.copy_(pairs.mul_(0x1001).bitwise_right_shift_(8))  # bits 8..15: 16 * even + odd
+    packed.copy_(pairs.mul_(0x1001).bitwise_right_shift_(8))  # bits 8..15 of the product: 16 * even + odd
 
 
 def _level_pairs(quant_map: Tensor) -> Tensor:
     """int64 [256]: for every byte the two float32 levels of its nibbles, the high one first."""
     return torch.stack([quant_map.repeat_interleave(16), quant_map.repeat(16)], dim=1).view(torch.int64).view(-1)
-
-
-def _look_up(table: Tensor, index: Tensor, out: Tensor) -> None:
-    """Writes table[index] to out. torch shares a gather among threads by rows, hence the rows."""
-    rows = gcd(index.numel(), 64)
-    torch.gather(table.expand(rows, -1), 1, index.view(rows, -1), out=out.view(rows, -1))
 
 
 def _scale_(values: Tensor, factors: Tensor, blocksize: int) -> None:
@@ -193,37 +208,83 @@ def _nearest_dynamic_codes(values: Tensor) -> Tensor:
     return codes.add_(values > pivots.index_select(0, codes))
 
 
-def _flat_tiles(weight: Tensor, length: int, blocksize: int) -> Iterator[Tensor]:
-    """The row-major elements of weight as contiguous pieces of at most length, all but the last of whole blocks.
-
-    A weight that is not contiguous is copied piece by piece, never as a whole.
-    """
+def _row_major_pieces(weight: Tensor, length: int, blocksize: int) -> list[Tensor]:
+    """Consecutive views of the row-major weight, whole blocks but for the last, of about length elements."""
     if weight.is_contiguous():
-        yield from weight.view(-1).split(length)
-        return
+        return list(weight.view(-1).split(length))
     row = weight[0].numel()
     if row > length and row % blocksize == 0:
-        for part in weight:
-            yield from _flat_tiles(part, length, blocksize)
-        return
+        return [piece for part in weight for piece in _row_major_pieces(part, length, blocksize)]
     whole_blocks = blocksize // gcd(blocksize, row)
-    rows = max(length // row // whole_blocks, 1) * whole_blocks
-    for part in weight.split(rows):
-        yield from _row_major(part).split(length)
+    return list(weight.split(max(length // row // whole_blocks, 1) * whole_blocks))
 
 
-def _row_major(part: Tensor) -> Tensor:
-    """The elements of part in row-major order. torch turns a whole transposed matrix by blocks, a slice of one not."""
-    if part.ndim == 2 and part.stride(0) == 1:
-        part = part.t().contiguous().t()
-    return part.reshape(-1)
+def _flatten(piece: Tensor) -> Tensor:
+    """The elements of piece in row-major order. torch is quick to transpose a whole matrix, not a part of one."""
+    if piece.ndim == 2 and piece.stride(0) == 1:
+        piece = piece.t().contiguous().t()
+    return piece.reshape(-1)
 
 
-def _tile_length(tensor: Tensor, blocksize: int) -> int:
+def _share(consume: Callable[[Iterator[tuple[int, Tensor]], int], None], pieces: Sequence[Tensor]) -> None:
+    """Calls consume(pairs, numel of the longest piece); pairs yields (number of elements before the piece, piece).
+
+    On a CPU as many threads as torch gives to one op share the pieces, each running its ops alone. Ops on pieces are
+    short: divided among torch's own threads, each would end in a wait for the slowest, on a busy machine for
+    milliseconds. On other devices the calling thread queues them all.
+    """
+    starts = accumulate((piece.numel() for piece in pieces), initial=0)
+    rest = deque(zip(starts, pieces, strict=False))
+    longest = max(piece.numel() for piece in pieces)
+    job = partial(_consume, consume, rest, longest)
+    if pieces[0].device.type != "cpu" or longest <= _UNDIVIDED or torch.get_num_threads() == 1:
+        job()
+    else:
+        _consume_in_threads(job, min(torch.get_num_threads(), len(pieces)))
+
+
+def _consume(
+    consume: Callable[[Iterator[tuple[int, Tensor]], int], None], rest: deque[tuple[int, Tensor]], longest: int
+) -> None:
+    with torch.inference_mode():
+        consume(_take_all(rest), longest)
+
+
+def _take_all(rest: deque[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    """Yields what is left, removing it: several threads may take from one deque."""
+    with suppress(IndexError):
+        while True:
+            yield rest.popleft()
+
+
+def _consume_in_threads(job: Callable[[], None], threads: int) -> None:
+    """Runs job in each of so many new threads, where every torch op uses that thread alone."""
+    started = Semaphore(0)
+    threads_per_op = torch.get_num_threads()
+
+    def work() -> None:
+        torch.set_num_threads(1)  # torch also remembers it for threads yet to start: hence the reset below
+        started.release()
+        job()
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            futures = [pool.submit(work) for _ in range(threads)]
+            for _ in futures:
+                started.acquire()
+        finally:
+            torch.set_num_threads(threads_per_op)
+    for future in futures:
+        future.result()
+
+
+def _piece_length(numel: int, blocksize: int, device: torch.device) -> int:
+    """Elements of a piece, whole blocks: on a CPU enough pieces for every thread, of a size that stays in its cache."""
     if blocksize < 2 or blocksize % 2:
         raise ValueError(f"blocksize is {blocksize}; use a positive even number, such as 64")
-    target = _CPU_TILE if tensor.device.type == "cpu" else _GPU_TILE
-    return max(target // blocksize, 1) * blocksize
+    share = _ceil_div(numel, torch.get_num_threads())
+    target = min(max(share, _MIN_PIECE), _MAX_PIECE) if device.type == "cpu" else _GPU_PIECE
+    return _ceil_div(target, blocksize) * blocksize
 
 
 def _check_stored(packed: Tensor, absmax: Tensor, quant_map: Tensor, numel: int, blocksize: int) -> None:

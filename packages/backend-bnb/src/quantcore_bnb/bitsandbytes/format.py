@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
+from quantcore.formats.base import TensorSpec, WeightFormat, describe, dtype_name, float_dtype
 from quantcore.formats.families import Family, Grouping, Lookup, NestedScale
 from quantcore.formats.packing import pack_nibbles, unpack_nibbles
+from quantcore.quantization_config import matches_type
 from quantcore_bnb.bitsandbytes.blockwise import (
     NESTED_BLOCKSIZE,
     dequantize_absmax,
@@ -108,21 +109,27 @@ class Bnb4Bit(WeightFormat):
         return dequantize_blocks(packed, absmax, tensors["weight.quant_map"], self.blocksize, shape, dtype)
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Bnb4Bit:
-        keys = [name for name in tensors if name.startswith(_STATE)]
-        if len(keys) != 1:
-            found = ", ".join(keys) or "none"
-            raise ValueError(f"expected one tensor {_STATE}nf4 or {_STATE}fp4 that describes the weight, found {found}")
-        state = _parse_state(tensors[keys[0]], keys[0])
-        _check_state(state, keys[0], shape)
+        key = _state_key(tensors)
+        state = _parse_state(tensors[key], key)
+        _check_state(state, key, shape)
         return Bnb4Bit(
             quant_type=state["quant_type"],
             blocksize=state["blocksize"],
             double_quant="nested_blocksize" in state,
-            dtype=dtype_name(float_dtype(state["dtype"], f"{keys[0]}: dtype")),
+            dtype=dtype_name(float_dtype(state["dtype"], f"{key}: dtype")),
             storage=dtype_name(tensors["weight"].dtype),
             compute_dtype=self.compute_dtype,
             nested_blocksize=state.get("nested_blocksize", NESTED_BLOCKSIZE),
         )
+
+    def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+        if "weight.absmax" not in tensors:
+            return None
+        key = _state_key(tensors)
+        shape = _parse_state(tensors[key], key).get("shape")
+        if not matches_type(shape, list[int]) or len(shape) < 2 or min(shape) < 1:
+            raise ValueError(f"{key}: shape must be two or more positive numbers, got {shape!r:.60}")
+        return tuple(shape)
 
     def operand_names(self, shape: tuple[int, ...]) -> tuple[str, ...]:
         return super().operand_names(shape) + (("nested_offset",) if self.double_quant else ())
@@ -210,9 +217,17 @@ def _storage_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def _state_key(tensors: Mapping[str, Tensor]) -> str:
+    keys = [name for name in tensors if name.startswith(_STATE)]
+    if len(keys) != 1:
+        found = ", ".join(keys) or "none"
+        raise ValueError(f"expected one tensor {_STATE}nf4 or {_STATE}fp4 that describes the weight, found {found}")
+    return keys[0]
+
+
 def _parse_state(tensor: Tensor, name: str) -> dict[str, Any]:
-    if tensor.dtype != torch.uint8:
-        raise ValueError(f"{name}: expected uint8 bytes of JSON, got {tensor.dtype}")
+    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
+        raise ValueError(f"{name}: expected a row of uint8 bytes of JSON, got {describe(tensor.dtype, tensor.shape)}")
     try:
         state = json.loads(bytes(tensor.cpu().tolist()))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -21,8 +21,8 @@ _ROW_MAJOR = 0  # of weight_format; the other layouts were of kernels that upstr
 class Bnb8Bit(WeightFormat):
     """int8 codes by row, with the largest magnitude of each row ("SCB").
 
-    dtype: of the weight that was quantized; files do not hold it. threshold: magnitude above which a column of the input
-    stays float, 0 for none. has_layout: whether the tensor weight_format is stored; the oldest files lack it.
+    dtype: of the weight that was quantized; files do not hold it. threshold: magnitude above which a column of the
+    input stays float, 0 for none. has_layout: whether the tensor weight_format is stored; the oldest files lack it.
     """
 
     dtype: str = "float32"

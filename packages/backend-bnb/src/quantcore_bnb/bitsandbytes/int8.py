@@ -10,8 +10,8 @@ from torch import Tensor
 
 _LEVELS = 127.0
 _INV_LEVELS = 7.874015718698502e-3  # 1/127 as upstream rounds it
-# 1/127**2 is 6.2000124e-05; upstream's portable backend has this misprint, 1.8e-5 too large and below what half precision
-# resolves. It is kept, for the codes of the next layer's input depend on the last bit of this one's output.
+# 1/127**2 is 6.2000124e-05; upstream's portable backend has this misprint, 1.8e-5 too large and below what half
+# precision resolves. It is kept, for the codes of the next layer's input depend on the last bit of this one's output.
 _INV_LEVELS_SQUARED = 6.200124e-05
 _CHUNK = 1 << 20  # elements that are held in float32 at a time
 

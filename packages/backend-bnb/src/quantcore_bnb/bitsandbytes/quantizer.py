@@ -54,7 +54,8 @@ class Bnb8BitQuantizer(WeightQuantizer):
     def __init__(self, quantization_config: BitsAndBytesConfig, pre_quantized: bool = True, **kwargs: object) -> None:
         if quantization_config.llm_int8_has_fp16_weight:
             raise ValueError(
-                "BitsAndBytesConfig.llm_int8_has_fp16_weight is not supported: it stores no quantized weight; set it to false"
+                "BitsAndBytesConfig.llm_int8_has_fp16_weight is not supported: it stores no quantized weight; "
+                "set it to false"
             )
         super().__init__(quantization_config, pre_quantized, **kwargs)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def code_midpoints(quant_type: str) -> tuple[float, ...]:
     """
     levels = code_levels(quant_type)
     ascending = [levels[code] for code in code_order(quant_type)]
-    return tuple(_float32((low + high) / 2) for low, high in zip(ascending, ascending[1:], strict=False))
+    return tuple(_float32((low + high) / 2) for low, high in pairwise(ascending))
 
 
 def dynamic_map(device: torch.device | str | None = None) -> Tensor:
@@ -108,4 +109,4 @@ def _shared_dynamic_map() -> Tensor:
 
 
 def _float32(value: float) -> float:
-    return struct.unpack("f", struct.pack("f", value))[0]
+    return float(struct.unpack("f", struct.pack("f", value))[0])

@@ -75,11 +75,15 @@ def _infer(model: nn.Module, strategy: str, quantizer: HfQuantizer | None) -> di
 
 
 def _device(device: Any, name: str) -> torch.device:
+    where = name or "the model"
     if device == "disk":
-        raise ValueError(f"device_map: {name or 'the model'} is mapped to 'disk', which is not supported; use 'cpu'")
+        raise ValueError(f"device_map: {where} is mapped to 'disk', which is not supported; use 'cpu'")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device_map: {device!r} for {name or 'the model'} is no device; use 'cpu', 'cuda:0' or 'auto'"
-        ) from error
+        raise ValueError(f"device_map: {device!r} for {where} is no device; use 'cpu', 'cuda:0' or 'auto'") from error
+    try:
+        torch.empty(0, device=found)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # torch has one for each kind of device
+        raise ValueError(f"device_map: {device!r} for {where} is not available here: {error}; use 'cpu'") from error
+    return found

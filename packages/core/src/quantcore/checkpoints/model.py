@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from quantcore.checkpoints.devices import Placement, place
 from quantcore.checkpoints.read import Checkpoint, quantization_dict, read_config
-from quantcore.checkpoints.stream import fill
+from quantcore.checkpoints.stream import fill, slots
 from quantcore.checkpoints.write import atomic_directory, write_json, write_tensors
+from quantcore.formats.base import dtype_name
+from quantcore.nn.replace import replace_module
 from quantcore.plugins.manager import plugins
 from quantcore.quantization_config import as_dtype
 from quantcore.quantizers.auto import AutoHfQuantizer
@@ -70,16 +74,19 @@ def load(
     config_json = read_config(checkpoint.directory)
     found = quantization_dict(config_json)
     quantizer = None if found is None else AutoHfQuantizer.from_config(found, pre_quantized=True)
-    skeleton = _skeleton(checkpoint.directory, model)
     target_dtype = as_dtype(dtype, "dtype")
-    if quantizer is not None:
-        quantizer.validate_environment(device_map=device_map)
-        device_map = quantizer.update_device_map(device_map)
-        target_dtype = quantizer.update_dtype(target_dtype)
-        quantizer.preprocess_model(skeleton, target_dtype, device_map, checkpoint=checkpoint)
-        plugins().hook.quantcore_before_weight_loading(quantizer=quantizer, model=skeleton)
-    placement = place(skeleton, device_map, quantizer)
-    fill(skeleton, checkpoint, placement.device_of, target_dtype)
+    if target_dtype is not None and not target_dtype.is_floating_point:
+        raise ValueError(f"dtype must be a float dtype, got {target_dtype}; packed weights keep theirs in any case")
+    skeleton = build_skeleton(checkpoint.directory, model)
+    with _modules_kept_on_failure(skeleton):
+        if quantizer is not None:
+            quantizer.validate_environment(device_map=device_map)
+            device_map = quantizer.update_device_map(device_map)
+            target_dtype = quantizer.update_dtype(target_dtype)
+            quantizer.preprocess_model(skeleton, target_dtype, device_map, checkpoint=checkpoint)
+            plugins().hook.quantcore_before_weight_loading(quantizer=quantizer, model=skeleton)
+        placement = place(skeleton, device_map, quantizer)
+        fill(skeleton, checkpoint, placement.device_of, target_dtype)
     _finish(skeleton, quantizer, placement)
     return skeleton.eval()
 
@@ -92,25 +99,68 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
+@contextlib.contextmanager
+def _modules_kept_on_failure(model: nn.Module) -> Iterator[None]:
+    """A block that puts replaced modules back when it raises: a model that was handed in is left as it was."""
+    modules, attributes = dict(model.named_modules()), set(vars(model))
+    try:
+        yield
+    except BaseException:
+        for name, module in modules.items():  # parents come first
+            if model.get_submodule(name) is not module:
+                replace_module(model, name, module)
+        for attribute in set(vars(model)) - attributes:
+            delattr(model, attribute)
+        raise
+
+
 def _finish(model: nn.Module, quantizer: HfQuantizer | None, placement: Placement) -> None:
     placement.materialize_rest(model)
+    _check_materialized(model)
     if quantizer is not None:
         quantizer.postprocess_model(model)
         plugins().hook.quantcore_after_weight_loading(quantizer=quantizer, model=model)
     placement.dispatch(model)
 
 
-def _skeleton(directory: Path, model: nn.Module | Callable[[], nn.Module] | None) -> nn.Module:
-    from accelerate import init_empty_weights
+def _check_materialized(model: nn.Module) -> None:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    empty = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
+    if empty:
+        raise ValueError(
+            f"{', '.join(empty[:5])}: {len(empty)} tensors are left on the meta device: the checkpoint does not hold them; "
+            "build the model so that they have values, not under torch.device('meta')"
+        )
 
+
+def build_skeleton(directory: Path, model: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
+    """The model of a checkpoint folder with its parameters on the meta device; model: as for `load`."""
     if isinstance(model, nn.Module):
         return model
-    with init_empty_weights(include_buffers=False):
+    with _empty_parameters():
         if model is not None:
             return model()
         from quantcore.integrations.transformers import build_model
 
         return build_model(directory)
+
+
+@contextlib.contextmanager
+def _empty_parameters() -> Iterator[None]:
+    """A block in which a parameter goes to the meta device as soon as a module registers it; tied ones stay tied."""
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.device.type == "meta":
+            return None
+        emptied = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        vars(emptied).update(vars(parameter))
+        return emptied
+
+    handle = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]  # annotated too narrowly
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _tensors_to_save(model: nn.Module, quantizer: HfQuantizer | None) -> dict[str, Tensor]:
@@ -139,6 +189,10 @@ def _config_to_save(model: nn.Module, quantizer: HfQuantizer | None) -> dict[str
         config = json.loads(model_config.to_json_string())  # type: ignore[union-attr]
         config["architectures"] = [type(model).__name__]
     config.pop("quantization_config", None)
+    floats = [slot.tensor.dtype for slot in slots(model).values() if not slot.exact and slot.tensor.is_floating_point()]
+    for key in ("dtype", "torch_dtype"):
+        if key in config and floats:
+            config[key] = dtype_name(floats[0])  # the model may have been loaded or cast to another
     if quantizer is not None:
         config["quantization_config"] = quantizer.quantization_config.to_dict()
     return config

@@ -40,16 +40,16 @@ _SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
 }
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _METADATA_BYTES = 4096  # tensors this small are read with the headers: formats describe themselves in them
-_BATCH_BYTES = 1 << 26  # a file is mapped again after this many bytes, so that mapped pages do not pile up
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of one tensor before its bytes are read."""
+    """What a file says of one tensor before its bytes are read. offset: of the first byte in the file."""
 
     file: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int
 
     @property
     def nbytes(self) -> int:
@@ -90,25 +90,15 @@ class Checkpoint:
         return dict(self.stream(name for name in names if self.headers[name].nbytes <= _METADATA_BYTES))
 
     def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) for the given names, or all, in file order; each tensor is a copy that owns its memory."""
-        by_file: dict[str, list[str]] = defaultdict(list)
-        for name in self.headers if names is None else names:
-            by_file[self.headers[name].file].append(name)
-        for file, file_names in by_file.items():
-            for batch in self._batches(file_names):
-                yield from _read_tensors(self.directory / file, batch)
+        """(name, tensor) for the given names, or all, in file order; each tensor owns its memory, and nothing is mapped.
 
-    def _batches(self, names: list[str]) -> Iterator[list[str]]:
-        batch: list[str] = []
-        size = 0
-        for name in names:
-            size += self.headers[name].nbytes
-            if batch and size > _BATCH_BYTES:
-                yield batch
-                batch, size = [], self.headers[name].nbytes
-            batch.append(name)
-        if batch:
-            yield batch
+        Raises CheckpointError when a file has become shorter since its headers were read.
+        """
+        by_file: dict[str, dict[str, Header]] = defaultdict(dict)
+        for name in self.headers if names is None else names:
+            by_file[self.headers[name].file][name] = self.headers[name]
+        for file, headers in by_file.items():
+            yield from _read_tensors(self.directory / file, headers)
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
@@ -140,7 +130,9 @@ def quantization_dict(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The quantization_config of a config.json, looked for in its text part too; null counts as absent."""
     for part in (config, config.get("text_config")):
         if isinstance(part, Mapping) and part.get("quantization_config") is not None:
-            found: dict[str, Any] = part["quantization_config"]
+            found = part["quantization_config"]
+            if not isinstance(found, dict):
+                raise TypeError(f"quantization_config must be a dict, got {type(found).__name__}: {found!r:.80}")
             return found
     return None
 
@@ -189,26 +181,34 @@ def _check_index(directory: Path, headers: Mapping[str, Header]) -> None:
 
 def _read_headers(directory: Path, file: str) -> dict[str, Header]:
     path = directory / file
-    if not path.exists():
+    if not path.is_file():
         raise CheckpointError(f"{path}: shard is missing though {INDEX_NAME} names it; download it again")
-    headers = {}
     try:
-        with safe_open(path, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                part = handle.get_slice(name)
-                headers[name] = Header(file, _dtype(part.get_dtype(), path, name), tuple(part.get_shape()))
+        with safe_open(path, framework="pt"):
+            pass  # the library checks names, types, and that the tensors fill the file without gap or overlap
     except SafetensorError as error:
         raise CheckpointError(f"{path}: truncated or not safetensors ({error}); download or write it again") from error
-    return headers
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        entries = json.loads(stream.read(length))
+    entries.pop("__metadata__", None)
+    return {
+        name: Header(
+            file, _dtype(entry["dtype"], path, name), tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        )
+        for name, entry in entries.items()
+    }
 
 
-def _read_tensors(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as handle:
-            for name in names:
-                yield name, handle.get_tensor(name).clone()
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: cannot read ({error}); the file changed or is damaged") from error
+def _read_tensors(path: Path, headers: Mapping[str, Header]) -> Iterator[tuple[str, Tensor]]:
+    # Read, not mapped: pages of a map count as memory of this process for as long as the file is open.
+    with path.open("rb") as stream:
+        for name, header in sorted(headers.items(), key=lambda item: item[1].offset):
+            tensor = torch.empty(header.shape, dtype=header.dtype)
+            stream.seek(header.offset)
+            if stream.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != header.nbytes:
+                raise CheckpointError(f"{path}: ends within {name}; the file changed or is damaged, download it again")
+            yield name, tensor
 
 
 def _dtype(name: str, path: Path, tensor: str) -> torch.dtype:
@@ -220,7 +220,7 @@ def _dtype(name: str, path: Path, tensor: str) -> torch.dtype:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,26 +49,49 @@ def fill(
     weight; None keeps the file's. Tied parameters stay tied. Peak memory is the filled model plus one tensor.
     Raises CheckpointError that lists every missing, surplus, wrong-shape and wrong-dtype tensor, before any is read.
     """
+    targets = _checked_slots(model, checkpoint)
+    twins = _twins(targets)
+    devices = {name: device_of(name) for name in checkpoint.headers if name in targets}
+    for name, tensor in checkpoint.stream(devices):
+        slot = targets[name]
+        _assign(twins[id(slot.tensor)], tensor.to(devices[name], _final_dtype(slot, tensor.dtype, dtype)))
+
+
+def fill_empty(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
+    """Give a model on the meta device the dtypes that `fill` would give it, after the same checks; reads no tensor."""
+    targets = _checked_slots(model, checkpoint)
+    twins = _twins(targets)
+    for name, slot in targets.items():
+        if name in checkpoint.headers:
+            header = checkpoint.headers[name]
+            cast = _final_dtype(slot, header.dtype, dtype)
+            _assign(twins[id(slot.tensor)], torch.empty(header.shape, dtype=cast, device="meta"))
+
+
+def _checked_slots(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Slot]:
     targets = slots(model)
-    ignored = _ignored(model, "_keys_to_ignore_on_load_unexpected")
-    faults = _faults(targets, checkpoint.headers, ignored, _ignored(model, "_keys_to_ignore_on_load_missing"))
+    faults = misfits(model, checkpoint)
     if faults:
         raise CheckpointError(
             f"{checkpoint.directory}: {len(faults)} tensors do not fit the model\n" + "\n".join(faults)
         )
-    twins = _twins(targets)
-    for name, tensor in checkpoint.stream(name for name in checkpoint.headers if name in targets):
-        slot = targets[name]
-        cast = dtype if dtype is not None and tensor.is_floating_point() and not slot.exact else tensor.dtype
-        _assign(twins[id(slot.tensor)], tensor.to(device=device_of(name), dtype=cast))
+    return targets
 
 
-def _faults(
-    targets: Mapping[str, Slot],
-    headers: Mapping[str, Header],
-    ignored: Callable[[str], bool],
-    optional: Callable[[str], bool],
-) -> list[str]:
+def _final_dtype(slot: Slot, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and stored.is_floating_point and not slot.exact else stored
+
+
+def misfits(model: nn.Module, checkpoint: Checkpoint, besides: Collection[str] = ()) -> list[str]:
+    """Every missing, surplus, wrong-shape and wrong-dtype tensor of a checkpoint, a sentence each.
+
+    besides: names of modules whose tensors are left out.
+    """
+    prefixes = tuple(f"{module}." for module in besides)
+    targets = {name: slot for name, slot in slots(model).items() if not name.startswith(prefixes)}
+    headers = {name: header for name, header in checkpoint.headers.items() if not name.startswith(prefixes)}
+    ignored = _ignored(model, "_keys_to_ignore_on_load_unexpected")
+    optional = _ignored(model, "_keys_to_ignore_on_load_missing")
     filled = {id(targets[name].tensor) for name in headers if name in targets}
     missing = [
         f"{name}: missing, expected {describe(slot.tensor.dtype, slot.tensor.shape)}"

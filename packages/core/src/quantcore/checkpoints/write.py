@@ -89,7 +89,22 @@ def _split(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]
 
 
 def _write_file(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    path.touch()
+    mode = path.stat().st_mode  # as the umask has it; safetensors lets nobody but the owner read its files
+    save_file(_unshared(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU; of several over one memory, which safetensors refuses, all but the first are copies."""
+    ready: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        local = tensor.contiguous().cpu()
+        storage = local.untyped_storage().data_ptr()
+        ready[name] = local.clone() if storage in storages else local
+        storages.add(storage)
+    return ready
 
 
 def _take_name(working: Path, final: Path) -> None:

@@ -74,6 +74,15 @@ class WeightFormat:
         """The weight [N, K] in dtype (None: the dtype it was quantized from); reads only what `operands` gives."""
         raise NotImplementedError(f"{type(self).__name__} defines no dequantize")
 
+    def linear(self, x: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        """x [..., K] times the weight [N, K], plus bias [N]: what every kernel of a linear layer must give.
+
+        In `compute_torch_dtype`, cast back to x's dtype. A format whose layer quantizes its input overrides this.
+        """
+        dtype = self.compute_torch_dtype or x.dtype
+        weight = self.dequantize(operands, shape, dtype)
+        return torch.nn.functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
+
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
         """The format that stored tensors describe themselves; self where a format stores no description.
 
@@ -81,6 +90,14 @@ class WeightFormat:
         Raises ValueError when the description is unreadable or contradicts shape.
         """
         return self
+
+    def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+        """The shape of the weight that stored tensors hold, None when they hold none of this format.
+
+        For readers of files without a model. Tensors are given as to `read`; raises ValueError as it does.
+        """
+        weight = tensors.get("weight")
+        return None if weight is None or weight.ndim < 2 else tuple(weight.shape)
 
     def operands(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
         """What kernels read, in `operand_names` order: stored tensors, or small ones derived from metadata."""

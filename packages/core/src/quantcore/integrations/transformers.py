@@ -29,5 +29,12 @@ def build_model(directory: Path) -> nn.Module:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a checkpoint folder."""
-    return require("transformers", "transformers").AutoTokenizer.from_pretrained(directory)
+    """The tokenizer of a checkpoint folder.
+
+    Raises MissingExtraError without transformers, ValueError when the folder holds none that can be loaded.
+    """
+    transformers = require("transformers", "transformers")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory} holds no tokenizer that loads; copy the model's tokenizer there") from error

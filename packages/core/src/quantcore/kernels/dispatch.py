@@ -14,8 +14,7 @@ from quantcore import settings
 from quantcore.errors import KernelUnavailableError
 from quantcore.formats.base import WeightFormat
 from quantcore.kernels import reference
-from quantcore.plugins.backend import import_string
-from quantcore.plugins.manager import plugins
+from quantcore.plugins.manager import Plugins, plugins
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +71,13 @@ def choose(problem: Problem) -> Choice:
 
     Raises KernelUnavailableError when QUANTCORE_KERNEL forces a group in which none accepts, with every reason.
     """
-    return _choose(problem, settings.forced_kernel(), plugins().generation)
+    return _choose(problem, settings.forced_kernel(), plugins(), plugins().generation)
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(problem: Problem, forced: str | None, generation: int) -> Choice:
+def _choose(problem: Problem, forced: str | None, loaded: Plugins, generation: int) -> Choice:
     trace: list[tuple[str, str | None]] = []
-    for kernel in candidates(generation):
+    for kernel in _candidates(loaded, generation):
         reason = _refusal(kernel, problem, forced)
         trace.append((kernel.name, reason))
         if reason is None:
@@ -95,14 +94,11 @@ def _refusal(kernel: Kernel, problem: Problem, forced: str | None) -> str | None
     return kernel.refuse(problem)
 
 
-@functools.lru_cache(maxsize=1)
-def candidates(generation: int) -> tuple[Kernel, ...]:
-    """Every kernel of the core, of the loaded backends and of the kernel plugins, highest priority first.
+def candidates() -> tuple[Kernel, ...]:
+    """Every kernel of the core, of the loaded backends and of the kernel plugins, highest priority first."""
+    return _candidates(plugins(), plugins().generation)
 
-    generation: of the loaded plugins (`Plugins.generation`); a new one makes the list anew.
-    """
-    kernels = [REFERENCE, *plugins().kernels()]
-    for backend in plugins().loaded_backends():
-        for target in backend.kernels:
-            kernels.extend(import_string(target)())
-    return tuple(sorted(kernels, key=lambda kernel: -kernel.priority))
+
+@functools.lru_cache(maxsize=1)
+def _candidates(loaded: Plugins, generation: int) -> tuple[Kernel, ...]:
+    return tuple(sorted([REFERENCE, *loaded.kernels()], key=lambda kernel: -kernel.priority))

@@ -53,12 +53,13 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    tensors = list(ctx.saved_tensors)  # read once: activation checkpointing unpacks at every access
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.quantcore.linear_input_grad(grad, list(ctx.saved_tensors), ctx.format, ctx.in_features)
+        grad_x = torch.ops.quantcore.linear_input_grad(grad, tensors, ctx.format, ctx.in_features)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if grad.ndim > 1 else grad.to(ctx.bias_dtype)
-    return grad_x, [None] * len(ctx.saved_tensors), grad_bias, None, None
+    return grad_x, [None] * len(tensors), grad_bias, None, None
 
 
 def _save_linear_input_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

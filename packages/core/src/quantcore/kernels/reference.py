@@ -1,10 +1,9 @@
-"""The reference kernel: dequantize, then torch's own matmul. Serves every format on every device."""
+"""The reference kernel: what the format itself says, in plain torch. Serves every format on every device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from quantcore.formats.base import WeightFormat
@@ -13,12 +12,9 @@ from quantcore.formats.base import WeightFormat
 def linear(
     x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, weight_format: WeightFormat, out_features: int
 ) -> Tensor:
-    """x @ W.T + bias in the format's compute dtype, cast back to x's dtype. x: [..., K]; bias: [N]."""
+    """x @ W.T + bias as the format defines it. x: [..., K]; bias: [N]."""
     shape = (out_features, x.shape[-1])
-    dtype = weight_format.compute_torch_dtype or x.dtype
-    weight = weight_format.dequantize(_named(weight_format, operands, shape), shape, dtype)
-    bias = None if bias is None else bias.to(dtype)
-    return torch.nn.functional.linear(x.to(dtype), weight, bias).to(x.dtype)
+    return weight_format.linear(x, _named(weight_format, operands, shape), bias, shape)
 
 
 def linear_input_grad(

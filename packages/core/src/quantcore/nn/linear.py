@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantcore.formats.base import WeightFormat
+from quantcore.errors import CheckpointError
+from quantcore.formats.base import WeightFormat, describe
 from quantcore.kernels import ops
 from quantcore.nn.dense import DenseLinear, build_dense, check_finite, view_dense
 from quantcore.nn.module import QuantizedModule
@@ -93,11 +94,20 @@ class QuantizedLinear(QuantizedModule):
         """A layer of stored tensors in place of a dense one, which gives shape and kind; "bias" may be among them."""
         tensors = dict(tensors)
         bias = tensors.pop("bias", None)
-        if bias is not None and tuple(bias.shape) != dense.shape[:1]:
-            raise ValueError(f"{name or 'layer'}: bias: expected shape [{dense.shape[0]}], got {list(bias.shape)}")
-        return cls._build(weight_format, tensors, bias, dense, name)
+        fault = _bias_fault(bias, dense)
+        if fault is None:
+            return cls._build(weight_format, tensors, bias, dense, name)
+        try:
+            cls._build(weight_format, tensors, None, dense, name)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {fault}") from error
+        raise CheckpointError(f"{name or 'layer'}: {fault}")
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"{self._label()}: expected input [..., {self.in_features}], got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{self._label()}: expected a float input, got {x.dtype}")
         y: Tensor = ops.linear(x, self.operands, self.bias, self._format_key, self.out_features)
         return y
 
@@ -137,6 +147,16 @@ def _dense(module: nn.Module, name: str) -> DenseLinear:
     if dense is None:
         raise TypeError(f"{name or 'layer'}: expected nn.Linear or Conv1D, got {type(module).__name__}")
     return dense
+
+
+def _bias_fault(bias: Tensor | None, dense: DenseLinear) -> str | None:
+    if bias is None:
+        return None if dense.bias is None else f"bias: missing, expected {describe(dense.bias.dtype, dense.bias.shape)}"
+    if dense.bias is None:
+        return "bias: surplus, the layer has none"
+    if bias.is_floating_point() and bias.shape == dense.bias.shape:
+        return None
+    return f"bias: expected {describe(dense.bias.dtype, dense.bias.shape)}, got {describe(bias.dtype, bias.shape)}"
 
 
 def _resolve_format(config_or_format: Any, name: str, module: nn.Module, *, stored: bool) -> WeightFormat:

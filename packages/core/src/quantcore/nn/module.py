@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class QuantizedModule(nn.Module):
         self.shape = tuple(shape)
         self.name = name
         self._attributes: dict[str, str] = {}  # checkpoint suffix -> attribute
+        self._operands: list[str] = []  # attributes of what kernels read
+        self._format_key = ""
         self.store(tensors, weight_format)
 
     @property
@@ -67,16 +69,14 @@ class QuantizedModule(nn.Module):
         base = weight_format or self.format
         try:
             new_format = base.read(tensors, self.shape)
-        except KeyError as error:
-            raise CheckpointError(f"{self._label()}: tensor {error.args[0]!r} is missing") from None
-        except ValueError as error:
-            raise CheckpointError(f"{self._label()}: {error}") from error
-        faults = new_format.faults(tensors, self.shape)
+            faults = new_format.faults(tensors, self.shape)
+        except (KeyError, ValueError) as error:
+            faults = _unreadable(error, base, tensors, self.shape)
         if faults:
             raise CheckpointError(f"{self._label()}: " + "; ".join(faults))
         for attribute in self._attributes.values():
             delattr(self, attribute)
-        self._attributes = {suffix: self._attribute(suffix) for suffix in tensors}
+        self._attributes = self._name_attributes(tensors)
         for suffix, tensor in tensors.items():
             self.register_parameter(self._attributes[suffix], _frozen(tensor))
         self.format = new_format
@@ -87,7 +87,7 @@ class QuantizedModule(nn.Module):
         self._format_key = format_key(self.format)
         stored = self.stored
         by_identity = {id(tensor): self._attributes[suffix] for suffix, tensor in stored.items()}
-        self._operands: list[str] = []
+        self._operands = []
         for name, tensor in self.format.operands(stored, self.shape).items():
             attribute = by_identity.get(id(tensor))
             if attribute is None:
@@ -106,7 +106,7 @@ class QuantizedModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        format_key(self.format)  # the op finds the format by this key, in this process too
+        self._format_key = format_key(self.format)  # the op finds the format by this key, in this process too
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
         kept = {id(tensor) for tensor in (*self.stored.values(), *self.operands)}
@@ -119,8 +119,8 @@ class QuantizedModule(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for suffix, attribute in self._attributes.items():
-            destination[prefix + suffix] = destination.pop(prefix + attribute)
+        stored = {suffix: destination.pop(prefix + attribute) for suffix, attribute in self._attributes.items()}
+        destination.update({prefix + suffix: tensor for suffix, tensor in stored.items()})
 
     def _load_from_state_dict(
         self,
@@ -136,44 +136,64 @@ class QuantizedModule(nn.Module):
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         own = {suffix: value for suffix, value in own.items() if suffix.split(".")[0] not in self._modules}
-        plain = {name for name, value in self._parameters.items() if value is not None} - set(self._attributes.values())
+        plain = self._plain()
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
         stored = {suffix: value for suffix, value in own.items() if suffix not in plain}
         missing_keys.extend(prefix + suffix for suffix in self._attributes if suffix not in stored)
         if stored:
             try:
-                self.store({suffix: self._place(value) for suffix, value in stored.items()})
+                self.store({suffix: self._place(value, assign) for suffix, value in stored.items()})
             except CheckpointError as error:
                 error_msgs.append(str(error))
-        for name in plain:
-            self._load_plain(name, own, prefix, missing_keys, error_msgs)
+        for name, tensor in plain.items():
+            if name not in own:
+                missing_keys.append(prefix + name)
+            elif own[name].shape != tensor.shape:
+                error_msgs.append(f"{prefix + name}: expected {list(tensor.shape)}, got {list(own[name].shape)}")
+            else:
+                self._load_plain(name, tensor, own[name].detach(), assign)
 
-    def _load_plain(
-        self, name: str, own: Mapping[str, Tensor], prefix: str, missing_keys: list[str], error_msgs: list[str]
-    ) -> None:
-        parameter = self._parameters[name]
-        assert parameter is not None
-        if name not in own:
-            missing_keys.append(prefix + name)
-        elif own[name].shape != parameter.shape:
-            error_msgs.append(f"{prefix + name}: expected {list(parameter.shape)}, got {list(own[name].shape)}")
-        else:
+    def _plain(self) -> dict[str, Tensor]:
+        """What this module saves besides the stored tensors: the bias, and what others registered on it."""
+        stored = set(self._attributes.values())
+        parameters = {name: value for name, value in self._parameters.items() if name not in stored}
+        buffers = {name: value for name, value in self._buffers.items() if name not in self._non_persistent_buffers_set}
+        return {name: value for name, value in {**parameters, **buffers}.items() if value is not None}
+
+    def _load_plain(self, name: str, current: Tensor, value: Tensor, assign: bool) -> None:
+        if not assign and current.device.type != "meta":
             with torch.no_grad():
-                parameter.copy_(own[name])
+                current.copy_(value)
+        elif isinstance(current, nn.Parameter):
+            self._parameters[name] = nn.Parameter(value, requires_grad=current.requires_grad)
+        else:
+            self._buffers[name] = value
 
-    def _place(self, value: Tensor) -> Tensor:
-        """value on this layer's device; a layer on the meta device takes the value's."""
+    def _place(self, value: Tensor, assign: bool) -> Tensor:
+        """A copy of value on this layer's device; value itself when it is assigned, or the layer is on meta."""
         device = next(iter(self.stored.values())).device
-        return value if device.type == "meta" else value.to(device, copy=True)
+        return value if assign or device.type == "meta" else value.to(device, copy=True)
 
-    def _attribute(self, suffix: str) -> str:
-        attribute = suffix.replace(".", "_")
-        return f"{attribute}_" if hasattr(type(self), attribute) or attribute in _RESERVED else attribute
+    def _name_attributes(self, suffixes: Iterable[str]) -> dict[str, str]:
+        """An attribute for each checkpoint suffix: underscores for dots, and one more at the end while it is taken."""
+        names: dict[str, str] = {}
+        for suffix in suffixes:
+            attribute = suffix.replace(".", "_")
+            while attribute in names.values() or attribute in _RESERVED or self._has(attribute):
+                attribute += "_"
+            names[suffix] = attribute
+        return names
+
+    def _has(self, attribute: str) -> bool:
+        return hasattr(type(self), attribute) or any(
+            attribute in held for held in (vars(self), self._parameters, self._buffers, self._modules)
+        )
 
     def _label(self) -> str:
         return self.name or f"{type(self).__name__} {list(self.shape)}"
 
 
-_RESERVED = frozenset(("shape", "name", "format", "bias", "in_features", "out_features", "training"))
+_RESERVED = frozenset(("bias", "dense_type", "format", "in_features", "out_features"))  # set after the stored tensors
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
@@ -182,5 +202,20 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 
 def _without_cast(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """fn on the bytes of a tensor: it moves like any other, but a cast of floats finds nothing to cast."""
-    flat = tensor.detach().reshape(math.prod(tensor.shape))
-    return fn(flat.view(torch.uint8)).view(tensor.dtype).reshape(tensor.shape)
+    data = tensor.detach().reshape(math.prod(tensor.shape)).view(torch.uint8)
+    moved = fn(data)
+    if moved.dtype != torch.uint8:  # `Module.type` casts integers too
+        moved = data.to(moved.device)
+    return moved.view(tensor.dtype).reshape(tensor.shape)
+
+
+def _unreadable(
+    error: KeyError | ValueError, expected: WeightFormat, tensors: Mapping[str, Tensor], shape: tuple[int, ...]
+) -> list[str]:
+    """The faults of tensors whose description cannot be read: the error's own, and those by the format expected."""
+    own = f"{error.args[0]}: missing" if isinstance(error, KeyError) else str(error)
+    try:
+        others = expected.faults(tensors, shape)
+    except ValueError:  # the expected format cannot store this shape; what it would hold says nothing
+        others = []
+    return [*([] if any(fault.startswith(own) for fault in others) else [own]), *others]

@@ -79,9 +79,18 @@ def _describe(method: str, distributions: tuple[str, ...]) -> MethodInfo:
 @functools.lru_cache(maxsize=8)
 def _installed(group: str) -> tuple[Claim, ...]:
     entry_points: Iterable[Any] = importlib_metadata.entry_points(group=group)
-    return tuple(
-        Claim(
-            entry.name, entry.module, entry.dist.name if entry.dist else "?", entry.dist.version if entry.dist else ""
-        )
-        for entry in entry_points
-    )
+    return tuple(Claim(entry.name, _module_of(entry), *_owner_of(entry)) for entry in entry_points)
+
+
+def _module_of(entry: Any) -> str:
+    try:
+        return str(entry.module)
+    except (AttributeError, ValueError):  # a malformed entry point; importing what it says fails, and names its owner
+        return str(entry.value)
+
+
+def _owner_of(entry: Any) -> tuple[str, str]:
+    try:
+        return entry.dist.name or "?", entry.dist.version or ""
+    except (AttributeError, LookupError, OSError):  # what a broken uninstall left behind
+        return "?", ""

@@ -6,18 +6,19 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from quantcore.plugins.backend import import_string
+from quantcore.errors import BackendBrokenError
 from quantcore.plugins.known import normalize_method
 from quantcore.plugins.manager import plugins
-from quantcore.quantization_config import QuantizationConfigMixin
+from quantcore.quantization_config import QuantizationConfigMixin, check_nesting
 from quantcore.quantizers.base import HfQuantizer
 
 logger = logging.getLogger(__name__)
 
 ConfigClass = TypeVar("ConfigClass", bound=type[QuantizationConfigMixin])
 QuantizerClass = TypeVar("QuantizerClass", bound=type[HfQuantizer])
+Base = TypeVar("Base")
 
 # Classes that a program registered by decorator; they go before those of installed backends.
 _registered_configs: dict[str, type[QuantizationConfigMixin]] = {}
@@ -52,8 +53,7 @@ def config_class(method: str) -> type[QuantizationConfigMixin]:
     name = normalize_method(method)
     if name in _registered_configs:
         return _registered_configs[name]
-    cls: type[QuantizationConfigMixin] = import_string(plugins().backend(name).config)
-    return cls
+    return _expect_class(plugins().resolve(name, "config"), QuantizationConfigMixin, name)
 
 
 def quantizer_class(config: QuantizationConfigMixin) -> type[HfQuantizer]:
@@ -61,8 +61,8 @@ def quantizer_class(config: QuantizationConfigMixin) -> type[HfQuantizer]:
     name = normalize_method(config.quant_method)
     if name in _registered_quantizers:
         return _registered_quantizers[name]
-    target = import_string(plugins().backend(name).quantizer)
-    return cast("type[HfQuantizer]", target if inspect.isclass(target) else target(config))
+    target = plugins().resolve(name, "quantizer")
+    return _expect_class(target if inspect.isclass(target) else target(config), HfQuantizer, name)
 
 
 class AutoQuantizationConfig:
@@ -76,6 +76,7 @@ class AutoQuantizationConfig:
         that cannot be, and what `Plugins.backend` raises for an unknown or absent method.
         """
         method = method_of(quantization_config_dict)
+        check_nesting(quantization_config_dict, "quantization_config")
         config = config_class(method).from_dict(quantization_config_dict)
         assert isinstance(config, QuantizationConfigMixin)
         return config
@@ -174,16 +175,29 @@ def _installed() -> list[str]:
     return [info.method for info in methods() if info.installed]
 
 
+def _served(method: str) -> str | None:
+    owner = plugins().owner(method)
+    return None if owner is None else f"served by {owner}"
+
+
+def _expect_class(cls: Any, base: type[Base], method: str) -> type[Base]:
+    if not (inspect.isclass(cls) and issubclass(cls, base)):
+        raise BackendBrokenError(
+            f"method {method!r}: {plugins().owner(method)} gives {cls!r:.80} where a subclass of {base.__name__} "
+            "is needed; report this to its authors"
+        )
+    return cls
+
+
 def _register(registry: dict[str, Any], method: str, base: type, override: bool) -> Callable[[Any], Any]:
     name = normalize_method(method)
 
     def decorate(cls: Any) -> Any:
         if not (inspect.isclass(cls) and issubclass(cls, base)):
             raise TypeError(f"{name!r}: expected a subclass of {base.__name__}, got {cls!r:.80}")
-        if name in registry and not override:
-            raise ValueError(
-                f"{name!r} is registered already, as {registry[name].__name__}; pass override=True to replace it"
-            )
+        owner = f"registered already, as {registry[name].__name__}" if name in registry else _served(name)
+        if owner is not None and not override:
+            raise ValueError(f"{name!r} is {owner}; pass override=True to replace it")
         registry[name] = cls
         return cls
 

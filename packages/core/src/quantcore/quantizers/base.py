@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -80,10 +80,14 @@ class HfQuantizer:
 
     def postprocess_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Finish the model after its weights are in place, and leave the config on it for saving."""
-        config = getattr(model, "config", None)
-        if config is not None:
-            config.quantization_config = self.quantization_config
         model.hf_quantizer = self  # type: ignore[assignment]
+        if self.pre_quantized and getattr(self.quantization_config, "dequantize", False):
+            self.remove_quantization_config(model)
+        else:
+            for config in _transformers_configs([model]):
+                config.quantization_config = self.quantization_config
+            for config in _transformers_configs(model.modules()):
+                config._is_quantized = True
         self._process_model_after_weight_loading(model, **kwargs)
         return model
 
@@ -113,8 +117,9 @@ class HfQuantizer:
         return weight_conversions + self.get_weight_conversions()
 
     def get_new_dtype(self, converter: Any, param: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The dtype to cast a checkpoint tensor to, None to keep it."""
-        return dtype if param.is_floating_point() else None
+        """The dtype to cast a checkpoint tensor to, None to keep it; what an op of a quantizer reads is kept."""
+        ours = any(getattr(operation, "hf_quantizer", None) for operation in getattr(converter, "operations", ()))
+        return dtype if param.is_floating_point() and not ours else None
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, Any]) -> dict[str, Any]:
         """Give the companions of a weight, such as its scales, the placement of the weight."""
@@ -161,8 +166,7 @@ class HfQuantizer:
         for attribute in ("hf_quantizer", "quantization_method"):
             model.__dict__.pop(attribute, None)
         model.is_quantized = False  # type: ignore[assignment]
-        config = getattr(model, "config", None)
-        if config is not None:
+        for config in _transformers_configs(model.modules()):
             vars(config).pop("quantization_config", None)
             vars(config).pop("_is_quantized", None)
 
@@ -242,3 +246,9 @@ class HfQuantizer:
     def _method(self) -> str:
         method = self.quantization_config.quant_method
         return str(getattr(method, "value", method))
+
+
+def _transformers_configs(modules: Iterable[nn.Module]) -> list[Any]:
+    """What transformers' models call `config`; an attribute of that name may be anything elsewhere."""
+    found = (getattr(module, "config", None) for module in modules)
+    return [config for config in found if hasattr(config, "to_json_string")]

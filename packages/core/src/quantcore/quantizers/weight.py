@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quantcore.checkpoints.stream import misfits
 from quantcore.errors import CheckpointError
 from quantcore.formats.base import QuantizedWeight, WeightFormat
 from quantcore.nn.dense import DenseLinear, check_finite, view_dense
@@ -136,21 +137,23 @@ class WeightQuantizer(HfQuantizer):
             if name in groups and (dense := view_dense(module)) is not None and self.is_quantized(dense, groups[name])
         }
         metadata = checkpoint.read_metadata(f"{name}.{suffix}" for name in layers for suffix in groups[name])
-        faults: list[str] = []
+        faults: dict[str, str] = {}
         for name, (module, dense) in layers.items():
             stored = {suffix: metadata.get(f"{name}.{suffix}", tensor) for suffix, tensor in groups[name].items()}
             try:
                 replace_module(model, name, self._empty_layer(name, module, dense, stored))
             except (ValueError, LookupError) as error:
-                faults.append(f"{name}: {error}" if name not in str(error) else str(error))
+                faults[name] = f"{name}: {error}" if name not in str(error) else str(error)
         if faults:
-            raise CheckpointError(f"{checkpoint.directory}: {len(faults)} layers do not fit\n" + "\n".join(faults))
+            lines = [*faults.values(), *misfits(model, checkpoint, besides=faults)]
+            raise CheckpointError(f"{checkpoint.directory}: {len(faults)} layers do not fit\n" + "\n".join(lines))
 
     def is_quantized(self, dense: DenseLinear, stored: Mapping[str, Tensor]) -> bool:
         """Whether stored tensors (on meta) of a linear layer are more than a float weight and bias."""
+        if set(stored) - {"weight", "bias"}:
+            return True
         weight = stored.get("weight")
-        plain = weight is not None and set(stored) <= {"weight", "bias"}
-        return not (plain and weight.is_floating_point() and weight.dim() == 2)  # type: ignore[union-attr]
+        return weight is not None and not (weight.is_floating_point() and weight.dim() == 2)
 
     def _empty_layer(
         self, name: str, module: nn.Module, dense: DenseLinear, stored: Mapping[str, Tensor]
@@ -163,6 +166,16 @@ class WeightQuantizer(HfQuantizer):
         raise ValueError(
             f"{name}: is quantized in the checkpoint, but quantization_config leaves it float; they contradict"
         )
+
+    def stored_weight(self, name: str, stored: Mapping[str, Tensor]) -> tuple[WeightFormat, tuple[int, ...]] | None:
+        """Format and shape of a layer that is known by its stored tensors alone; None when they hold no such weight.
+
+        stored: as for `WeightFormat.read`. Raises ValueError or KeyError for an unreadable or missing description.
+        """
+        module = nn.Linear(1, 1, device="meta")
+        weight_format = self.format_for(name, module) or self.fallback_format(name, module)
+        shape = weight_format.stored_shape(stored)
+        return None if shape is None else (weight_format.read(stored, shape), shape)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for _, module in quantized_modules(model):

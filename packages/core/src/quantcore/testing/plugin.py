@@ -46,7 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds; deselect with -m 'not slow'")
     names = config.getoption("--quantcore-method") or [info.method for info in methods() if info.installed]
     if not names:
-        raise pytest.UsageError("no method is installed to be checked; install one, or name its module in QUANTCORE_PLUGINS")
+        raise pytest.UsageError(
+            "no method is installed to be checked; install one, or name its module in QUANTCORE_PLUGINS"
+        )
     try:
         config.stash[_BACKENDS] = [plugins().backend(name) for name in names]
     except QuantcoreError as error:

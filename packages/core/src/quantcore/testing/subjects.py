@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +46,19 @@ class Example:
         assert weight_format is not None, f"the example config leaves {LAYER_NAME} float; use one that quantizes it"
         return weight_format
 
+    @property
+    def code_bits(self) -> float:
+        """Bits of one code, scales not counted: what the family says, else the bits a weight of the largest tensor."""
+        stored = self.quantize(make_linear())
+        if stored.format.family is not None:
+            return stored.lower().bits
+        return 8 * max(tensor.nbytes for tensor in stored.tensors.values()) / math.prod(stored.shape)
+
     def quantize(self, linear: nn.Linear) -> QuantizedWeight:
-        """The layer's weight, stored. Skips where a format that only reads belongs to a method that needs calibration."""
+        """The layer's weight, stored. Skips a format that only reads, of a method that declares needs_calibration."""
         weight = linear.weight.detach()
         weight_format = self.weight_format(linear)
-        with self._only_reading_is_declared():
+        with _only_reading_is_declared(self.backend):
             return QuantizedWeight(weight_format, weight_format.quantize(weight), tuple(weight.shape))
 
     def quantize_model(self, model: nn.Module) -> nn.Module:
@@ -60,29 +69,62 @@ class Example:
         """
         if not self.backend.needs_calibration:
             return quantcore.quantize(model, dict(self.config_dict))
-        with self._only_reading_is_declared():
+        with _only_reading_is_declared(self.backend):
             return self.quantizer().quantize_model(model)
 
     def layer(self, linear: nn.Linear) -> QuantizedModule:
         """The module that stands in a quantized model in place of a linear layer of the name LAYER_NAME."""
         model = self.quantize_model(_wrap(linear))
         layer = model.get_submodule(LAYER_NAME)
-        assert isinstance(layer, QuantizedModule), f"a quantized layer is a {type(layer).__name__}, not a QuantizedModule"
+        assert isinstance(layer, QuantizedModule), f"a quantized layer is a {type(layer).__name__}"
         return layer
 
-    def _only_reading_is_declared(self) -> _SkipReaders:
-        return _SkipReaders(self.backend)
+
+def make_linear(
+    shape: tuple[int, int] = REGULAR_SHAPE,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    seed: int = 0,
+    bias: bool = True,
+) -> nn.Linear:
+    """A linear layer with a normal weight [N, K] of deviation 0.02, the same for the same seed on every device."""
+    out_features, in_features = shape
+    linear = nn.Linear(in_features, out_features, bias=bias, dtype=dtype, device=device)
+    linear.weight.data = 0.02 * normal(shape, seed=seed).to(device, dtype)
+    if bias:
+        linear.bias.data = normal((out_features,), seed=seed + 1).to(device, dtype)
+    return linear
 
 
-@dataclass(frozen=True)
-class _SkipReaders:
-    """A block that may raise NotImplementedError, and then skips the test, if the method declares needs_calibration."""
+def linear_of(weight: Tensor) -> nn.Linear:
+    """A linear layer over the given weight [N, K]."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
 
-    backend: Backend
 
-    def __enter__(self) -> None:
-        pass
+def normal(shape: tuple[int, ...], *, seed: int = 0) -> Tensor:
+    """Standard normal float32 values, the same for the same seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, NotImplementedError) and self.backend.needs_calibration:
-            pytest.skip(f"{self.backend.method} declares needs_calibration, and its format only reads: {error}")
+
+def _wrap(linear: nn.Linear) -> nn.Module:
+    """A model that holds the layer under LAYER_NAME."""
+    module: nn.Module = linear
+    for part in reversed(LAYER_NAME.split(".")):
+        parent = nn.Module()
+        parent.add_module(part, module)
+        module = parent
+    return module
+
+
+@contextlib.contextmanager
+def _only_reading_is_declared(backend: Backend) -> Iterator[None]:
+    """A block that skips the test when it raises NotImplementedError and the method declares needs_calibration."""
+    try:
+        yield
+    except NotImplementedError as error:
+        if not backend.needs_calibration:
+            raise
+        pytest.skip(f"{backend.method} declares needs_calibration, and its format only reads: {error}")

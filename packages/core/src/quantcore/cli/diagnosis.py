@@ -1,0 +1,155 @@
+"""What `quantcore doctor` finds out: versions, devices, backends, and which kernel serves which method."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import importlib_metadata
+import torch
+from torch import nn
+
+from quantcore import __version__, settings
+from quantcore.errors import KernelUnavailableError, QuantcoreError
+from quantcore.formats.base import WeightFormat
+from quantcore.kernels.dispatch import Problem, candidates, choose
+from quantcore.plugins.backend import Backend
+from quantcore.plugins.discovery import methods
+from quantcore.plugins.manager import plugins
+from quantcore.quantizers.auto import AutoHfQuantizer
+from quantcore.quantizers.weight import WeightQuantizer
+
+_PACKAGES = ("torch", "triton", "safetensors", "accelerate", "transformers", "quantcore-kernels-cpu")
+_SIZE = 4096  # in_features and out_features of the layer that kernels are asked about
+_ROWS = (1, 512)  # tokens: one step of generation, and a prompt
+
+
+def diagnose() -> dict[str, Any]:
+    """Everything that the verb shows, as JSON values."""
+    backends, formats = [], {}
+    for info in methods():
+        if info.installed:
+            failure, formats[info.method] = _load(info.method)
+            owner = " and ".join(info.distributions)
+            backends.append({"method": info.method, "provided_by": owner, "failure": failure})
+    kernels = [row for method, found in formats.items() for row in _kernels(method, found)]
+    failed = {row["method"] for row in backends if row["failure"]}
+    others = {name: str(error) for name, error in plugins().failures.items() if name not in failed}
+    return {
+        "versions": _versions(),
+        "devices": _devices(),
+        "backends": backends,
+        "failures": others,
+        "kernels": kernels,
+        "environment": settings.in_force(),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    installed = {name: _version(name) for name in _PACKAGES}
+    return {
+        "quantcore": __version__,
+        **installed,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib_metadata.version(package)
+    except importlib_metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    cpu = {
+        "device": "cpu",
+        "name": _cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "memory_bytes": None,
+    }
+    return [cpu, *(_gpu(index) for index in range(torch.cuda.device_count()))]
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    architecture = getattr(properties, "gcnArchName", None)  # AMD's; NVIDIA has a number
+    return {
+        "device": f"cuda:{index}",
+        "name": properties.name,
+        "capability": architecture if torch.version.hip else f"sm_{properties.major}{properties.minor}",
+        "threads": None,
+        "cores": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+    }
+
+
+def _cpu_name() -> str:
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text(encoding="utf-8").splitlines() if listing.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _load(method: str) -> tuple[str | None, list[WeightFormat]]:
+    """Why a method does not load, or None, and the distinct formats of its example configs."""
+    try:
+        for field in ("config", "quantizer"):
+            plugins().resolve(method, field)
+        return None, _example_formats(plugins().backend(method))
+    except QuantcoreError as error:
+        return str(error), []
+    except Exception as error:  # noqa: BLE001 - a stranger's classes may fail in any way; the next method is still asked
+        return f"its example configs fail: {type(error).__name__}: {error}", []
+
+
+def _example_formats(backend: Backend) -> list[WeightFormat]:
+    layer = nn.Linear(_SIZE, _SIZE, device="meta", dtype=torch.bfloat16)
+    formats: dict[WeightFormat, None] = {}
+    for example in backend.example_configs:
+        quantizer = AutoHfQuantizer.from_config({"quant_method": backend.method, **example}, pre_quantized=True)
+        weight_format = quantizer.format_for("layer", layer) if isinstance(quantizer, WeightQuantizer) else None
+        if weight_format is not None:
+            formats[weight_format] = None
+    return list(formats)
+
+
+def _kernels(method: str, formats: list[WeightFormat]) -> Iterator[dict[str, Any]]:
+    """For each format and kind of device: which kernel serves it, and why the others do not."""
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for weight_format in formats:
+        for kind in kinds:
+            for rows in _ROWS:
+                names = {"method": method, "format": repr(weight_format), "label": _label(weight_format)}
+                yield names | _choice(weight_format, kind, rows)
+
+
+def _label(weight_format: WeightFormat) -> str:
+    """A format's repr without the fields that hold their default."""
+    fields = dataclasses.fields(weight_format)
+    values = {field.name: getattr(weight_format, field.name) for field in fields if field.repr}
+    defaults = {field.name: field.default for field in fields}
+    shown = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != defaults[name])
+    return f"{type(weight_format).__name__}({shown})"
+
+
+def _choice(weight_format: WeightFormat, device: str, rows: int) -> dict[str, Any]:
+    problem = Problem("linear", weight_format, device, torch.bfloat16, rows, _SIZE, _SIZE)
+    asked = {"device": device, "dtype": "bfloat16", "M": rows, "N": _SIZE, "K": _SIZE}
+    others = {kernel.name: "not asked, for it has lower priority" for kernel in candidates()}
+    try:
+        choice = choose(problem)
+    except KernelUnavailableError:
+        forced = f"excluded by QUANTCORE_KERNEL={settings.forced_kernel()}"
+        refused = {kernel.name: kernel.refuse(problem) or forced for kernel in candidates()}
+        return {**asked, "kernel": None, "others": refused}
+    others |= {name: reason for name, reason in choice.trace if reason is not None}
+    del others[choice.kernel.name]
+    return {**asked, "kernel": choice.kernel.name, "others": others}

@@ -1,0 +1,74 @@
+"""`quantcore doctor`: what is here, what works, and why not the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from quantcore.cli.group import Verb
+from quantcore.cli.output import Output, aligned, heading, in_bytes, output_options, styled
+
+
+@click.command("doctor", cls=Verb, examples=("quantcore doctor", "quantcore doctor --json"))
+@output_options(brief="only what fails")
+def command(output: Output) -> None:
+    """Show versions, devices, the state of every backend, and which kernel serves which method.
+
+    The exit status is 1 when a backend or another plugin fails to load.
+    """
+    from quantcore.cli.diagnosis import diagnose
+
+    found = diagnose()
+    failures = _failures(found)
+    brief = "\n".join(f"{name}: {text}" for name, text in failures.items())
+    output.result(found, lambda: _text(found), brief)
+    if failures:
+        raise click.exceptions.Exit(1)
+
+
+def _failures(found: dict[str, Any]) -> dict[str, str]:
+    failures = {row["method"]: row["failure"] for row in found["backends"] if row["failure"]}
+    return {**failures, **found["failures"]}
+
+
+def _text(found: dict[str, Any]) -> str:
+    versions = [(name, version or "not installed") for name, version in found["versions"].items()]
+    sections = {
+        "Versions": aligned(versions),
+        "Devices": aligned([_device(device) for device in found["devices"]]),
+        "Backends": aligned([_backend(row) for row in found["backends"]]) or ["none is installed; see quantcore list"],
+        "Other failures": [f"{name}: {text}" for name, text in found["failures"].items()],
+        "Kernels": _kernels(found["kernels"]),
+        "Environment": aligned(list(found["environment"].items())) or ["no variable is set that changes anything"],
+    }
+    return "\n\n".join(
+        "\n".join([heading(title), *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines
+    )
+
+
+def _device(device: dict[str, Any]) -> tuple[str, ...]:
+    memory, threads = device["memory_bytes"], device["threads"]
+    amount = in_bytes(memory) if memory else f"{threads} of {device['cores']} cores used"
+    return device["device"], device["name"], device["capability"], amount
+
+
+def _backend(row: dict[str, Any]) -> tuple[str, ...]:
+    state = styled("ok", fg="green") if row["failure"] is None else f"{styled('fails', fg='red')}: {row['failure']}"
+    return row["method"], row["provided_by"], state
+
+
+def _kernels(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each format and device; numbers of tokens with the same answer share one."""
+    answers: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        answer = "; ".join(f"{name}: {reason}" for name, reason in row["others"].items()) or "there is no other"
+        key = (row["method"], row["label"], row["device"], row["kernel"] or "none", answer)
+        answers.setdefault(key, []).append(str(row["M"]))
+    if not answers:
+        return []
+    lines = [
+        (method, label, device, " and ".join(tokens), kernel, answer)
+        for (method, label, device, kernel, answer), tokens in answers.items()
+    ]
+    return aligned([("method", "format", "device", "tokens", "kernel", "why not another"), *lines])

@@ -1,0 +1,119 @@
+"""Sizes of a model before and after quantizing: foreseen from config and headers alone, or measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quantcore.checkpoints.model import build_skeleton
+from quantcore.checkpoints.read import Checkpoint, quantization_dict, read_config
+from quantcore.checkpoints.stream import fill_empty, slots
+from quantcore.formats.base import WeightFormat
+from quantcore.nn.replace import quantized_modules
+from quantcore.quantization_config import QuantizationConfigMixin, as_dtype
+from quantcore.quantizers.auto import AutoHfQuantizer
+from quantcore.quantizers.weight import WeightQuantizer
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model before and after. Bytes are those of tensors; files hold their headers besides.
+
+    left: linear layers that stay float, with the reason. formats: repr of each format, with its number of layers.
+    config: what stands in config.json.
+    """
+
+    config: Mapping[str, Any]
+    layers: int
+    weights: int  # in those layers
+    quantized_bytes: int  # of those weights
+    parameters: int  # of the whole float model
+    bytes: int
+    bytes_before: int
+    left: Mapping[str, str]
+    formats: Mapping[str, int]
+
+    @property
+    def bits_per_quantized_weight(self) -> float:
+        return 8 * self.quantized_bytes / self.weights
+
+    @property
+    def bits_per_parameter(self) -> float:
+        return 8 * self.bytes / self.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field and both ratios."""
+        ratios = {name: getattr(self, name) for name in ("bits_per_quantized_weight", "bits_per_parameter")}
+        return {**dataclasses.asdict(self), **ratios}
+
+
+def estimate(directory: Path, config: QuantizationConfigMixin, dtype: str | None = None) -> Sizes:
+    """What quantizing a float checkpoint folder will give. Reads config and headers, and no weight.
+
+    dtype: of the float weights; None keeps the file's.
+    Raises ValueError for a folder that is quantized already or has no config.json, CheckpointError for tensors that do
+    not fit the architecture, and what `WeightQuantizer.plan` raises.
+    """
+    _check_float(directory)
+    model = build_skeleton(directory)
+    fill_empty(model, Checkpoint(directory), as_dtype(dtype, "dtype"))
+    quantizer = _quantizer(config)
+    plan = quantizer.plan(model)
+    tensors = {id(slot.tensor): slot.tensor for slot in slots(model).values()}.values()
+    before = sum(tensor.nbytes for tensor in tensors)
+    dense = sum(layer.dense.weight.nbytes for layer in plan.layers)
+    quantized = sum(
+        spec.nbytes for layer in plan.layers for spec in layer.weight_format.tensor_specs(layer.dense.shape)
+    )
+    return Sizes(
+        config=quantizer.quantization_config.to_dict(),
+        layers=len(plan.layers),
+        weights=plan.quantized_weights,
+        quantized_bytes=quantized,
+        parameters=sum(tensor.numel() for tensor in tensors),
+        bytes=before - dense + quantized,
+        bytes_before=before,
+        left=plan.left,
+        formats=_count(layer.weight_format for layer in plan.layers),
+    )
+
+
+def measure(model: nn.Module, directory: Path, expected: Sizes) -> Sizes:
+    """The sizes of a model that was quantized as foreseen and saved to a folder."""
+    weights = [module.quantized_weight for _, module in quantized_modules(model)]
+    return dataclasses.replace(
+        expected,
+        quantized_bytes=sum(weight.nbytes for weight in weights),
+        bytes=sum(header.nbytes for header in Checkpoint(directory).headers.values()),
+        formats=_count(weight.format for weight in weights),
+    )
+
+
+def _check_float(directory: Path) -> None:
+    config = read_config(directory)
+    if not config:
+        raise ValueError(f"{directory} has no config.json, which names the architecture; put the model's own there")
+    found = quantization_dict(config)
+    if found is not None:
+        method = found.get("quant_method") if isinstance(found, Mapping) else None
+        raise ValueError(
+            f"{directory} is quantized already, with {method or 'an unnamed method'}; "
+            "give the float model that it was made from"
+        )
+
+
+def _quantizer(config: QuantizationConfigMixin) -> WeightQuantizer:
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    if not isinstance(quantizer, WeightQuantizer):
+        raise TypeError(f"{type(quantizer).__name__} only loads checkpoints; it cannot quantize a model")
+    return quantizer
+
+
+def _count(formats: Iterable[WeightFormat]) -> dict[str, int]:
+    return dict(Counter(map(repr, formats)))

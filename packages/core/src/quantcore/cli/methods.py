@@ -1,0 +1,27 @@
+"""Methods as the command line names them."""
+
+from __future__ import annotations
+
+import click
+
+from quantcore.errors import UnknownMethodError
+from quantcore.plugins import Backend
+from quantcore.plugins.discovery import methods
+from quantcore.plugins.manager import plugins
+
+
+def chosen_backend(method: str, hint: str) -> Backend:
+    """The backend of the method that the user named in the argument hint; an unknown name is a usage error.
+
+    Raises what `Plugins.backend` raises for a known method whose backend is absent or does not load.
+    """
+    try:
+        return plugins().backend(method)
+    except UnknownMethodError as error:
+        text = str(error).removeprefix("quant_method ")
+        raise click.BadParameter(text, click.get_current_context(silent=True), param_hint=hint) from error
+
+
+def installed_methods() -> str:
+    """Names of the installed methods, for messages."""
+    return ", ".join(info.method for info in methods() if info.installed) or "none; see quantcore list"

@@ -1,0 +1,51 @@
+"""The plugin of the broken methods, and of `sound`, the method that each of them is but for its one fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from quantcore.plugins import Backend, hookimpl
+
+SOUND = "sound"
+FORMAT_FAULTS = (
+    "wrong-spec-dtype",
+    "lossy-repr",
+    "random-codes",
+    "changes-the-weight",
+    "needs-contiguous",
+    "ignores-the-dtype",
+    "forgets-the-dtype-it-reads",
+    "wrong-family",
+    "raises-to-other-tensors",
+    "half-the-scale",
+    "nan-for-zeros",
+    "crashes-on-one-row",
+    "checks-no-tensors",
+)
+LAYER_FAULTS = (
+    "no-scale-in-the-state",
+    "casts-the-scale",
+    "forgets-the-bias",
+    "wrong-gradient",
+    "rounds-what-it-loads",
+)
+CONFIG_FAULTS = ("forgets-unknown-keys", "checks-no-types", "shares-its-lists", "hides-its-calibration")
+
+
+def _backend(method: str, module: str) -> Backend:
+    name = method.title().replace("-", "")
+    return Backend(
+        method,
+        f"{module}:{name}Config",
+        f"{module}:{name}Quantizer",
+        kernels=(f"{module}:kernels",) if module == "layer_faults" else (),
+    )
+
+
+@hookimpl
+def quantcore_backends() -> Iterable[Backend]:
+    modules = {"format_faults": FORMAT_FAULTS, "layer_faults": LAYER_FAULTS, "config_faults": CONFIG_FAULTS}
+    yield _backend(SOUND, "sound")
+    for module, methods in modules.items():
+        for method in methods:
+            yield _backend(method, module)

@@ -1,0 +1,84 @@
+"""Importing costs next to nothing: no torch, no plugin, a few milliseconds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+FORBIDDEN = "torch", "numpy", "pluggy", "triton", "transformers", "accelerate", "safetensors", "sympy", "typing"
+
+# CPU time of this process, so that a busy machine does not change the figure.
+TIME_IMPORT = """
+    import time
+    start = time.process_time()
+    import quantcore
+    print(time.process_time() - start)
+"""
+TIME_METHODS = """
+    import time
+    from quantcore.plugins.discovery import methods
+    start = time.process_time()
+    methods()
+    print(time.process_time() - start)
+"""
+
+
+def median_milliseconds(run_python: Callable[..., Any], code: str) -> float:
+    return 1000 * statistics.median(float(run_python(code).stdout) for _ in range(7))
+
+
+def imported(run_python: Callable[..., Any], statement: str, modules: tuple[str, ...], **options: Any) -> str:
+    code = f"import sys\n{statement}\nprint(*sorted(set(sys.modules) & {set(modules)!r}))"
+    return str(run_python(code, **options).stdout).strip()
+
+
+def test_import_takes_at_most_five_milliseconds(run_python: Callable[..., Any]) -> None:
+    assert median_milliseconds(run_python, TIME_IMPORT) <= 5
+
+
+def test_discovery_takes_at_most_twenty_milliseconds(run_python: Callable[..., Any]) -> None:
+    assert median_milliseconds(run_python, TIME_METHODS) <= 20
+
+
+def test_import_loads_no_heavy_package(run_python: Callable[..., Any]) -> None:
+    assert imported(run_python, "import quantcore", FORBIDDEN) == ""
+
+
+def test_methods_loads_neither_torch_nor_pluggy(run_python: Callable[..., Any]) -> None:
+    assert imported(run_python, "import quantcore; quantcore.methods()", ("torch", "numpy", "pluggy", "triton")) == ""
+
+
+def test_plugin_interface_loads_neither_torch_nor_triton(run_python: Callable[..., Any]) -> None:
+    statement = "from quantcore.plugins import Backend, hookimpl"
+    assert imported(run_python, statement, ("torch", "triton", "transformers")) == ""
+
+
+def test_config_module_loads_no_torch(run_python: Callable[..., Any]) -> None:
+    assert imported(run_python, "import quantcore.utils.quantization_config", ("torch",)) == ""
+
+
+def test_inner_modules_load_no_compiler(run_python: Callable[..., Any]) -> None:
+    compiler = "torch._dynamo", "sympy", "triton", "transformers", "torch.distributed.tensor"
+    statement = "import quantcore.nn, quantcore.kernels.ops, quantcore.checkpoints.model"
+    torch_alone = imported(run_python, "import torch", compiler)
+    assert imported(run_python, statement, compiler) == torch_alone
+
+
+def test_import_prints_nothing(run_python: Callable[..., Any]) -> None:
+    done = run_python("import quantcore, quantcore.nn, quantcore.checkpoints.model")
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_every_public_name_resolves(run_python: Callable[..., Any]) -> None:
+    done = run_python("import quantcore; print(*[name for name in dir(quantcore) if getattr(quantcore, name) is None])")
+    assert done.stdout.strip() == ""
+
+
+def test_unknown_attribute_is_an_attribute_error(run_python: Callable[..., Any]) -> None:
+    done = run_python("import quantcore; print(hasattr(quantcore, 'quantise'))")
+    assert done.stdout.strip() == "False"
+
+
+def test_version_is_that_of_the_distribution(run_python: Callable[..., Any]) -> None:
+    assert run_python("import quantcore; print(quantcore.__version__)").stdout.strip()[0].isdigit()
