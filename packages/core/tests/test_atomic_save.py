@@ -7,7 +7,6 @@ import signal
 import stat
 import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,36 +25,34 @@ pytestmark = pytest.mark.usefixtures("tiny")
 
 # A child that saves a model in shards, after `prepare` was run.
 SAVE = """
-    import resource, signal, sys, time
-    import torch
-    from torch import nn
-    import quantcore
-    from quantcore.checkpoints import write
+import resource, signal, time
+from torch import nn
+import quantcore
+from quantcore.checkpoints import write
 
-    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
-    {prepare}
-    quantcore.save(model, "out", max_shard_size=20_000, overwrite={overwrite})
+model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+{prepare}
+quantcore.save(model, "out", max_shard_size=20_000, overwrite={overwrite})
 """
 # Two shards are written, then the child waits to be killed.
 STALL = """
-    original, written = write.save_file, []
-    def save_file(*args, **kwargs):
-        if len(written) == 2:
-            print("stalled", flush=True)
-            time.sleep(60)
-        written.append(original(*args, **kwargs))
-    write.save_file = save_file
+save_file, written = write.save_file, []
+def stall(*args, **kwargs):
+    if len(written) == 2:
+        print("stalled", flush=True)
+        time.sleep(60)
+    written.append(save_file(*args, **kwargs))
+write.save_file = stall
 """
 # No file may grow beyond 4 kB: what a full disk does to a write, without filling one.
 FULL = """
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 """
 
 
-def child(prepare: str, overwrite: bool = False) -> str:
-    body = textwrap.indent(textwrap.dedent(prepare).strip(), "    ").strip()
-    return textwrap.dedent(SAVE).format(prepare=textwrap.dedent(body), overwrite=overwrite)
+def child(prepare: str, overwrite: bool) -> list[str]:
+    return [sys.executable, "-c", SAVE.format(prepare=prepare, overwrite=overwrite)]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -130,26 +127,19 @@ def test_failure_keeps_what_was_there(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("calls", [0, 1], ids=["old-aside", "new-in-place"])
+@pytest.mark.parametrize("number", [1, 2], ids=["old-aside", "new-in-place"])
 def test_failed_rename_keeps_what_was_there(
-    build_model: Build, tmp_path: Path, old: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, calls: int
+    build_model: Build, tmp_path: Path, old: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    rename = os.rename
-    counted = fail_after(calls, rename)
-    # The rename that puts the old folder back is the third.
-    state = {"failed": False}
+    rename, calls = os.rename, []
 
-    def rename_or_fail(source: Any, target: Any) -> None:
-        if state["failed"]:
-            rename(source, target)
-            return
-        try:
-            counted(source, target)
-        except OSError:
-            state["failed"] = True
-            raise
+    def fail_once(source: Any, target: Any) -> None:
+        calls.append(source)
+        if len(calls) == number:
+            fail()
+        rename(source, target)
 
-    monkeypatch.setattr(os, "rename", rename_or_fail)
+    monkeypatch.setattr(os, "rename", fail_once)
     with pytest.raises(OSError, match="no space left"):
         quantcore.save(build_model(), tmp_path / "out", overwrite=True)
     assert content(tmp_path / "out") == old
@@ -158,9 +148,13 @@ def test_failed_rename_keeps_what_was_there(
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
 def test_any_exception_in_the_block_removes_the_work(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), atomic_directory(tmp_path / "out") as folder:
-        (folder / "half").write_text("x")
-        raise error
+    def save() -> None:
+        with atomic_directory(tmp_path / "out") as folder:
+            (folder / "half").write_text("x")
+            raise error
+
+    with pytest.raises(error):
+        save()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -174,8 +168,9 @@ def test_kill_in_the_middle_leaves_only_hidden_work(
     if existing:
         quantcore.save(build_model(), tmp_path / "out")
     before = content(tmp_path / "out") if existing else None
-    command = [sys.executable, "-c", child(STALL, overwrite=existing)]
-    with subprocess.Popen(command, cwd=tmp_path, env=child_environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        child(STALL, existing), cwd=tmp_path, env=child_environment, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "stalled\n"
         process.send_signal(signal.SIGKILL)
@@ -201,8 +196,8 @@ def test_full_disk_is_an_os_error_that_leaves_nothing(
     if existing:
         quantcore.save(build_model(), tmp_path / "out")
     before = content(tmp_path / "out") if existing else None
-    command = [sys.executable, "-c", child(FULL, overwrite=existing)]
-    done = subprocess.run(command, cwd=tmp_path, env=child_environment, capture_output=True, text=True, check=False)
+    options: Any = {"cwd": tmp_path, "env": child_environment, "capture_output": True, "text": True}
+    done = subprocess.run(child(FULL, existing), check=False, **options)
     assert done.returncode == 1
     assert "OSError" in done.stderr.splitlines()[-1]
     assert "model-00001-of-" in done.stderr.splitlines()[-1]
@@ -248,10 +243,13 @@ def test_saving_files_that_others_may_read(build_model: Build, tmp_path: Path) -
 
 
 def test_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(FileExistsError, match="out exists"), atomic_directory(tmp_path / "out") as folder:
-        (folder / "file").write_text("x")
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "theirs").write_text("y")
+    def save() -> None:
+        with atomic_directory(tmp_path / "out"):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "theirs").write_text("y")
+
+    with pytest.raises(FileExistsError, match="out exists"):
+        save()
     assert content(tmp_path / "out") == {"theirs": b"y"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

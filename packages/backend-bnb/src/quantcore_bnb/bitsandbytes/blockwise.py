@@ -91,7 +91,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
 
 
 def dequantize_absmax(
-    codes: Tensor, nested_absmax: Tensor, nested_quant_map: Tensor, offset: float, nested_blocksize: int
+    codes: Tensor, nested_absmax: Tensor, nested_quant_map: Tensor, offset: float | Tensor, nested_blocksize: int
 ) -> Tensor:
     """The block maxima float32 [B]: each code's level times its nested_absmax, rounded, plus offset, rounded.
 

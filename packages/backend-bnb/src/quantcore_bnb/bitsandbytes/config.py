@@ -73,7 +73,7 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
         if isinstance(config_dict, Mapping):
             flags = {flag: config_dict[copy] for copy, flag in _COPIES.items() if copy in config_dict}
             config_dict = {**flags, **{key: value for key, value in config_dict.items() if key not in _COPIES}}
-        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)  # type: ignore[misc]
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The 13 keys of config.json; each flag stands there twice, as upstream's readers expect."""

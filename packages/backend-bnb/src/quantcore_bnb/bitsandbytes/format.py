@@ -126,7 +126,7 @@ class Bnb4Bit(WeightFormat):
         if "weight.absmax" not in tensors:
             return None
         key = _state_key(tensors)
-        shape = _parse_state(tensors[key], key).get("shape")
+        shape: Any = _parse_state(tensors[key], key).get("shape")
         if not matches_type(shape, list[int]) or len(shape) < 2 or min(shape) < 1:
             raise ValueError(f"{key}: shape must be two or more positive numbers, got {shape!r:.60}")
         return tuple(shape)

@@ -116,9 +116,10 @@ def _modules_kept_on_failure(model: nn.Module) -> Iterator[None]:
 
 def _finish(model: nn.Module, quantizer: HfQuantizer | None, placement: Placement) -> None:
     placement.materialize_rest(model)
-    _check_materialized(model)
     if quantizer is not None:
         quantizer.postprocess_model(model)
+    _check_materialized(model)
+    if quantizer is not None:
         plugins().hook.quantcore_after_weight_loading(quantizer=quantizer, model=model)
     placement.dispatch(model)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,18 +26,18 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that takes the target's name when the block ends well, and vanishes when it does not.
 
-    Raises FileExistsError when target exists and overwrite is false; an overwritten folder is removed only after the
-    new one is in place.
+    Raises FileExistsError when target exists and overwrite is false, or is a file; an overwritten folder is removed only
+    after the new one is in place. A link stays a link: the folder it points to is the target.
     """
-    final = Path(target).absolute()
-    if final.exists() and not overwrite:
-        raise FileExistsError(f"{final} exists; choose another folder, or allow it to be overwritten")
+    final = Path(target).resolve()
+    _check_free(final, overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
     working = final.parent / f".{final.name}.{secrets.token_hex(4)}.partial"
     working.mkdir()
     try:
         yield working
         _sync_tree(working)
+        _check_free(final, overwrite)
         _take_name(working, final)
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
@@ -91,7 +93,10 @@ def _split(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]
 def _write_file(tensors: Mapping[str, Tensor], path: Path) -> None:
     path.touch()
     mode = path.stat().st_mode  # as the umask has it; safetensors lets nobody but the owner read its files
-    save_file(_unshared(tensors), path, metadata={"format": "pt"})
+    try:
+        save_file(_unshared(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # its name for every failed write
+        raise OSError(f"{path.name}: cannot be written: {error}; is there space in {path.parent.parent}?") from error
     path.chmod(mode)
 
 
@@ -107,15 +112,35 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ready
 
 
+def _check_free(final: Path, overwrite: bool) -> None:
+    if final.exists() and not final.is_dir():
+        raise FileExistsError(f"{final} is a file; choose another name for the folder")
+    if final.exists() and not overwrite:
+        raise FileExistsError(f"{final} exists; choose another folder, or allow it to be overwritten")
+
+
 def _take_name(working: Path, final: Path) -> None:
-    if not final.exists():
-        os.rename(working, final)
+    if final.exists():
+        _replace(working, final)
     else:
-        old = final.parent / f".{final.name}.{secrets.token_hex(4)}.old"
-        os.rename(final, old)
-        os.rename(working, final)
-        shutil.rmtree(old)
+        try:
+            os.rename(working, final)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            raise FileExistsError(f"{final} exists since a moment ago; another program saves there too") from error
     _sync(final.parent)
+
+
+def _replace(working: Path, final: Path) -> None:
+    old = final.parent / f".{final.name}.{secrets.token_hex(4)}.old"
+    os.rename(final, old)
+    try:
+        os.rename(working, final)
+    except BaseException:
+        os.rename(old, final)
+        raise
+    shutil.rmtree(old)
 
 
 def _sync_tree(directory: Path) -> None:
