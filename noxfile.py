@@ -73,7 +73,7 @@ def conformance(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """ruff's rules, ruff's format, mypy."""
-    install(session, CORE, "mypy", "ruff")
+    install(session, CORE, "mypy", "pytest", "ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")

@@ -118,6 +118,12 @@ def _python(
     """Runs code in a fresh interpreter that finds the plugins in paths; options go to every pytest in it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("QUANTCORE_", "PYTEST_"))}
     search = os.pathsep.join(map(str, [*paths, SOURCE]))
-    environment = {**kept, "PYTHONPATH": search, "QUANTCORE_PLUGINS": plugins, "PYTEST_ADDOPTS": options}
+    environment = {
+        **kept,
+        "OMP_NUM_THREADS": "1",  # threads gain nothing on tensors so small
+        "PYTHONPATH": search,
+        "QUANTCORE_PLUGINS": plugins,
+        "PYTEST_ADDOPTS": options,
+    }
     command = [sys.executable, "-c", code, argument]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -576,3 +576,13 @@ def test_backend_descriptor_is_immutable() -> None:
     backend = Backend("rows", "a:B", "a:C")
     with pytest.raises(AttributeError, match="method"):
         backend.method = "columns"  # type: ignore[misc]
+
+
+def test_observer_of_a_hook_that_does_not_exist_is_refused() -> None:
+    class Misspelt:
+        @hookimpl
+        def quantcore_weights_quantized(self, name: str) -> None:
+            raise AssertionError(name)
+
+    with pytest.raises(ValueError, match="quantcore_weights_quantized"):
+        plugins().register(Misspelt())

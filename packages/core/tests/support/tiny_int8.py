@@ -20,7 +20,7 @@ class TinyInt8Config(QuantizationConfigMixin):
 
     bits: int = option(8, choices=(8,))
     threshold: float = option(6.0, minimum=0.0, maximum=100.0)
-    sizes: list[int] = option(default_factory=lambda: [1, 2], minimum=1)
+    sizes: list[int] = option(default_factory=lambda: [1, 2], minimum=1, maximum=1 << 20)
     compute_dtype: torch.dtype | str | None = option(None, dtype=True)
     modules_to_not_convert: list[str] | None = option(None)
     nested: dict[str, int] | None = option(None)
@@ -42,9 +42,13 @@ class TinyInt8(WeightFormat):
             raise ValueError(f"in_features {shape[1]} is not a multiple of {self.multiple}")
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        largest = weight.abs().amax(1, keepdim=True).float()
-        scale = torch.where(largest == 0, 1.0, largest / 127)
-        return dict(zip(self.names, ((weight / scale).round().to(torch.int8), scale), strict=True))
+        smallest, largest = torch.aminmax(weight, dim=1, keepdim=True)
+        scale = torch.maximum(largest, -smallest).float() / 127
+        scale[scale == 0] = 1
+        codes = torch.empty(weight.shape, dtype=torch.int8)
+        for tile, values, factors in zip(codes.split(64), weight.split(64), scale.split(64), strict=True):
+            tile.copy_((values / factors).round())
+        return dict(zip(self.names, (codes, scale), strict=True))
 
     def dequantize(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None

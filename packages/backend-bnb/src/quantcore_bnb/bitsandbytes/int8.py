@@ -77,7 +77,8 @@ def _round_rows(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _int8_matmul(left: Tensor, right: Tensor) -> Tensor:
     """left @ right.T in exact integers, as float32. left: [M, K] int8, right: [N, K] int8."""
-    if left.device.type == "cpu" and left.numel() and right.numel():
+    if left.device.type == "cpu" and left.numel() and right.numel() and left.shape[1] > 1:
         return torch._int_mm(left, right.t()).float()
-    # float64 holds every sum of products of int8 exactly; torch._int_mm takes only some shapes on a GPU.
+    # float64 holds every sum of products of int8 exactly. torch._int_mm takes only some shapes on a GPU, and gives
+    # memory that it never wrote for one column (torch 2.13, CPU).
     return (left.double() @ right.t().double()).float()

@@ -49,6 +49,7 @@ class HqqConfig(QuantizationConfigMixin):
         "group_size": "weights that share scale and zero, a multiple of 8; none means a whole row or column",
         "view_as_float": "store packed codes under the compute dtype",
         "axis": "1: groups along in_features; 0: along out_features",
+        "dynamic_config": "the other settings for each layer tag; layers without a tag stay float",
         "skip_modules": "parts of names of modules that stay float",
     }
 

@@ -117,7 +117,7 @@ def _modules_kept_on_failure(model: nn.Module) -> Iterator[None]:
 def _finish(model: nn.Module, quantizer: HfQuantizer | None, placement: Placement) -> None:
     placement.materialize_rest(model)
     if quantizer is not None:
-        quantizer.postprocess_model(model)
+        quantizer.postprocess_model(model)  # derives operands, which are on the meta device until then
     _check_materialized(model)
     if quantizer is not None:
         plugins().hook.quantcore_after_weight_loading(quantizer=quantizer, model=model)
@@ -129,8 +129,8 @@ def _check_materialized(model: nn.Module) -> None:
     empty = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
     if empty:
         raise ValueError(
-            f"{', '.join(empty[:5])}: {len(empty)} tensors are left on the meta device: the checkpoint does not hold them; "
-            "build the model so that they have values, not under torch.device('meta')"
+            f"{', '.join(empty[:5])}: {len(empty)} tensors are left on the meta device, for the checkpoint does not "
+            "hold them; build the model so that they have values, not under torch.device('meta')"
         )
 
 

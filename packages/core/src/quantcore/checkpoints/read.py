@@ -90,7 +90,7 @@ class Checkpoint:
         return dict(self.stream(name for name in names if self.headers[name].nbytes <= _METADATA_BYTES))
 
     def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) for the given names, or all, in file order; each tensor owns its memory, and nothing is mapped.
+        """(name, tensor) for the given names, or all, in file order; each tensor owns its memory.
 
         Raises CheckpointError when a file has become shorter since its headers were read.
         """

@@ -26,8 +26,8 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that takes the target's name when the block ends well, and vanishes when it does not.
 
-    Raises FileExistsError when target exists and overwrite is false, or is a file; an overwritten folder is removed only
-    after the new one is in place. A link stays a link: the folder it points to is the target.
+    Raises FileExistsError when target exists and overwrite is false, or is a file; an overwritten folder is removed
+    only after the new one is in place. A link stays a link: the folder it points to is the target.
     """
     final = Path(target).resolve()
     _check_free(final, overwrite)
@@ -101,7 +101,7 @@ def _write_file(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU; of several over one memory, which safetensors refuses, all but the first are copies."""
+    """Contiguous tensors on the CPU; safetensors refuses several over one memory, so all but the first are copied."""
     ready: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():

@@ -45,5 +45,8 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version."
 )
 def main(**kwargs: Any) -> None:
-    """Quantize PyTorch models, look at the result, and measure it."""
+    """Quantize PyTorch models, look at the result, and measure it.
+
+    QUANTCORE_DEBUG=1 shows the traceback of an error.
+    """
     send_logs_to_stderr()

@@ -194,7 +194,7 @@ def _parse_json(text: str, origin: Any) -> Any:
         if origin is Any:
             return text
         raise
-    if isinstance(origin, type) and not isinstance(value, origin):
+    if origin is not Any and isinstance(origin, type) and not isinstance(value, origin):
         raise ValueError(f"a JSON value of type {type(value).__name__}")
     return value
 

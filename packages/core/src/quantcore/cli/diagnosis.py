@@ -34,7 +34,7 @@ def diagnose() -> dict[str, Any]:
     for info in methods():
         if info.installed:
             failure, formats[info.method] = _load(info.method)
-            owner = " and ".join(info.distributions)
+            owner = " and ".join(sorted(info.distributions))
             backends.append({"method": info.method, "provided_by": owner, "failure": failure})
     kernels = [row for method, found in formats.items() for row in _kernels(method, found)]
     failed = {row["method"] for row in backends if row["failure"]}

@@ -22,12 +22,18 @@ EXAMPLES = (
 
 @click.command("eval", cls=Verb, examples=EXAMPLES)
 @click.argument("directory", metavar="DIR")
-@click.option("--text", metavar="FILE", required=True, help="UTF-8 text to predict.")
+@click.option("--text", metavar="FILE", required=True, help="UTF-8 text to predict")
 @click.option("--reference", metavar="DIR", help="The model before quantizing, to compare with.")
-@click.option("--max-tokens", type=int, default=40_960, help="Tokens of the text to read [default: 40960]")
-@click.option("--window", type=int, default=256, help="Tokens predicted on their own, as one piece [default: 256]")
-@click.option("--batch", type=int, default=8, help="Windows a forward pass [default: 8]")
-@click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), help="Dtype of float tensors.")
+@click.option("--max-tokens", metavar="N", type=int, default=40_960, help="Tokens of the text to read [default: 40960]")
+@click.option(
+    "--window", metavar="N", type=int, default=256, help="Tokens predicted on their own, as one piece [default: 256]"
+)
+@click.option("--batch", metavar="N", type=int, default=8, help="Windows a forward pass [default: 8]")
+@click.option(
+    "--dtype",
+    type=click.Choice(("float32", "bfloat16", "float16")),
+    help="Dtype to read float tensors in [default: that of the file]",
+)
 @click.option("--device", metavar="NAME", default="cpu", help="Where to run: cpu, cuda:0, auto [default: cpu]")
 @output_options(brief="only the perplexity")
 def command(directory: str, text: str, output: Output, **options: Any) -> None:

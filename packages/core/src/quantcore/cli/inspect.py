@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -104,24 +105,25 @@ def _summary(inventory: Inventory) -> str:
     return "\n".join([*lines, "", size_table(_parts(inventory))])
 
 
-def _parts(inventory: Inventory) -> list[tuple[str, int, int]]:
+def _parts(inventory: Inventory) -> list[tuple[str, int | None, int]]:
     """Rows of the size table; the bytes of a quantized layer's bias count as quantized."""
-    parts = [
-        ("quantized", [module for module in inventory.modules if module.is_quantized]),
-        ("float", [module for module in inventory.modules if not module.is_quantized]),
-        ("total", list(inventory.modules)),
-    ]
-    return [
-        (name, sum(module.weights for module in modules), sum(module.bytes for module in modules))
-        for name, modules in parts
-        if modules
-    ]
+    parts = {
+        "quantized": [module for module in inventory.modules if module.is_quantized],
+        "float": [module for module in inventory.modules if not module.is_quantized],
+        "total": inventory.modules,
+    }
+    return [(name, *_sizes(modules)) for name, modules in parts.items() if modules]
+
+
+def _sizes(modules: Sequence[StoredModule]) -> tuple[int | None, int]:
+    """Number of weights, None when that of one module is unknown, and bytes."""
+    weights = [module.weights for module in modules if module.weights is not None]
+    return sum(weights) if len(weights) == len(modules) else None, sum(module.bytes for module in modules)
 
 
 def _totals(inventory: Inventory) -> dict[str, Any]:
-    _, weights, size = _parts(inventory)[-1] if inventory.modules else ("", 0, 0)
-    known = weights and all(module.shape is not None for module in inventory.modules)
-    return {"bytes": size, "weights": weights, "bits_per_weight": 8 * size / weights if known else None}
+    weights, size = _sizes(inventory.modules)
+    return {"bytes": size, "weights": weights, "bits_per_weight": 8 * size / weights if weights else None}
 
 
 def _labels(inventory: Inventory) -> dict[str, str]:

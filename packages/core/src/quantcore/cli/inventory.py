@@ -38,10 +38,10 @@ class StoredModule:
     fault: str | None = None
 
     @property
-    def weights(self) -> int:
-        """Number of weights: of the layer if it is quantized, else of all its tensors."""
+    def weights(self) -> int | None:
+        """Number of weights: of the layer if it is quantized, else of all its tensors. None when it is unknown."""
         if self.is_quantized:
-            return math.prod(self.shape or ())
+            return None if self.shape is None else math.prod(self.shape)
         return sum(math.prod(header.shape) for header in self.tensors.values())
 
 

@@ -52,4 +52,4 @@ def _text(data: list[dict[str, Any]]) -> str:
 
 
 def _owner(distributions: list[str]) -> str:
-    return distributions[0] if len(distributions) == 1 else f"claimed twice: {' and '.join(distributions)}"
+    return distributions[0] if len(distributions) == 1 else f"claimed twice: {' and '.join(sorted(distributions))}"

@@ -69,13 +69,18 @@ class QuantizeVerb(Verb):
 @click.option("--method", metavar="NAME", help="Method to quantize with; quantcore list shows them.")
 @click.option("--config", metavar="FILE", help="JSON file with a quantization_config, instead of flags of the method.")
 @click.option("--dry-run", is_flag=True, help="Print size, bits per weight and what stays float; read no weights.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Dtype of what stays float [default: that of the file]")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), help="Dtype to read the float weights in [default: that of the file]"
+)
 @click.option("--device", metavar="NAME", default="cpu", help="Where to quantize: cpu, cuda:0, auto [default: cpu]")
 @click.option("--max-shard-size", metavar="SIZE", default="5GB", help="Largest file to write [default: 5GB]")
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
 @output_options(brief="only the folder that was made")
 def command(source: str, target: str | None, dry_run: bool, output: Output, **options: Any) -> None:
-    """Quantize the float checkpoint folder IN and write the result to OUT."""
+    """Quantize the float model IN and write the result to the folder OUT.
+
+    IN is a folder with config.json and safetensors files, or the id of such a model on the hub.
+    """
     config = _config(click.get_current_context(), output)
     if dry_run:
         _dry_run(source, config, options["dtype"], output)
@@ -157,12 +162,16 @@ def _config(ctx: click.Context, output: Output) -> QuantizationConfigMixin:
         raise click.UsageError(f"flag --method is missing; installed: {installed_methods()}")
     cls: type[QuantizationConfigMixin] = plugins().resolve(method, "config")
     given = given_values(ctx, ctx.params)
+    fields = {field.name: field for field in config_fields(cls)}
+    missing = [name for name, field in fields.items() if field.is_required and name not in {*given, *ctx.meta[_FILE]}]
+    if missing:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise click.UsageError(f"method {method} needs {flags}; see quantcore quantize --method {method} --help")
     try:
         config = _from_file(cls, ctx.meta[_FILE], given) if ctx.meta[_FILE] else cls(**given)
     except (TypeError, ValueError) as error:
         raise click.UsageError(str(error)) from error
     for key in config.extra_keys:
-        fields = [field.name for field in config_fields(cls)]
         output.note(f"warning: {cls.__name__} has no field {key!r}{nearest(key, fields)}; it is kept in config.json")
     return config
 

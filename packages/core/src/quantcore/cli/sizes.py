@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from quantcore.cli.output import in_bytes, table
 
 
-def size_table(rows: Sequence[tuple[str, int, int]]) -> str:
-    """A row for each part: its name, number of weights and bytes; the bits per weight follow."""
+def size_table(rows: Sequence[tuple[str, int | None, int]]) -> str:
+    """A row for each part: its name, number of weights if known, and bytes; the bits per weight follow."""
     columns = ("", "weights", "bits/weight", "size")
     cells = [
-        (name, f"{weights:,}", bits(8 * size / weights if weights else None), in_bytes(size))
+        (
+            name,
+            "unknown" if weights is None else f"{weights:,}",
+            bits(8 * size / weights if weights else None),
+            in_bytes(size),
+        )
         for name, weights, size in rows
     ]
     return table(columns, cells, right=columns[1:])

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 
+_PIECE = 1 << 20  # elements that are looked at together; torch casts a bfloat16 input of `sum` as a whole
+
+
 @dataclass(frozen=True)
 class DenseLinear:
     """A float linear layer. weight: [N, K], a view of the module's own (transposed for Conv1D); bias: [N] or None."""
@@ -53,11 +56,15 @@ def check_finite(weight: Tensor, name: str) -> None:
         raise ValueError(f"{name or 'layer'}: weight is on the meta device and has no values; load it first")
     if not weight.is_floating_point():
         raise ValueError(f"{name or 'layer'}: weight is {weight.dtype}, not a float; it may be quantized already")
-    # A sum is finite only if every element is, up to overflow: one pass without a mask settles the usual case.
-    if bool(torch.isfinite(weight.sum(dtype=torch.float32))):
-        return
-    for row, values in enumerate(weight):
-        if not bool(torch.isfinite(values).all()):
+    rows = max(1, _PIECE // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        piece = weight[start : start + rows]
+        # A sum is finite only if every element is, up to overflow: one pass without a mask settles the usual case.
+        if bool(torch.isfinite(piece.sum(dtype=torch.float32))):
+            continue
+        bad = torch.isfinite(piece).all(1).logical_not().nonzero()
+        if bad.numel():
+            row = start + int(bad[0])
             raise ValueError(f"{name or 'layer'}: weight holds NaN or inf, first in row {row}; repair the checkpoint")
 
 

@@ -55,8 +55,16 @@ class Plugins:
         return self._manager.hook
 
     def register(self, plugin: object) -> None:
-        """Add an object that implements hooks, such as a life-cycle observer. Raises ValueError when it is there."""
+        """Add an object that implements hooks, such as a life-cycle observer.
+
+        Raises ValueError when it is there already, or implements a hook that does not exist.
+        """
         self._manager.register(plugin)
+        try:
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            self._manager.unregister(plugin)
+            raise ValueError(str(error)) from error
         self.generation += 1
 
     def unregister(self, plugin: object) -> None:

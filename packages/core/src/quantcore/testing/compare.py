@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from quantcore.formats.base import describe
+from quantcore.formats.base import WeightFormat, describe
 
 
 def same_bytes(first: Tensor, second: Tensor) -> bool:
@@ -57,6 +57,17 @@ def linear_error(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None =
 def rounding(*dtypes: torch.dtype) -> float:
     """Four times the eps of the coarsest dtype: inputs, weight and output may each be rounded once to it."""
     return 4 * max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def forward_tolerance(weight_format: WeightFormat, dtype: torch.dtype) -> float:
+    """The `linear_error` that a layer may have on an input of this dtype, against its dequantized weight.
+
+    A format that defines `linear` itself rounds the input too, to 8 bits or fewer: the step of an e4m3 is 1/8 of the
+    value, and hundreds of roundings average out in a sum.
+    """
+    if type(weight_format).linear is not WeightFormat.linear:
+        return 0.05
+    return rounding(dtype, weight_format.compute_torch_dtype or dtype)
 
 
 def error_bound(code_bits: float) -> float:

@@ -13,7 +13,7 @@ import quantcore
 from quantcore.checkpoints.write import write_tensors
 from quantcore.errors import CheckpointError
 from quantcore.nn.module import QuantizedModule
-from quantcore.testing.damage import SURPLUS, damage_each, misshape, recast
+from quantcore.testing.damage import SURPLUS, damage_each, misshape, recast, required_names
 from quantcore.testing.models import model_factory, quantized_model
 from quantcore.testing.subjects import LAYER_NAME, Example
 
@@ -23,7 +23,7 @@ FILE = "model.safetensors"
 
 def test_each_missing_tensor_is_named(example: Example, tmp_path: Path) -> None:
     tensors = _save(example, tmp_path)
-    for name in _stored(example):
+    for name in required_names(_layer(example)):
         rest = {other: tensor for other, tensor in tensors.items() if other != f"{LAYER_NAME}.{name}"}
         assert _unnamed(_error(example, tmp_path, rest), [LAYER_NAME, name]) == []
 
@@ -58,7 +58,7 @@ def test_every_tensor_of_a_missing_layer_is_named(example: Example, tmp_path: Pa
 
 def test_all_faults_of_a_checkpoint_are_in_one_error(example: Example, tmp_path: Path) -> None:
     tensors = _save(example, tmp_path)
-    damaged, names = damage_each(_layer(example), next(iter(_stored(example))))
+    damaged, names = damage_each(_layer(example), required_names(_layer(example))[0])
     whole = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{LAYER_NAME}.")}
     whole |= {f"{LAYER_NAME}.{name}": tensor for name, tensor in damaged.items()}
     lost = next(name for name in whole if name.startswith(f"{OTHER_LAYER}."))

@@ -151,6 +151,14 @@ def test_stored_tensors_describe_their_format(example: Example, dtype: torch.dty
     assert found.compute_torch_dtype == stored.format.compute_torch_dtype
 
 
+def test_format_and_shape_are_read_from_the_metadata_alone(example: Example, dtype: torch.dtype) -> None:
+    stored = example.quantize(make_linear(dtype=dtype))
+    metadata = {spec.name for spec in stored.format.tensor_specs(stored.shape) if spec.metadata}
+    described = {name: tensor if name in metadata else tensor.to("meta") for name, tensor in stored.tensors.items()}
+    assert stored.format.read(described, stored.shape) == stored.format.read(stored.tensors, stored.shape)
+    assert stored.format.stored_shape(described) == REGULAR_SHAPE
+
+
 def test_format_that_was_read_dequantizes_to_the_same_bits(example: Example, dtype: torch.dtype) -> None:
     stored = example.quantize(make_linear(dtype=dtype))
     found = dataclasses.replace(stored, format=stored.format.read(stored.tensors, stored.shape))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantcore.nn import QuantizedLinear
 from quantcore.nn.module import QuantizedModule
-from quantcore.testing.compare import differences, linear_error, rounding, same_bytes
+from quantcore.testing.compare import differences, forward_tolerance, linear_error, rounding, same_bytes
 from quantcore.testing.subjects import LAYER_NAME, REGULAR_SHAPE, Example, make_linear, normal
 
 N, K = REGULAR_SHAPE
@@ -21,14 +21,14 @@ LEADING_SHAPES = [(), (1,), (5,), (2, 3), (1, 1, 4), (0,), (2, 0)]
 def test_forward_is_that_of_the_dequantized_weight(example: Example, dtype: torch.dtype, device: torch.device) -> None:
     layer = example.layer(make_linear(dtype=dtype, device=device))
     x = _input((5,), dtype, device)
-    assert _forward_error(layer, x) <= rounding(dtype, _compute_dtype(layer, dtype))
+    assert _forward_error(layer, x) <= forward_tolerance(layer.format, dtype)
 
 
 def test_forward_without_bias(example: Example, dtype: torch.dtype, device: torch.device) -> None:
     layer = example.layer(make_linear(dtype=dtype, device=device, bias=False))
     x = _input((5,), dtype, device)
     assert layer.bias is None
-    assert _forward_error(layer, x) <= rounding(dtype, _compute_dtype(layer, dtype))
+    assert _forward_error(layer, x) <= forward_tolerance(layer.format, dtype)
 
 
 def test_output_has_the_dtype_and_device_of_the_input(
@@ -41,7 +41,7 @@ def test_output_has_the_dtype_and_device_of_the_input(
 def test_forward_of_an_input_of_another_dtype_than_the_weight(example: Example, dtype: torch.dtype) -> None:
     layer = example.layer(make_linear(dtype=torch.bfloat16))
     x = _input((5,), dtype)
-    assert _forward_error(layer, x) <= rounding(torch.bfloat16, dtype, _compute_dtype(layer, dtype))
+    assert _forward_error(layer, x) <= forward_tolerance(layer.format, dtype)
 
 
 @pytest.mark.parametrize("leading", LEADING_SHAPES, ids=str)
@@ -51,13 +51,13 @@ def test_output_has_the_leading_shape_of_the_input(
     layer = example.layer(make_linear(device=device))
     x = _input(leading, torch.float32, device)
     assert tuple(layer(x).shape) == (*leading, N)
-    assert _forward_error(layer, x) <= rounding(x.dtype, _compute_dtype(layer, x.dtype))
+    assert _forward_error(layer, x) <= forward_tolerance(layer.format, x.dtype)
 
 
 def test_forward_of_an_input_that_is_not_contiguous(example: Example, dtype: torch.dtype, device: torch.device) -> None:
     layer = example.layer(make_linear(dtype=dtype, device=device))
     x = _input((5,), dtype, device).t().contiguous().t()
-    assert _forward_error(layer, x) <= rounding(dtype, _compute_dtype(layer, dtype))
+    assert _forward_error(layer, x) <= forward_tolerance(layer.format, dtype)
 
 
 def test_forward_is_deterministic(example: Example, dtype: torch.dtype, device: torch.device) -> None:
@@ -82,7 +82,7 @@ def test_gradient_of_the_input_is_that_of_the_dequantized_weight(
     weight = layer.dequantize()
     assert x.grad is not None
     assert x.grad.dtype == dtype
-    assert linear_error(x.grad, grad, weight.t()) <= rounding(dtype, weight.dtype, _compute_dtype(layer, dtype))
+    assert linear_error(x.grad, grad, weight.t()) <= rounding(dtype, weight.dtype)
 
 
 def test_gradient_of_the_bias_is_the_sum_over_rows(example: Example) -> None:
@@ -172,9 +172,6 @@ def _input(leading: tuple[int, ...], dtype: torch.dtype = torch.float32, device:
     return normal((*leading, K), seed=3).to(device, dtype)
 
 
-def _compute_dtype(layer: QuantizedModule, dtype: torch.dtype) -> torch.dtype:
-    return layer.format.compute_torch_dtype or dtype
-
-
 def _forward_error(layer: QuantizedModule, x: Tensor) -> float:
-    return linear_error(layer(x), x, layer.dequantize(_compute_dtype(layer, x.dtype)), layer.bias)
+    weight = layer.dequantize(layer.format.compute_torch_dtype or x.dtype)
+    return linear_error(layer(x), x, weight, layer.bias)

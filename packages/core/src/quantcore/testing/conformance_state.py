@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantcore.errors import CheckpointError
 from quantcore.nn import QuantizedLinear
 from quantcore.testing.compare import differences, same_bytes
-from quantcore.testing.damage import SURPLUS, damage_each, misshape, recast
+from quantcore.testing.damage import SURPLUS, damage_each, misshape, recast, required_names
 from quantcore.testing.subjects import LAYER_NAME, REGULAR_SHAPE, Example, make_linear, normal
 
 N, K = REGULAR_SHAPE
@@ -144,7 +144,7 @@ def test_layer_of_stored_tensors_is_equal(example: Example, dtype: torch.dtype, 
 def test_all_misfitting_tensors_are_in_one_error(example: Example) -> None:
     linear = make_linear()
     layer = example.layer(linear)
-    for missing in layer.stored:
+    for missing in required_names(layer):
         tensors, damaged = damage_each(layer, missing)
         with pytest.raises(CheckpointError) as caught:
             QuantizedLinear.from_tensors(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantcore.nn import QuantizedLinear
 from quantcore.plugins.backend import Backend
-from quantcore.testing.compare import cosine, error_bound, linear_error, relative_error, rounding
+from quantcore.testing.compare import cosine, error_bound, forward_tolerance, linear_error, relative_error
 from quantcore.testing.subjects import LAYER_NAME, REGULAR_SHAPE, Example, linear_of, make_linear, normal
 
 N, K = REGULAR_SHAPE
@@ -115,13 +115,11 @@ def _faults(example: Example, linear: nn.Linear) -> list[str]:
         return [] if LAYER_NAME in str(error) else [f"the error does not name the layer: {error}"]
     weight, dtype = layer.dequantize(), linear.weight.dtype
     x = normal((3, linear.in_features)).to(linear.weight.device, dtype)
-    compute_dtype = layer.format.compute_torch_dtype or dtype
+    computed = layer.dequantize(layer.format.compute_torch_dtype or dtype)
+    away, tolerance = linear_error(layer(x), x, computed, linear.bias), forward_tolerance(layer.format, dtype)
     checks = {
-        "a weight of another shape": weight.shape == linear.weight.shape,
-        "weights that are not finite": bool(torch.isfinite(weight).all()),
-        "another output than the dequantized weight": linear_error(
-            layer(x), x, layer.dequantize(compute_dtype), linear.bias
-        )
-        <= rounding(dtype, compute_dtype),
+        f"its weight has the shape {list(weight.shape)}": weight.shape == linear.weight.shape,
+        "its weight is not finite": bool(torch.isfinite(weight).all()),
+        f"its output is {away:.2g} away from that of the weight, more than {tolerance:.2g}": away <= tolerance,
     }
     return layer.format.faults(layer.stored, layer.shape) + [fault for fault, holds in checks.items() if not holds]

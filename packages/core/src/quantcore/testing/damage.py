@@ -20,6 +20,11 @@ def recast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32 if tensor.dtype == torch.int64 else torch.int64)
 
 
+def required_names(layer: QuantizedModule) -> list[str]:
+    """Names of the stored tensors, but for those whose absence marks a variant of the format that has none."""
+    return [name for name in layer.stored if _is_required(layer, name)]
+
+
 def damage_each(layer: QuantizedModule, missing: str) -> tuple[dict[str, Tensor], list[str]]:
     """A layer's stored tensors with as many kinds of damage at once as it has tensors for, and the damaged names.
 
@@ -34,3 +39,12 @@ def damage_each(layer: QuantizedModule, missing: str) -> tuple[dict[str, Tensor]
         tensors[name] = damage(tensors[name])
     tensors[SURPLUS] = torch.zeros(1)
     return tensors, [missing, SURPLUS, *victims[:2]]
+
+
+def _is_required(layer: QuantizedModule, name: str) -> bool:
+    rest = {other: tensor for other, tensor in layer.stored.items() if other != name}
+    try:
+        found = layer.format.read(rest, layer.shape)
+    except (KeyError, ValueError):
+        return True
+    return name in [spec.name for spec in found.tensor_specs(layer.shape)]

@@ -1,0 +1,148 @@
+"""What the tests across packages share: golden data, the methods' configs, small models of real architectures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+GOLDEN = Path(os.environ.get("QUANTCORE_GOLDEN") or Path(__file__).parent / "golden")
+
+# Methods of the backends of this repository, as the golden folders are called.
+METHODS = ("bitsandbytes", "hqq")
+CHECKPOINTS = [path for method in METHODS for path in sorted((GOLDEN / method).glob("checkpoint-*"))]
+
+
+def checkpoint_id(path: Path) -> str:
+    return f"{path.parent.name}-{path.name.removeprefix('checkpoint-')}"
+
+
+# A config of every width that a backend of this repository stores.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "nf4-double": {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
+    "fp4-bf16-storage": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
+    "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0},
+    "hqq-4bit": {"quant_method": "hqq", "nbits": 4, "group_size": 64},
+    "hqq-3bit-axis0": {"quant_method": "hqq", "nbits": 3, "group_size": 32, "axis": 0},
+}
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
+def config(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """A quantization config, each in turn."""
+    return dict(request.param)
+
+
+@pytest.fixture
+def golden_checkpoints() -> list[Path]:
+    """Every whole-model checkpoint that an upstream tool wrote for a method of this repository."""
+    return CHECKPOINTS
+
+
+@pytest.fixture(params=CHECKPOINTS, ids=checkpoint_id)
+def golden_checkpoint(request: pytest.FixtureRequest) -> Path:
+    """One of them, each in turn."""
+    return Path(request.param)
+
+
+@pytest.fixture(params=[path for path in CHECKPOINTS if (path / "float_input.safetensors").exists()], ids=checkpoint_id)
+def golden_float_checkpoint(request: pytest.FixtureRequest) -> Path:
+    """One of those beside which the float weights lie that it was made from, each in turn."""
+    return Path(request.param)
+
+
+@pytest.fixture(params=sorted((GOLDEN / "configs").glob("*.json")), ids=lambda path: path.stem)
+def golden_config(request: pytest.FixtureRequest) -> Path:
+    """A published quantization_config with upstream's reading of it, each in turn."""
+    return Path(request.param)
+
+
+class Block(nn.Module):
+    """A plain model: two linear layers with a norm between them, and a head that stays float."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 128, dtype=dtype)
+        self.norm = nn.LayerNorm(128, dtype=dtype)
+        self.down = nn.Linear(128, 64, bias=False, dtype=dtype)
+        self.lm_head = nn.Linear(64, 8, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.down(self.norm(self.up(x))))  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def build_block() -> Callable[[], Block]:
+    """A function that builds the plain model with the same values at every call."""
+
+    def build() -> Block:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return Block()
+
+    return build
+
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 96}
+
+
+def make_llama(**changes: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = {**SIZES, "intermediate_size": 128, "num_key_value_heads": 1, "max_position_embeddings": 32, **changes}
+    return LlamaForCausalLM(LlamaConfig(**config))
+
+
+def make_gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=96, n_positions=32))
+
+
+def make_opt() -> Any:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    return OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=128, max_position_embeddings=32, word_embed_proj_dim=64))
+
+
+def make_bert() -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(BertConfig(**SIZES, intermediate_size=128, max_position_embeddings=32))
+
+
+ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    "llama": make_llama,
+    "llama-tied": lambda: make_llama(tie_word_embeddings=True),
+    "gpt2": make_gpt2,
+    "opt": make_opt,
+    "bert": make_bert,
+}
+
+
+@pytest.fixture
+def make_model() -> Callable[..., Any]:
+    """Makes a small random model of an architecture by name, with the same values at every call."""
+
+    def make(name: str) -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return ARCHITECTURES[name]().eval()
+
+    return make
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    """The name of an architecture, each in turn."""
+    return str(request.param)

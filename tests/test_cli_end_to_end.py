@@ -1,0 +1,252 @@
+"""The main job from a shell, on the bundled model: quantize, look, measure, with each backend."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import quantcore
+from quantcore.cli import EXAMPLES, VERBS, main
+from quantcore.evaluation.perplexity import perplexity
+from quantcore.evaluation.report import encode
+from quantcore.plugins.backend import import_string
+
+pytest.importorskip("transformers", reason="the bundled model is a transformers architecture")
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "examples" / "stdlib-lm"
+TEXT = MODEL / "eval.txt"
+
+# Flags of each method and the size of its result, as `formats` of the methods give it for this model: bits of a code,
+# plus scales, plus what the layers say of themselves.
+FLAGS = {
+    "bitsandbytes": ["--load-in-4bit", "--bnb-4bit-quant-type", "nf4", "--bnb-4bit-use-double-quant"],
+    "hqq": ["--nbits", "4", "--group-size", "64"],
+}
+BITS = {"bitsandbytes": (4.12, 4.3), "hqq": (4.5, 4.52)}
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def cli(*args: object) -> Result:
+    """The command, run in this process."""
+    root, own = logging.getLogger(), logging.getLogger("quantcore")
+    handlers, level = list(root.handlers), own.level
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        main([str(arg) for arg in args], prog_name="quantcore")
+    root.handlers[:] = handlers
+    own.setLevel(level)
+    return Result(int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
+class Made(NamedTuple):
+    """A quantized model: its method, its folder, what the command said."""
+
+    method: str
+    folder: Path
+    result: Result
+
+
+@pytest.fixture(scope="module", params=FLAGS)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    method = request.param
+    folder = tmp_path_factory.mktemp("out") / method
+    return Made(method, folder, cli("quantize", MODEL, folder, "--method", method, *FLAGS[method], "--json"))
+
+
+def test_quantize_succeeds_and_warns_of_nothing(made: Made) -> None:
+    assert made.result.code == 0
+    assert made.result.err.splitlines() == [
+        f"reading {MODEL}",
+        f"quantizing 42 layers with {made.method}",
+        f"writing {made.folder}",
+    ]
+
+
+def test_dry_run_foresees_the_result(made: Made) -> None:
+    foreseen = cli("quantize", MODEL, "--method", made.method, *FLAGS[made.method], "--dry-run", "--json").json
+    found = made.result.json
+    for key in ("config", "layers", "weights", "parameters", "bytes_before", "left", "formats"):
+        assert foreseen[key] == found[key], key
+    # Only the number of digits in a description of bitsandbytes cannot be foreseen.
+    assert foreseen["bytes"] == pytest.approx(found["bytes"], abs=42 * 8)
+
+
+def test_the_size_told_is_that_of_the_file(made: Made) -> None:
+    stored = load_file(made.folder / "model.safetensors").values()
+    low, high = BITS[made.method]
+    assert made.result.json["bytes"] == sum(tensor.nbytes for tensor in stored)
+    assert low <= made.result.json["bits_per_quantized_weight"] <= high
+
+
+def test_the_result_loads_as_the_last_line_says(made: Made) -> None:
+    model = quantcore.load(str(made.folder))
+    with torch.inference_mode():
+        logits = model(torch.arange(8)[None]).logits
+    assert logits.shape == (1, 8, 2048)
+
+
+def test_the_tokenizer_goes_along(made: Made) -> None:
+    assert (made.folder / "tokenizer.json").read_bytes() == (MODEL / "tokenizer.json").read_bytes()
+
+
+def test_inspect_tells_what_quantize_told(made: Made) -> None:
+    found, told = cli("inspect", made.folder, "--json").json, made.result.json
+    layers = [row for row in found["modules"] if row["is_quantized"]]
+    assert (found["method"], found["bytes"], found["weights"]) == (made.method, told["bytes"], told["parameters"])
+    assert sum(row["bytes"] for row in layers) == told["quantized_bytes"]
+    assert {row["format"] for row in layers} == set(told["formats"])
+
+
+def test_inspect_knows_shapes_without_a_model(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    rows = {row["module"]: row for row in cli("inspect", made.folder, "--json").json["modules"]}
+    assert rows["model.layers.3.mlp.down_proj"]["shape"] == [256, 768]
+
+
+def test_inspect_as_text_has_a_row_for_each_module_and_the_totals(made: Made) -> None:
+    out = cli("inspect", made.folder).out
+    assert len(re.findall(r"^model\.layers\.\d+\.(?:mlp|self_attn)\.\w+_proj ", out, re.MULTILINE)) == 42
+    assert re.search(r"^total +5,770,496 ", out, re.MULTILINE)
+
+
+def test_eval_against_the_original(made: Made) -> None:
+    args = ["--text", TEXT, "--reference", MODEL, "--max-tokens", "2048", "--dtype", "float32", "--json"]
+    found = cli("eval", made.folder, *args).json
+    assert found["tokens"] == 2048
+    assert found["reference_perplexity"] < found["perplexity"] < 1.03 * found["reference_perplexity"]
+    assert 0.001 < found["kl_divergence"] < 0.03
+    assert 0.9 < found["top1_agreement"] < 0.99
+    assert found["reference_disk_bytes"] == (MODEL / "model.safetensors").stat().st_size
+
+
+def test_eval_as_text(made: Made) -> None:
+    out = cli("eval", made.folder, "--text", TEXT, "--max-tokens", "256").out
+    assert re.search(r"^model +\d+\.\d{3} +[\d,]+ +\d\.\d\d MB$", out, re.MULTILINE)
+    assert out.endswith("over 256 tokens\n")
+
+
+@pytest.mark.slow
+def test_perplexity_is_the_published_one() -> None:
+    model = quantcore.load(MODEL, dtype="float32")
+    result = perplexity(model, encode(MODEL, TEXT.read_text(encoding="utf-8")))
+    assert result.tokens == 40_960
+    assert result.perplexity == pytest.approx(14.878, abs=0.0005)  # examples/stdlib-lm/README.md
+
+
+# What goes wrong
+
+
+def test_an_existing_output_is_kept(made: Made) -> None:
+    result = cli("quantize", MODEL, made.folder, "--method", made.method)
+    assert result.code == 1
+    assert f"{made.folder} exists; choose another folder, or replace it with --force" in result.err
+
+
+def test_a_quantized_input_is_refused(made: Made, tmp_path: Path) -> None:
+    result = cli("quantize", made.folder, tmp_path / "out", "--method", "hqq")
+    assert result.code == 1
+    assert f"is quantized already, with {made.method}" in result.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--method", "hqqq"], "'hqqq' is unknown; did you mean 'hqq'?"),
+        (["--method", "hqq", "--group-sise", "64"], "no flag --group-sise; did you mean --group-size?"),
+        (["--method", "hqq", "--nbits", "7"], "nbits must be one of 8, 6, 5, 4, 3, 2, 1.58, 1, got 7"),
+        (["--method", "bitsandbytes", "--load-in-4bit", "--load-in-8bit"], "are both true; choose one"),
+        (["--method", "bitsandbytes", "--bnb-4bit-quant-type", "nf5"], "'nf5' is not one of 'nf4', 'fp4'"),
+        (["--method", "bitsandbytes", "--bnb-4bit-compute-dtype", "bf16"], "'bf16' is no torch dtype"),
+    ],
+    ids=["method", "flag", "value", "conflict", "choice", "dtype"],
+)
+def test_a_mistake_in_the_flags_is_a_usage_error(flags: list[str], expected: str, tmp_path: Path) -> None:
+    result = cli("quantize", MODEL, tmp_path / "out", *flags)
+    assert result.code == 2
+    assert expected in result.err
+
+
+def test_a_group_size_that_does_not_divide_names_the_layers_and_a_remedy(tmp_path: Path) -> None:
+    result = cli("quantize", MODEL, tmp_path / "out", "--method", "hqq", "--group-size", "96")
+    assert result.code == 1
+    assert "model.layers.0.self_attn.q_proj: weight [256, 256] does not divide into groups of 96; use" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_transformers_is_told_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = cli("quantize", MODEL, "--method", "hqq", "--dry-run")
+    assert result.code == 1
+    assert result.err.endswith("Error: this needs transformers; pip install 'quantcore[transformers]'\n")
+
+
+def test_a_checkpoint_without_tokenizer_is_told(made: Made, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(made.folder / name)
+    result = cli("eval", tmp_path, "--text", TEXT)
+    assert result.code == 1
+    assert "holds no tokenizer that loads; copy the model's tokenizer there" in result.err
+
+
+def test_an_empty_text_is_told(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    result = cli("eval", made.folder, "--text", tmp_path / "empty")
+    assert result.code == 1
+    assert "a text of at least 2 tokens, got 0" in result.err
+
+
+def test_a_text_in_another_encoding_is_told(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes("na\xefve".encode("latin-1"))
+    result = cli("eval", made.folder, "--text", tmp_path / "latin")
+    assert result.code == 1
+    assert "is no UTF-8 text: byte 2 cannot be read" in result.err
+
+
+# Help
+
+
+def test_the_command_runs_as_a_module(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "quantcore.cli", "list", "--quiet"]
+    done = subprocess.run(command, cwd=tmp_path, env=absolute_paths(), capture_output=True, text=True, check=True)
+    assert {"bitsandbytes", "hqq"} <= set(done.stdout.split())
+
+
+def test_every_example_of_the_help_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    of_verbs = [line for entry in VERBS.values() for line in import_string(entry.target).examples]
+    for line in dict.fromkeys([*EXAMPLES, *of_verbs]):
+        words = shlex.split(line)
+        if words[1] == "check":  # the suite has a session of its own
+            continue
+        short = ["--max-tokens", "512"] if words[1] == "eval" else []
+        assert cli(*words[1:], *short).code == 0, line
+
+
+def absolute_paths() -> dict[str, str]:
+    """This environment, with a PYTHONPATH that another folder can use."""
+    search = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(path).absolute()) for path in search if path)}
