@@ -13,6 +13,8 @@ from torch import Tensor
 import quantcore
 from quantcore.integrations.transformers import build_model
 
+FILE = "model.safetensors"
+
 # Relative Frobenius error of logits that the golden data allow, by dtype of the model and width: accumulation order in
 # bf16, the fused float32 matmul, the two matmuls of LLM.int8.
 TOLERANCES = {"bfloat16": 2e-2, "float32": 1e-4, "float16": 1e-2}
@@ -59,7 +61,7 @@ def test_dequantized_checkpoint_gives_the_expected_logits(golden_checkpoint: Pat
 
 def test_saved_again_the_file_has_the_same_bytes(golden_checkpoint: Path, tmp_path: Path) -> None:
     quantcore.save(quantcore.load(golden_checkpoint), tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (golden_checkpoint / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / FILE).read_bytes() == (golden_checkpoint / FILE).read_bytes()
 
 
 def test_saved_after_a_forward_the_file_has_the_same_bytes(golden_checkpoint: Path, tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_saved_after_a_forward_the_file_has_the_same_bytes(golden_checkpoint: Pa
     with torch.no_grad():
         model(load_file(golden_checkpoint / "expected.safetensors")["input_ids"])
     quantcore.save(model, tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (golden_checkpoint / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / FILE).read_bytes() == (golden_checkpoint / FILE).read_bytes()
 
 
 def test_saved_again_the_quantization_config_is_the_same(golden_checkpoint: Path, tmp_path: Path) -> None:
@@ -80,7 +82,7 @@ def test_saved_again_the_quantization_config_is_the_same(golden_checkpoint: Path
 def test_sharded_and_loaded_again_the_tensors_are_the_same(golden_checkpoint: Path, tmp_path: Path) -> None:
     quantcore.save(quantcore.load(golden_checkpoint), tmp_path / "out", max_shard_size="50KB")
     found = quantcore.load(tmp_path / "out").state_dict()
-    expected = load_file(golden_checkpoint / "model.safetensors")
+    expected = load_file(golden_checkpoint / FILE)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     assert {name: raw(tensor) for name, tensor in found.items()} == {name: raw(t) for name, t in expected.items()}
 
@@ -94,8 +96,10 @@ def requantized(golden_float_checkpoint: Path) -> dict[str, Tensor]:
     return quantcore.quantize(model, config["quantization_config"]).state_dict()
 
 
-def test_quantizing_the_float_input_gives_the_same_bytes(golden_float_checkpoint: Path, requantized: dict[str, Tensor]) -> None:
-    stored = load_file(golden_float_checkpoint / "model.safetensors")
+def test_quantizing_the_float_input_gives_the_same_bytes(
+    golden_float_checkpoint: Path, requantized: dict[str, Tensor]
+) -> None:
+    stored = load_file(golden_float_checkpoint / FILE)
     # Upstream's CPU build finds the 8-bit codes of nested block scales in a table of 65536 bins; ours are the nearest,
     # as on CUDA. The description holds their mean, whose last bit depends on the order of summation.
     looser = {name for name in stored if stored[name].dtype == torch.uint8 and name.endswith("weight.absmax")}
@@ -106,7 +110,7 @@ def test_quantizing_the_float_input_gives_the_same_bytes(golden_float_checkpoint
 def test_nested_scales_of_the_float_input_are_the_nearest_codes(
     golden_float_checkpoint: Path, requantized: dict[str, Tensor]
 ) -> None:
-    stored = load_file(golden_float_checkpoint / "model.safetensors")
+    stored = load_file(golden_float_checkpoint / FILE)
     nested = [name for name in stored if stored[name].dtype == torch.uint8 and name.endswith("weight.absmax")]
     steps = [(requantized[name].int() - stored[name].int()).abs() for name in nested]
     # Measured on the golden data: 3 to 8 codes a model differ, by 1 to 4 steps.

@@ -13,6 +13,7 @@ from torch import Tensor
 from quantcore.checkpoints.read import Checkpoint, Header, quantization_dict, read_config
 from quantcore.errors import BackendNotInstalledError, QuantcoreError, UnknownMethodError
 from quantcore.formats.base import FLOAT_DTYPES, dtype_name
+from quantcore.quantization_config import as_dtype
 from quantcore.quantizers.auto import AutoHfQuantizer
 from quantcore.quantizers.base import HfQuantizer
 from quantcore.quantizers.weight import WeightQuantizer
@@ -61,7 +62,9 @@ def take_inventory(directory: Path) -> Inventory:
     Raises what `Checkpoint` raises, and ValueError for a quantization_config that cannot be.
     """
     checkpoint = Checkpoint(directory)
-    found = quantization_dict(read_config(directory))
+    config = read_config(directory)
+    found = quantization_dict(config)
+    dtype = as_dtype(config.get("dtype") or config.get("torch_dtype"), "config.json: dtype")
     quantizer, note = (None, None) if found is None else _quantizer(found)
     groups = by_owner(checkpoint.headers)
     packed = {name for name, group in groups.items() if not _is_plain(group)}
@@ -69,7 +72,7 @@ def take_inventory(directory: Path) -> Inventory:
     modules = []
     for name, group in sorted(groups.items(), key=_natural):
         if name in packed and found is not None:
-            modules.append(_packed(name, group, small, quantizer))
+            modules.append(_packed(name, group, small, quantizer, dtype))
         else:
             modules.append(_plain(name, group))
     method = None if found is None else str(found.get("quant_method", "unnamed"))
@@ -126,13 +129,17 @@ def _plain(name: str, group: Mapping[str, Header]) -> StoredModule:
 
 
 def _packed(
-    name: str, group: Mapping[str, Header], small: Mapping[str, Tensor], quantizer: WeightQuantizer | None
+    name: str,
+    group: Mapping[str, Header],
+    small: Mapping[str, Tensor],
+    quantizer: WeightQuantizer | None,
+    dtype: torch.dtype | None,
 ) -> StoredModule:
     if quantizer is None:
         return StoredModule(name, "not readable", True, None, None, _bytes(group.values()), group)
     stored = {suffix: small.get(_full(name, suffix), _empty(header)) for suffix, header in group.items()}
     try:
-        found = quantizer.stored_weight(name, stored)
+        found = quantizer.stored_weight(name, stored, dtype)
     except (ValueError, LookupError) as error:
         fault = f"tensor {error} is missing" if isinstance(error, KeyError) else str(error)
         return StoredModule(name, "damaged", True, None, None, _bytes(group.values()), group, fault)

@@ -70,7 +70,7 @@ class QuantizedModule(nn.Module):
         try:
             new_format = base.read(tensors, self.shape)
             faults = new_format.faults(tensors, self.shape)
-        except (KeyError, ValueError) as error:
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:  # what reading garbage may end in
             faults = _unreadable(error, base, tensors, self.shape)
         if faults:
             raise CheckpointError(f"{self._label()}: " + "; ".join(faults))
@@ -210,7 +210,7 @@ def _without_cast(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 def _unreadable(
-    error: KeyError | ValueError, expected: WeightFormat, tensors: Mapping[str, Tensor], shape: tuple[int, ...]
+    error: Exception, expected: WeightFormat, tensors: Mapping[str, Tensor], shape: tuple[int, ...]
 ) -> list[str]:
     """The faults of tensors whose description cannot be read: the error's own, and those by the format expected."""
     own = f"{error.args[0]}: missing" if isinstance(error, KeyError) else str(error)

@@ -167,12 +167,15 @@ class WeightQuantizer(HfQuantizer):
             f"{name}: is quantized in the checkpoint, but quantization_config leaves it float; they contradict"
         )
 
-    def stored_weight(self, name: str, stored: Mapping[str, Tensor]) -> tuple[WeightFormat, tuple[int, ...]] | None:
+    def stored_weight(
+        self, name: str, stored: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> tuple[WeightFormat, tuple[int, ...]] | None:
         """Format and shape of a layer that is known by its stored tensors alone; None when they hold no such weight.
 
-        stored: as for `WeightFormat.read`. Raises ValueError or KeyError for an unreadable or missing description.
+        stored: as for `WeightFormat.read`. dtype: of the model's float weights.
+        Raises ValueError or KeyError for an unreadable or missing description.
         """
-        module = nn.Linear(1, 1, device="meta")
+        module = nn.Linear(1, 1, device="meta", dtype=dtype)
         weight_format = self.format_for(name, module) or self.fallback_format(name, module)
         shape = weight_format.stored_shape(stored)
         return None if shape is None else (weight_format.read(stored, shape), shape)
