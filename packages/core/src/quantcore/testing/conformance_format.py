@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from quantcore.formats.base import WeightFormat
-from quantcore.formats.families import Family
 from quantcore.formats.interning import format_from_key
 from quantcore.testing.compare import differences, relative_error, rounding, same_bytes
 from quantcore.testing.subjects import REGULAR_SHAPE, Example, linear_of, make_linear
@@ -183,31 +182,20 @@ def test_family_is_declared_where_the_format_lowers(example: Example) -> None:
 
 
 def test_lowered_weight_dequantizes_to_the_same_bits(
-    example: Example, dtype: torch.dtype, device: torch.device
+    family_example: Example, dtype: torch.dtype, device: torch.device
 ) -> None:
-    linear = make_linear(dtype=dtype, device=device)
-    lowered = _lower(example, linear)
-    stored = example.quantize(linear)
+    stored = family_example.quantize(make_linear(dtype=dtype, device=device))
+    lowered = stored.lower()
     for wanted in (dtype, torch.float32):
         assert same_bytes(lowered.dequantize(wanted), stored.dequantize(wanted))
 
 
-def test_raised_tensors_are_the_stored_ones(example: Example, dtype: torch.dtype, device: torch.device) -> None:
-    linear = make_linear(dtype=dtype, device=device)
-    lowered = _lower(example, linear)
-    stored = example.quantize(linear)
+def test_raised_tensors_are_the_stored_ones(family_example: Example, dtype: torch.dtype, device: torch.device) -> None:
+    stored = family_example.quantize(make_linear(dtype=dtype, device=device))
     weight_format = stored.format.read(stored.tensors, stored.shape)
-    assert differences(weight_format.raise_(lowered), stored.tensors) == []
+    assert differences(weight_format.raise_(stored.lower()), stored.tensors) == []
 
 
-def test_family_is_the_lowered_form(example: Example) -> None:
-    linear = make_linear()
-    assert type(_lower(example, linear)).__name__.lower() == example.weight_format(linear).family
-
-
-def _lower(example: Example, linear: torch.nn.Linear) -> Family:
-    """The lowered weight; skips a format that declares no family."""
-    stored = example.quantize(linear)
-    if stored.format.family is None:
-        pytest.skip(f"{type(stored.format).__name__} declares no family")
-    return stored.lower()
+def test_family_is_the_lowered_form(family_example: Example) -> None:
+    stored = family_example.quantize(make_linear())
+    assert type(stored.lower()).__name__.lower() == stored.format.family

@@ -1,7 +1,8 @@
 """The pytest plugin of the conformance suite; loaded with `-p quantcore.testing.plugin`, never by itself.
 
 A test that asks for `example` runs on every declared example config of every method that is checked, one that asks for
-`backend` on every method. Such a test may also ask for `dtype`, `device` and `odd_shape`.
+`family_example` on those whose format lowers to a family, one that asks for `backend` on every method. Such a test may
+also ask for `dtype`, `device` and `odd_shape`. A test that no method is fit for is not collected.
 """
 
 from __future__ import annotations
@@ -57,12 +58,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     asked = metafunc.fixturenames
-    if "example" not in asked and "backend" not in asked:
+    if not {"example", "family_example", "backend"} & set(asked):
         return
     for name, values in _AXES.items():
         if name in asked:
-            ids, arguments = zip(*values(metafunc.config), strict=True)
-            metafunc.parametrize(name, arguments, ids=ids)
+            pairs = list(values(metafunc.config))
+            metafunc.parametrize(name, [value for _, value in pairs], ids=[label for label, _ in pairs])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what has no method to run on, which pytest would count as skipped."""
+    reasons = {item: [str(mark.kwargs.get("reason")) for mark in item.iter_markers("skip")] for item in items}
+    empty = [item for item in items if any("empty parameter set" in reason for reason in reasons[item])]
+    config.hook.pytest_deselected(items=empty)
+    items[:] = [item for item in items if item not in empty]
 
 
 def _backends(config: pytest.Config) -> Iterator[tuple[str, Any]]:
@@ -77,6 +86,21 @@ def _examples(config: pytest.Config) -> Iterator[tuple[str, Any]]:
         for settings in backend.example_configs:
             label = ",".join(f"{key}={value}" for key, value in settings.items()) or "default"
             yield f"{backend.method}:{label}", Example(backend, {**settings, "quant_method": backend.method})
+
+
+def _family_examples(config: pytest.Config) -> Iterator[tuple[str, Any]]:
+    for label, example in _examples(config):
+        if _lowers(example):
+            yield label, example
+
+
+def _lowers(example: Any) -> bool:
+    from quantcore.testing.subjects import make_linear
+
+    try:
+        return example.weight_format(make_linear()).family is not None
+    except Exception:  # noqa: BLE001 - a broken method fails in its own tests, not in the collection of all
+        return True
 
 
 def _dtypes(config: pytest.Config) -> Iterator[tuple[str, Any]]:
@@ -97,6 +121,7 @@ def _odd_shapes(config: pytest.Config) -> Iterator[tuple[str, Any]]:
 _AXES: dict[str, Callable[[pytest.Config], Iterator[tuple[str, Any]]]] = {
     "backend": _backends,
     "example": _examples,
+    "family_example": _family_examples,
     "device": _devices,
     "dtype": _dtypes,
     "odd_shape": _odd_shapes,
