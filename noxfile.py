@@ -110,6 +110,13 @@ def wheels(session: nox.Session) -> None:
 
 
 @nox.session
+def interop(session: nox.Session) -> None:
+    """What is saved here loads in stock transformers with the upstream package, with the same outputs."""
+    install(session, *EVERYTHING, *TEST_TOOLS, pinned("bitsandbytes"))
+    run_pytest(session, "tests/interop")
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Speed, memory and error against the upstream packages, in one process run after the other."""
     install(session, *PACKAGES, pinned("bitsandbytes"), pinned("hqq"))

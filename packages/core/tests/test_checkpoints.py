@@ -445,6 +445,19 @@ def test_header_that_cannot_be_is_refused(tmp_path: Path, entry: dict[str, Any])
         Checkpoint(tmp_path)
 
 
+INTEGERS = ["bool", "uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
+FLOATS = ["float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64"]
+
+
+@pytest.mark.parametrize("dtype", [*INTEGERS, *FLOATS])
+def test_tensor_of_any_dtype_is_read_bit_for_bit(tmp_path: Path, dtype: str) -> None:
+    stored = torch.arange(24, dtype=torch.uint8).remainder(2).view(getattr(torch, dtype))
+    save_file({"a": torch.zeros(3), "b": stored, "c": torch.zeros(())}, tmp_path / SINGLE_NAME)
+    found = dict(Checkpoint(tmp_path).stream(["b"]))["b"]
+    assert found.dtype == stored.dtype
+    assert torch.equal(found.view(torch.uint8), stored.view(torch.uint8))
+
+
 def test_dtype_that_torch_lacks_names_the_tensor(tmp_path: Path) -> None:
     entry = {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}
     (tmp_path / SINGLE_NAME).write_bytes(header_only({"a.weight": entry}, b"\0"))
@@ -690,6 +703,14 @@ def test_existing_output_is_replaced_when_allowed(build_model: Build, saved: Pat
     (saved / "stale.txt").write_text("old")
     quantcore.save(build_model(), saved, overwrite=True)
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", SINGLE_NAME]
+
+
+def test_layers_put_in_by_hand_are_not_saved_without_a_config(build_model: Build, tmp_path: Path) -> None:
+    model = build_model()
+    model.first = QuantizedLinear.from_linear(model.first, "tiny-int8")
+    with pytest.raises(ValueError, match="TwoLayers has quantized layers but no quantization config"):
+        quantcore.save(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_parent_folders_are_made(build_model: Build, tmp_path: Path) -> None:

@@ -296,6 +296,26 @@ def test_dequantized_model_can_be_quantized_again_to_the_same_bytes(build_model:
     torch.testing.assert_close(again["first.weight.scale"], before["first.weight.scale"], rtol=2**-23, atol=0)
 
 
+def test_layers_put_in_by_hand_are_dequantized(build_model: Callable[[], nn.Module]) -> None:
+    model = build_model()
+    model.first = QuantizedLinear.from_linear(model.first, TinyInt8())  # type: ignore[arg-type]
+    assert names(quantcore.dequantize(model)) == []
+
+
+def test_quantization_that_was_cut_short_can_be_undone(build_model: Callable[[], nn.Module]) -> None:
+    class Stumbles(TinyInt8Quantizer):
+        def _quantize_layer(self, model: nn.Module, name: str, weight_format: Any) -> None:
+            if name == "second":
+                raise KeyboardInterrupt
+            super()._quantize_layer(model, name, weight_format)
+
+    model = build_model()
+    with pytest.raises(KeyboardInterrupt):
+        Stumbles(TinyInt8Config(), pre_quantized=False).quantize_model(model)
+    assert names(model) == ["first"]
+    assert names(quantcore.quantize(quantcore.dequantize(model), "tiny-int8")) == ["first", "second"]
+
+
 def test_float_model_is_not_dequantized(build_model: Callable[[], nn.Module]) -> None:
     with pytest.raises(ValueError, match="TwoLayers is not quantized by quantcore"):
         quantcore.dequantize(build_model())

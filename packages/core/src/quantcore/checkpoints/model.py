@@ -19,7 +19,7 @@ from quantcore.checkpoints.read import Checkpoint, quantization_dict, read_confi
 from quantcore.checkpoints.stream import fill, slots
 from quantcore.checkpoints.write import atomic_directory, write_json, write_tensors
 from quantcore.formats.base import dtype_name
-from quantcore.nn.replace import replace_module
+from quantcore.nn.replace import quantized_modules, replace_module
 from quantcore.plugins.manager import plugins
 from quantcore.quantization_config import as_dtype
 from quantcore.quantizers.auto import AutoHfQuantizer
@@ -47,6 +47,11 @@ def save(
     Raises FileExistsError, and OSError when the disk is full.
     """
     quantizer: HfQuantizer | None = getattr(model, "hf_quantizer", None)
+    if quantizer is None and next(quantized_modules(model), None) is not None:
+        raise ValueError(
+            f"{type(model).__name__} has quantized layers but no quantization config, which loading needs; "
+            "use quantcore.quantize on the whole model, or quantcore.dequantize it before saving"
+        )
     tensors, config = _tensors_to_save(model, quantizer), _config_to_save(model, quantizer)
     with atomic_directory(path, overwrite) as directory:
         write_tensors(tensors, directory, max_shard_size)

@@ -20,23 +20,23 @@ from quantcore.errors import CheckpointError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-_SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
+_SAFETENSORS_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "U16": "uint16",
+    "I32": "int32",
+    "U32": "uint32",
+    "I64": "int64",
+    "U64": "uint64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",  # since torch 2.7
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
 }
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _METADATA_BYTES = 4096  # tensors this small are read with the headers: formats describe themselves in them
@@ -212,9 +212,10 @@ def _read_tensors(path: Path, headers: Mapping[str, Header]) -> Iterator[tuple[s
 
 
 def _dtype(name: str, path: Path, tensor: str) -> torch.dtype:
-    if name not in _SAFETENSORS_DTYPES:
+    dtype = getattr(torch, _SAFETENSORS_DTYPES.get(name, ""), None)
+    if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"{path}: tensor {tensor} has dtype {name}, which torch cannot hold; convert it first")
-    return _SAFETENSORS_DTYPES[name]
+    return dtype
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-
 _PIECE = 1 << 20  # elements that are looked at together; torch casts a bfloat16 input of `sum` as a whole
 
 

@@ -136,10 +136,6 @@ class Plugins:
                     self._fail(target, broken(self._owners[method], error, f"kernels {target!r}"))
         return found
 
-    def loaded_backends(self) -> list[Backend]:
-        """Backends that were asked for so far."""
-        return list(self._backends.values())
-
     def _load_claimed(self, method: str, claims: tuple[Claim, ...]) -> Backend:
         if len(claims) > 1:
             owners = " and ".join(str(claim) for claim in claims)

@@ -9,7 +9,7 @@ from torch import nn
 
 from quantcore.nn.replace import quantized_modules
 from quantcore.quantizers.auto import AutoHfQuantizer
-from quantcore.quantizers.weight import WeightQuantizer
+from quantcore.quantizers.weight import WeightQuantizer, dequantize_layers
 
 
 def quantize(model: nn.Module, config: Any, calibration: Any = None) -> nn.Module:
@@ -36,7 +36,9 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     quantized layers.
     """
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None:
+    if quantizer is not None:
+        dequantized: nn.Module = quantizer.dequantize(model, dtype)
+        return dequantized
+    if next(quantized_modules(model), None) is None:
         raise ValueError(f"{type(model).__name__} is not quantized by quantcore; there is nothing to dequantize")
-    dequantized: nn.Module = quantizer.dequantize(model, dtype)
-    return dequantized
+    return dequantize_layers(model, dtype)  # layers put in one by one, or left by a quantization that was cut short

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantcore.checkpoints.stream import misfits
 from quantcore.errors import CheckpointError
-from quantcore.formats.base import QuantizedWeight, WeightFormat
+from quantcore.formats.base import WeightFormat
 from quantcore.nn.dense import DenseLinear, check_finite, view_dense
 from quantcore.nn.linear import QuantizedLinear
 from quantcore.nn.replace import quantized_modules, replace_module
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from quantcore.checkpoints.read import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+_USUAL_HEAD = "lm_head"  # stands in default skip lists, whether or not a model has one
 
 
 @dataclass(frozen=True)
@@ -198,19 +200,15 @@ class WeightQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        for name, module in list(quantized_modules(model)):
-            if isinstance(module, QuantizedLinear):
-                replace_module(model, name, module.to_dense(dtype).train(module.training))
-        return model
+        return dequantize_layers(model, dtype)
 
     def _patterns(self, model: nn.Module) -> list[str]:
         given = self.skip_patterns
         if given is None:
             return selection.default_skips(model)
-        missed = selection.unmatched_patterns(given, (name for name, _ in model.named_modules()))
-        missed = [
-            pattern for pattern in missed if not any(self.skips(name, pattern) for name, _ in model.named_modules())
-        ]
+        names = [name for name, _ in model.named_modules()]
+        missed = [pattern for pattern in given if not any(self.skips(name, pattern) for name in names)]
+        missed = [pattern for pattern in missed if pattern != _USUAL_HEAD]
         if missed:
             logger.warning("no module matches the skip patterns %s; check them for renamed modules", missed)
         return given + selection.kept_in_float32(model)
@@ -222,10 +220,12 @@ class WeightQuantizer(HfQuantizer):
         return None if hit is None else f"skipped by {hit!r}"
 
 
-def iterate_quantized(model: nn.Module) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Every quantized weight of a model by its module's name."""
-    for name, module in quantized_modules(model):
-        yield name, module.quantized_weight
+def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model with each quantized linear layer replaced by a float one; marks of quantization are left on it."""
+    for name, module in list(quantized_modules(model)):
+        if isinstance(module, QuantizedLinear):
+            replace_module(model, name, module.to_dense(dtype).train(module.training))
+    return model
 
 
 def _nothing_to_do(model: nn.Module, left: Mapping[str, str]) -> str:

@@ -1,0 +1,90 @@
+"""Peak memory of each backend on a model of some size, measured in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# 8 layers of 2048 x 2048 bf16: 64 MiB of float weights, the largest tensor 8 MiB.
+WIDTH, LAYERS = 2048, 8
+MIB = 1 << 20
+LARGEST = 2 * WIDTH * WIDTH
+FLOAT_MODEL = LAYERS * LARGEST
+NOISE = 2 * MIB  # arenas of the allocator, and what is imported late; measured on a model of a few kilobytes
+
+# glibc gives blocks of this size back at once; by default it moves the size up, and holes in its heap would count.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(MIB), "OMP_NUM_THREADS": "1"}
+
+PRELUDE = '''
+import json, resource, sys
+import torch
+from torch import nn
+import quantcore
+CONFIG = json.loads(sys.argv[1])
+
+def build(width, layers):
+    return nn.Sequential(*(nn.Linear(width, width, bias=False, dtype=torch.bfloat16) for _ in range(layers)))
+
+def peak():
+    """The high-water mark of this process; ru_maxrss would begin at that of the process that started it."""
+    try:
+        lines = open("/proc/self/status").read().splitlines()
+    except FileNotFoundError:  # no Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+quantcore.save(quantcore.quantize(build(64, 2), CONFIG), "small", overwrite=True)
+quantcore.load("small", lambda: build(64, 2))
+'''
+QUANTIZE = f"""
+model = build({WIDTH}, {LAYERS})
+before = peak()
+quantcore.quantize(model, CONFIG)
+added = peak() - before
+quantcore.save(model, "large")
+print(added)
+"""
+LOAD = f"""
+before = peak()
+model = quantcore.load("large", lambda: build({WIDTH}, {LAYERS}))
+print(peak() - before)
+"""
+
+
+@pytest.fixture(params=["nf4-double", "int8", "hqq-4bit"])
+def named_config(request: pytest.FixtureRequest, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return configs[request.param]
+
+
+@pytest.fixture
+def measure(named_config: dict[str, Any], tmp_path: Path) -> Callable[[str], int]:
+    """Runs code in a fresh process, always in the same folder, and gives the number that it prints last."""
+
+    def run(work: str) -> int:
+        command = [sys.executable, "-c", PRELUDE + work, json.dumps(named_config)]
+        paths = os.pathsep.join(str(Path(path).absolute()) for path in sys.path if path)
+        environment = {**os.environ, **ALLOCATOR, "PYTHONPATH": paths}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.split()[-1])
+
+    return run
+
+
+def test_quantize_in_place_needs_the_model_the_largest_tensor_and_a_tenth(measure: Callable[[str], int]) -> None:
+    assert measure(QUANTIZE) <= LARGEST + 0.1 * FLOAT_MODEL + NOISE
+
+
+def test_load_needs_the_finished_model_the_largest_tensor_and_a_tenth(
+    measure: Callable[[str], int], tmp_path: Path
+) -> None:
+    measure(QUANTIZE)
+    finished = (tmp_path / "large" / "model.safetensors").stat().st_size
+    assert 0.9 * finished <= measure(LOAD) <= 1.1 * finished + finished / LAYERS + NOISE
