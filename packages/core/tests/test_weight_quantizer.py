@@ -15,7 +15,7 @@ from torch import nn
 import quantcore
 from quantcore.nn import QuantizedLinear
 from quantcore.nn.replace import quantized_modules
-from quantcore.quantizers.selection import default_skips, matches_pattern, tied_modules, tied_names, unmatched_patterns
+from quantcore.quantizers.selection import default_skips, matches_pattern, tied_modules, tied_names
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -61,10 +61,6 @@ def snapshot(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
 )
 def test_pattern_hits_by_the_rule_of_transformers(name: str, pattern: str, hit: bool) -> None:
     assert matches_pattern(name, pattern) is hit
-
-
-def test_patterns_that_hit_nothing_are_listed_in_order() -> None:
-    assert unmatched_patterns(["b", "lm_head", "a"], ["model.lm_head"]) == ["b", "a"]
 
 
 # Tied weights

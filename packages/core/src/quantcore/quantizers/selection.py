@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable
 
 from torch import nn
 
@@ -69,13 +67,3 @@ def kept_in_float32(model: nn.Module) -> list[str]:
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         kept += list(getattr(model, attribute, None) or ())
     return kept
-
-
-def unmatched_patterns(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Patterns that hit no module, which are usually a renamed or misspelt module."""
-    hits: dict[str, bool] = defaultdict(bool)
-    patterns = list(patterns)
-    for name in names:
-        for pattern in patterns:
-            hits[pattern] = hits[pattern] or matches_pattern(name, pattern)
-    return [pattern for pattern in patterns if not hits[pattern]]
