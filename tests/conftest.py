@@ -11,15 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-INTEROP = Path(__file__).parent / "interop"
-
-
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Tests against the upstream packages need those packages: they are collected only when their folder is named."""
-    named = any("interop" in argument for argument in config.args)
-    return True if collection_path == INTEROP and not named else None
-
-
 GOLDEN = Path(os.environ.get("QUANTCORE_GOLDEN") or Path(__file__).parent / "golden")
 
 # Methods of the backends of this repository, as the golden folders are called.

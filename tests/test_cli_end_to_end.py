@@ -24,8 +24,6 @@ from quantcore.evaluation.perplexity import perplexity
 from quantcore.evaluation.report import encode
 from quantcore.plugins.backend import import_string
 
-pytest.importorskip("transformers", reason="the bundled model is a transformers architecture")
-
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "stdlib-lm"
 TEXT = MODEL / "eval.txt"

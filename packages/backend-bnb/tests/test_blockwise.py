@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from quantcore.testing.golden import golden_folder
 from quantcore_bnb.bitsandbytes.blockwise import (
     dequantize_absmax,
     dequantize_blocks,
@@ -21,8 +21,7 @@ from quantcore_bnb.bitsandbytes.blockwise import (
 )
 from quantcore_bnb.bitsandbytes.tables import code_levels, code_midpoints, code_order, code_table, dynamic_map
 
-REPOSITORY = Path(__file__).parents[3]
-GOLDEN = Path(os.environ.get("QUANTCORE_GOLDEN") or REPOSITORY / "tests" / "golden") / "bitsandbytes"
+GOLDEN = golden_folder("bitsandbytes", Path(__file__).parents[3] / "tests" / "golden")
 QUANT_TYPES = ("nf4", "fp4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -3,54 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from quantcore.errors import CheckpointError
 from quantcore.formats.families import Lookup
 from quantcore.nn import QuantizedLinear
+from quantcore.testing.compare import differences
+from quantcore.testing.golden import GoldenLayer, golden_facts, golden_folder
 from quantcore_bnb.bitsandbytes.format import Bnb4Bit
 
-GOLDEN = Path(os.environ.get("QUANTCORE_GOLDEN") or Path(__file__).parents[3] / "tests" / "golden") / "bitsandbytes"
+GOLDEN = golden_folder("bitsandbytes", Path(__file__).parents[3] / "tests" / "golden")
 STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
 def four_bit_cases(**wanted: object) -> list[Path]:
     wanted = {"kind": "4bit", **wanted}
-    specs = {file: json.loads(file.with_suffix(".json").read_text())["spec"] for file in GOLDEN.glob("*.safetensors")}
+    specs = {file: golden_facts(file)["spec"] for file in GOLDEN.glob("*.safetensors")}
     return sorted(file for file, spec in specs.items() if all(spec.get(key) == value for key, value in wanted.items()))
 
 
-class Case:
-    def __init__(self, file: Path) -> None:
-        tensors = load_file(file)
-        self.config = json.loads(file.with_suffix(".json").read_text())["quantization_config"]
-        self.stored = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("layer.")}
-        self.expected = {name[9:]: tensor for name, tensor in tensors.items() if name.startswith("expected.")}
-        self.weight = tensors["input.weight"]
-
-    def layer(self) -> QuantizedLinear:
-        rows, columns = self.weight.shape
-        return QuantizedLinear.from_tensors(self.config, self.stored, in_features=columns, out_features=rows)
-
-    def linear(self) -> torch.nn.Linear:
-        rows, columns = self.weight.shape
-        linear = torch.nn.Linear(columns, rows, bias="bias" in self.stored, dtype=self.weight.dtype)
-        linear.load_state_dict({"weight": self.weight, **{k: v for k, v in self.stored.items() if k == "bias"}})
-        return linear
-
-
 @pytest.fixture(params=four_bit_cases(), ids=lambda file: file.stem)
-def case(request: pytest.FixtureRequest) -> Case:
-    return Case(request.param)
-
-
-def raw(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
-    return tensor.dtype, tuple(tensor.shape), bytes(tensor.detach().reshape(-1).view(torch.uint8).tolist())
+def case(request: pytest.FixtureRequest) -> GoldenLayer:
+    return GoldenLayer.read(request.param)
 
 
 def test_golden_set_covers_both_types_and_double_quantization() -> None:
@@ -59,22 +36,21 @@ def test_golden_set_covers_both_types_and_double_quantization() -> None:
         assert part in names
 
 
-def test_stored_layer_dequantizes_to_golden_weight(case: Case) -> None:
+def test_stored_layer_dequantizes_to_golden_weight(case: GoldenLayer) -> None:
     assert torch.equal(case.layer().dequantize(), case.expected["weight"])
 
 
-def test_state_dict_gives_back_the_golden_bytes(case: Case) -> None:
-    state = case.layer().state_dict()
-    assert {name: raw(tensor) for name, tensor in state.items()} == {name: raw(t) for name, t in case.stored.items()}
+def test_state_dict_gives_back_the_golden_bytes(case: GoldenLayer) -> None:
+    assert differences(case.layer().state_dict(), case.stored) == []
 
 
-def test_quantizing_gives_the_golden_bytes(case: Case) -> None:
+def test_quantizing_gives_the_golden_bytes(case: GoldenLayer) -> None:
     weight_format = case.layer().format
     stored = QuantizedLinear.from_linear(case.linear(), weight_format).state_dict()
-    assert {name: raw(tensor) for name, tensor in stored.items()} == {name: raw(t) for name, t in case.stored.items()}
+    assert differences(stored, case.stored) == []
 
 
-def test_forward_is_within_golden_tolerance(case: Case) -> None:
+def test_forward_is_within_golden_tolerance(case: GoldenLayer) -> None:
     y, expected = case.layer()(case.expected["x"]), case.expected["y"]
     tolerance = 1e-5 if case.weight.dtype == torch.float32 else 1e-2  # as the golden cases state, for another matmul
     assert y.dtype == expected.dtype
@@ -83,20 +59,19 @@ def test_forward_is_within_golden_tolerance(case: Case) -> None:
 
 @pytest.mark.parametrize("file", four_bit_cases(grad=True), ids=lambda file: file.stem)
 def test_gradient_is_within_golden_tolerance(file: Path) -> None:
-    case = Case(file)
+    case = GoldenLayer.read(file)
     x = case.expected["x"].clone().requires_grad_()
     case.layer()(x).backward(case.expected["grad_y"])
     expected = case.expected["grad_x"].float()
     assert (x.grad.float() - expected).norm() <= 1e-2 * expected.norm()
 
 
-def test_lowering_keeps_every_value_and_raises_back_to_the_same_bytes(case: Case) -> None:
+def test_lowering_keeps_every_value_and_raises_back_to_the_same_bytes(case: GoldenLayer) -> None:
     layer = case.layer()
     family = layer.quantized_weight.lower()
     assert isinstance(family, Lookup)
     assert torch.equal(family.dequantize(layer.dequantize().dtype), layer.dequantize())
-    raised = layer.format.raise_(family)
-    assert {name: raw(tensor) for name, tensor in raised.items()} == {name: raw(t) for name, t in layer.stored.items()}
+    assert differences(layer.format.raise_(family), layer.stored) == []
 
 
 def test_bits_per_weight_counts_every_tensor() -> None:
@@ -177,9 +152,9 @@ def test_storage_that_cannot_hold_the_bytes_is_refused() -> None:
 
 def test_casting_the_layer_leaves_float_storage_alone() -> None:
     layer = QuantizedLinear.from_linear(torch.nn.Linear(64, 8), Bnb4Bit(storage="bfloat16", double_quant=True))
-    before = {name: raw(tensor) for name, tensor in layer.stored.items()}
+    before = {name: tensor.clone() for name, tensor in layer.stored.items()}
     layer.half().float().to(torch.bfloat16)
-    assert {name: raw(tensor) for name, tensor in layer.stored.items()} == before
+    assert differences(layer.stored, before) == []
 
 
 def test_compute_dtype_of_the_config_rules_the_matmul() -> None:

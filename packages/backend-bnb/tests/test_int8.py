@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from quantcore.errors import CheckpointError
 from quantcore.nn import QuantizedLinear
+from quantcore.testing.compare import differences
+from quantcore.testing.golden import GoldenLayer, golden_folder
 from quantcore_bnb.bitsandbytes import int8
 from quantcore_bnb.bitsandbytes.format_int8 import Bnb8Bit
 
-GOLDEN = Path(os.environ.get("QUANTCORE_GOLDEN") or Path(__file__).parents[3] / "tests" / "golden") / "bitsandbytes"
-
-
-class Case:
-    def __init__(self, file: Path) -> None:
-        tensors = load_file(file)
-        self.config = json.loads(file.with_suffix(".json").read_text())["quantization_config"]
-        self.stored = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("layer.")}
-        self.expected = {name[9:]: tensor for name, tensor in tensors.items() if name.startswith("expected.")}
-        self.weight = tensors["input.weight"]
-
-    def layer(self) -> QuantizedLinear:
-        rows, columns = self.weight.shape
-        return QuantizedLinear.from_tensors(self.config, self.stored, in_features=columns, out_features=rows)
+GOLDEN = golden_folder("bitsandbytes", Path(__file__).parents[3] / "tests" / "golden")
 
 
 @pytest.fixture(params=sorted(GOLDEN.glob("int8-*.safetensors")), ids=lambda file: file.stem)
-def case(request: pytest.FixtureRequest) -> Case:
-    return Case(request.param)
+def case(request: pytest.FixtureRequest) -> GoldenLayer:
+    return GoldenLayer.read(request.param)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
@@ -47,27 +33,25 @@ def test_golden_set_covers_outliers_one_row_and_odd_shapes() -> None:
     assert {"int8-thr6-m1-float16", "int8-edge-float16", "int8-thr6-outliers-bfloat16-bias-3d"} <= names
 
 
-def test_quantizing_gives_the_golden_bytes(case: Case) -> None:
+def test_quantizing_gives_the_golden_bytes(case: GoldenLayer) -> None:
     codes, row_max = int8.quantize_rows(case.weight)
     assert torch.equal(codes, case.stored["weight"])
     assert torch.equal(row_max, case.stored["SCB"])
 
 
-def test_stored_layer_dequantizes_to_golden_weight(case: Case) -> None:
+def test_stored_layer_dequantizes_to_golden_weight(case: GoldenLayer) -> None:
     assert torch.equal(case.layer().dequantize(), case.expected["weight"])
 
 
-def test_state_dict_gives_back_every_stored_tensor(case: Case) -> None:
-    state = case.layer().state_dict()
-    assert state.keys() == case.stored.keys()
-    assert all(torch.equal(state[name], tensor) for name, tensor in case.stored.items())
+def test_state_dict_gives_back_every_stored_tensor(case: GoldenLayer) -> None:
+    assert differences(case.layer().state_dict(), case.stored) == []
 
 
-def test_forward_is_upstreams(case: Case) -> None:
+def test_forward_is_upstreams(case: GoldenLayer) -> None:
     assert close(case.layer()(case.expected["x"]), case.expected["y"], 1e-4)  # the outlier matmul sums in another order
 
 
-def test_gradient_is_that_of_the_dequantized_weight(case: Case) -> None:
+def test_gradient_is_that_of_the_dequantized_weight(case: GoldenLayer) -> None:
     x = case.expected["x"].clone().requires_grad_()
     case.layer()(x).backward(case.expected["grad_y"])
     assert close(x.grad, case.expected["grad_x"], 1e-2)

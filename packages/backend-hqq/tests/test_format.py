@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 import pytest
@@ -13,41 +11,16 @@ from safetensors.torch import load_file
 from quantcore.errors import CheckpointError
 from quantcore.formats.families import Affine
 from quantcore.nn import QuantizedLinear
+from quantcore.testing.compare import differences
+from quantcore.testing.golden import GoldenLayer, golden_facts, golden_folder
 from quantcore_hqq.hqq.format import Hqq
 
-GOLDEN = Path(os.environ.get("QUANTCORE_GOLDEN") or Path(__file__).parents[3] / "tests" / "golden") / "hqq"
-
-
-class Case:
-    def __init__(self, file: Path) -> None:
-        tensors = load_file(file)
-        self.config = json.loads(file.with_suffix(".json").read_text())["quantization_config"]
-        self.stored = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("layer.")}
-        self.expected = {name[9:]: tensor for name, tensor in tensors.items() if name.startswith("expected.")}
-        self.weight = tensors["input.weight"]
-
-    def layer(self) -> QuantizedLinear:
-        rows, columns = self.weight.shape
-        return QuantizedLinear.from_tensors(self.config, self.stored, in_features=columns, out_features=rows)
-
-    def linear(self) -> torch.nn.Linear:
-        rows, columns = self.weight.shape
-        linear = torch.nn.Linear(columns, rows, bias="bias" in self.stored, dtype=self.weight.dtype)
-        linear.load_state_dict({"weight": self.weight, **{k: v for k, v in self.stored.items() if k == "bias"}})
-        return linear
+GOLDEN = golden_folder("hqq", Path(__file__).parents[3] / "tests" / "golden")
 
 
 @pytest.fixture(params=sorted(GOLDEN.glob("w*.safetensors")), ids=lambda file: file.stem)
-def case(request: pytest.FixtureRequest) -> Case:
-    return Case(request.param)
-
-
-def raw(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
-    return tensor.dtype, tuple(tensor.shape), bytes(tensor.detach().reshape(-1).view(torch.uint8).tolist())
-
-
-def all_raw(tensors: dict[str, torch.Tensor]) -> dict[str, object]:
-    return {name: raw(tensor) for name, tensor in tensors.items()}
+def case(request: pytest.FixtureRequest) -> GoldenLayer:
+    return GoldenLayer.read(request.param)
 
 
 def test_golden_set_covers_both_axes_and_odd_widths() -> None:
@@ -56,31 +29,31 @@ def test_golden_set_covers_both_axes_and_odd_widths() -> None:
         assert name in names
 
 
-def test_stored_layer_dequantizes_to_golden_weight(case: Case) -> None:
+def test_stored_layer_dequantizes_to_golden_weight(case: GoldenLayer) -> None:
     assert torch.equal(case.layer().dequantize(), case.expected["weight"])
 
 
-def test_state_dict_gives_back_the_golden_bytes(case: Case) -> None:
-    assert all_raw(case.layer().state_dict()) == all_raw(case.stored)
+def test_state_dict_gives_back_the_golden_bytes(case: GoldenLayer) -> None:
+    assert differences(case.layer().state_dict(), case.stored) == []
 
 
-def test_quantizing_by_the_config_gives_the_golden_bytes(case: Case) -> None:
-    assert all_raw(QuantizedLinear.from_linear(case.linear(), case.config).state_dict()) == all_raw(case.stored)
+def test_quantizing_by_the_config_gives_the_golden_bytes(case: GoldenLayer) -> None:
+    assert differences(QuantizedLinear.from_linear(case.linear(), case.config).state_dict(), case.stored) == []
 
 
-def test_forward_is_within_golden_tolerance(case: Case) -> None:
+def test_forward_is_within_golden_tolerance(case: GoldenLayer) -> None:
     y, expected = case.layer()(case.expected["x"]), case.expected["y"]
     tolerance = 1e-5 if case.weight.dtype == torch.float32 else 1e-2  # upstream rounds before it adds the bias
     assert y.dtype == expected.dtype
     assert (y.float() - expected.float()).norm() <= tolerance * expected.float().norm()
 
 
-def test_lowering_keeps_every_value_and_raises_back_to_the_same_bytes(case: Case) -> None:
+def test_lowering_keeps_every_value_and_raises_back_to_the_same_bytes(case: GoldenLayer) -> None:
     layer = case.layer()
     family = layer.quantized_weight.lower()
     assert isinstance(family, Affine)
     assert torch.equal(family.dequantize(), layer.dequantize())
-    assert all_raw(layer.format.raise_(family)) == all_raw(layer.stored)
+    assert differences(layer.format.raise_(family), layer.stored) == []
 
 
 @pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2, 1.58, 1])
@@ -92,7 +65,7 @@ def test_every_width_and_axis_is_stored_and_read(bits: float, axis: int, group_s
     layer = QuantizedLinear.from_linear(linear, Hqq(bits=bits, axis=axis, group_size=group_size))
     again = QuantizedLinear.from_tensors(Hqq(), layer.state_dict(), in_features=128, out_features=64)
     assert torch.equal(again.dequantize(), layer.dequantize())
-    assert all_raw(again.state_dict()) == all_raw(layer.state_dict())
+    assert differences(again.state_dict(), layer.state_dict()) == []
 
 
 def test_whole_tensor_range_is_stored_as_scalars() -> None:
@@ -100,7 +73,7 @@ def test_whole_tensor_range_is_stored_as_scalars() -> None:
     assert layer.stored["scale"].shape == layer.stored["zero"].shape == ()
     assert (layer.dequantize() - layer.dequantize().mean()).abs().max() > 0
     raised = layer.format.raise_(layer.quantized_weight.lower())
-    assert all_raw(raised) == all_raw(layer.stored)
+    assert differences(raised, layer.stored) == []
 
 
 @pytest.mark.parametrize(
@@ -151,20 +124,20 @@ def test_shape_that_does_not_fit_is_refused_with_a_remedy(weight_format: Hqq, wo
 
 def test_casting_the_layer_leaves_codes_viewed_as_floats_alone() -> None:
     layer = QuantizedLinear.from_linear(torch.nn.Linear(64, 32).bfloat16(), Hqq(view_as_float=True))
-    before = all_raw(layer.stored)
+    before = {name: tensor.clone() for name, tensor in layer.stored.items()}
     layer.half().float()
-    assert all_raw(layer.stored) == before
+    assert differences(layer.stored, before) == []
 
 
 @pytest.mark.parametrize("file", sorted(GOLDEN.glob("legacy-*.safetensors")), ids=lambda file: file.stem)
 def test_layers_of_hqq_before_0_2_dequantize_to_golden_weight(file: Path) -> None:
     tensors = load_file(file)
     stored = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("layer.")}
-    config = {"quant_method": "hqq", "quant_config": json.loads(file.with_suffix(".json").read_text())["quant_config"]}
+    config = {"quant_method": "hqq", "quant_config": golden_facts(file)["quant_config"]}
     rows, columns = tensors["input.weight"].shape
     layer = QuantizedLinear.from_tensors(config, stored, in_features=columns, out_features=rows)
     assert torch.equal(layer.dequantize(), tensors["expected.weight"])
-    assert all_raw(layer.state_dict()) == all_raw(stored)
+    assert differences(layer.state_dict(), stored) == []
 
 
 def test_wrong_tensors_of_hqq_before_0_2_are_named() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from quantcore.testing.golden import golden_folder
 from quantcore_hqq.hqq import solver
 from quantcore_hqq.hqq.packing import pack, packing_for
 from quantcore_hqq.hqq.solver import group_length, solve
 
-GOLDEN = Path(os.environ.get("QUANTCORE_GOLDEN") or Path(__file__).parents[3] / "tests" / "golden") / "hqq"
+GOLDEN = golden_folder("hqq", Path(__file__).parents[3] / "tests" / "golden")
 ALL_BITS = (8, 6, 5, 4, 3, 2, 1.58, 1)
 
 

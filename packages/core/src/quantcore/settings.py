@@ -20,6 +20,11 @@ def forced_kernel() -> str | None:
     return os.environ.get("QUANTCORE_KERNEL", "").strip() or None
 
 
+def golden_folder() -> str | None:
+    """Folder of the whole golden set, which tests run instead of the selection in the repository (QUANTCORE_GOLDEN)."""
+    return os.environ.get("QUANTCORE_GOLDEN", "").strip() or None
+
+
 def debug() -> bool:
     """Whether the command line shows tracebacks of known errors (QUANTCORE_DEBUG=1)."""
     return os.environ.get("QUANTCORE_DEBUG", "") not in ("", "0")
