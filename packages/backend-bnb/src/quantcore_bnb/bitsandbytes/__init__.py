@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantcore.plugins import Backend, hookimpl
+
+if TYPE_CHECKING:
+    from quantcore.kernels.dispatch import Kernel
 
 _MODULE = "quantcore_bnb.bitsandbytes"
 
@@ -13,6 +16,7 @@ BACKEND = Backend(
     method="bitsandbytes",
     config=f"{_MODULE}.config:BitsAndBytesConfig",
     quantizer=f"{_MODULE}.quantizer:quantizer_for",
+    kernels=(f"{_MODULE}:triton_kernels",),
     summary="NF4 and FP4 with double quantization, LLM.int8",
     example_configs=(
         {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -32,3 +36,10 @@ def quantcore_backends() -> Iterable[Backend]:
 def quantcore_match_config(config_dict: Mapping[str, Any]) -> str | None:
     """Files older than transformers 4.38 name no method, only a flag."""
     return BACKEND.method if config_dict.get("load_in_4bit") or config_dict.get("load_in_8bit") else None
+
+
+def triton_kernels() -> list[Kernel]:
+    """The Triton kernels of this method; triton is imported when a problem on a GPU is asked about."""
+    from quantcore.kernels.triton.kernels import kernels_for
+
+    return kernels_for("bitsandbytes", f"{_MODULE}.decode:decoder_for")

@@ -1,0 +1,69 @@
+"""The 4-bit decoder compiled ahead of time for GPUs that are not here, and the run of the interpreter's tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from quantcore.formats.base import WeightFormat
+from quantcore.kernels.triton import launch
+from quantcore.kernels.triton.aot import TARGETS, compile_launches, count_instructions, spilled_bytes
+from quantcore.kernels.triton.checks import quantized, run_in_interpreter
+from quantcore_bnb.bitsandbytes.decode import decoder_for
+from quantcore_bnb.bitsandbytes.format import Bnb4Bit
+
+SHAPE = (128, 256)
+FORMATS = {"single": Bnb4Bit("nf4"), "nested": Bnb4Bit("nf4", double_quant=True)}
+
+
+def launch_all(weight_format: Bnb4Bit, dtype: torch.dtype) -> None:
+    operands, decoder = list(quantized(weight_format, SHAPE).values()), decoder_for(weight_format)
+    launch.dequantize(operands, decoder, SHAPE, dtype)
+    for call, rows in ((launch.gemv, 1), (launch.gemv, 5), (launch.gemm, 50)):
+        call(torch.zeros(rows, SHAPE[1], dtype=dtype), operands, None, decoder, SHAPE[0])
+
+
+def test_decoders_pass_in_the_interpreter() -> None:
+    run_in_interpreter(str(Path(__file__).with_name("interpreted_triton.py")))
+
+
+@pytest.mark.parametrize(("name", "target"), [*(("single", target) for target in TARGETS), ("nested", "sm_90")])
+def test_every_skeleton_compiles_without_spills(name: str, target: str) -> None:
+    kernels = compile_launches(target, lambda: launch_all(FORMATS[name], torch.bfloat16))
+    assert {kernel.name for kernel in kernels} >= {
+        "dequantize_kernel",
+        "gemv_tile_kernel",
+        "gemv_kernel",
+        "gemm_kernel",
+    }
+    assert {kernel.name: spilled_bytes(kernel) for kernel in kernels if spilled_bytes(kernel)} == {}
+
+
+def test_float32_compiles_without_spills() -> None:
+    kernels = compile_launches("sm_90", lambda: launch_all(FORMATS["single"], torch.float32))
+    assert {kernel.name: spilled_bytes(kernel) for kernel in kernels if spilled_bytes(kernel)} == {}
+
+
+@pytest.mark.parametrize(("name", "most_loads"), [("single", 22), ("nested", 25)])
+def test_tiles_load_less_than_gather(name: str, most_loads: int) -> None:
+    N, K = 16, 1024
+    operands, decoder = list(quantized(FORMATS[name], (N, K)).values()), decoder_for(FORMATS[name])
+    x = torch.zeros(1, K, dtype=torch.bfloat16)
+    (tiles,) = compile_launches("sm_90", lambda: launch.gemv(x, operands, None, decoder, N))
+    (gather,) = compile_launches("sm_90", lambda: launch.gemv(x, operands, None, decoder, N, splits=1))
+    assert (tiles.name, gather.name) == ("gemv_tile_kernel", "gemv_kernel")
+    assert count_instructions(tiles, r"ld\.global") <= most_loads
+    assert count_instructions(gather, r"ld\.global") > 2 * most_loads
+
+
+def test_both_code_tables_share_compiled_kernels() -> None:
+    nf4, fp4 = (decoder_for(Bnb4Bit(quant_type)) for quant_type in ("nf4", "fp4"))
+    assert nf4.constants == fp4.constants
+
+
+def test_other_formats_have_no_decoder() -> None:
+    assert decoder_for(WeightFormat()) is None

@@ -1,0 +1,91 @@
+"""The decoder of HQQ weights of every bit width, grouped along either axis."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from quantcore.formats.base import WeightFormat
+from quantcore.kernels.triton.decoder import Decoder
+from quantcore.kernels.triton.rounding import rounded
+from quantcore_hqq.hqq.format import Hqq
+from quantcore_hqq.hqq.packing import PACKINGS
+
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+_TILED = (4, 1, 64)  # bits, axis and group of the contract `tile`
+
+
+class Groups(NamedTuple):
+    """The matrix of codes and its packing. group: values in a group; 0 where the matrix is the weight's own [N, K].
+
+    axis: 1 where each row has a scale, 0 where each column has one, -1 where one spans all.
+    """
+
+    group: int
+    axis: int
+    bits: int
+    codes_per_word: int
+    dtype: Any
+    split_rows: bool = True
+
+
+@triton.jit
+def decode_groups(tensors, k, n, N, K, D: tl.constexpr):
+    """(code - zero) * scale, each step rounded to D.dtype; tensors are words, scale and zero."""
+    rows = tl.full([], N, n.dtype)
+    columns = tl.full([], K, n.dtype)
+    row, column = n, k
+    if D.group > 0:
+        element = n * K + k
+        if D.axis == 1:
+            rows, columns = rows * columns // D.group, tl.full([], D.group, n.dtype)
+        else:
+            rows, columns = tl.full([], D.group, n.dtype), rows * columns // D.group
+        row, column = element // columns, element % columns
+    step = (rows + D.codes_per_word - 1) // D.codes_per_word  # word [i, c] holds the codes of rows i, i + step, ...
+    word = tl.load(tensors[0] + (row % step) * columns + column).to(tl.int32)
+    shift = (D.codes_per_word - 1 - row // step) * D.bits
+    code = (word >> shift.to(tl.int32)) & ((1 << D.bits) - 1)
+    group = row if D.axis == 1 else column
+    if D.axis == -1:
+        group = tl.full([], 0, n.dtype)
+    scale = tl.load(tensors[1] + group).to(tl.float32)
+    return apply_scale(code, scale, tl.load(tensors[2] + group).to(tl.float32), D)
+
+
+@triton.jit
+def scale_codes(tensors, codes, group, D: tl.constexpr):
+    """(code - zero) * scale of codes that are already unpacked."""
+    scale = tl.load(tensors[1] + group).to(tl.float32)[:, :, None]
+    return apply_scale(codes, scale, tl.load(tensors[2] + group).to(tl.float32)[:, :, None], D)
+
+
+@triton.jit
+def apply_scale(codes, scale, zero, D: tl.constexpr):
+    difference = rounded(codes.to(tl.float32) - zero, D.dtype).to(tl.float32)
+    return rounded(difference * scale, D.dtype).to(tl.float32)
+
+
+@cache
+def decoder_for(weight_format: WeightFormat) -> Decoder | None:
+    """The decoder of a format that computes in float32, bfloat16 or float16; None for any other."""
+    if type(weight_format) is not Hqq or weight_format.compute_torch_dtype not in _DTYPES:
+        return None
+    dtype = weight_format.compute_torch_dtype
+    packing = PACKINGS[weight_format.packing]
+    whole = weight_format.group_size is None or not weight_format.channel_wise
+    axis = weight_format.axis if weight_format.channel_wise else -1
+    length = 0 if whole else weight_format.group_size
+    return Decoder(
+        name=f"hqq {packing.bits} bits axis {axis} group {length or 'whole'}",
+        decode=decode_groups,
+        constants=Groups(length, axis, packing.bits, packing.codes_per_word, _DTYPES[dtype]),
+        views=(packing.word_dtype, None, None),
+        dtype=dtype,
+        scale=scale_codes if (packing.bits, axis, length) == _TILED else None,
+    )

@@ -1,0 +1,107 @@
+"""Compilation of the skeletons for a GPU that is not here: what a launch would run, read from its code.
+
+Serves tests and regression data. Needs no device, and must not run in the process that uses one.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from triton import JITFunction
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from quantcore.kernels.triton import skeletons, tiles
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a program
+_MOST_THREADS = 1024
+
+
+def compile_launches(target: str, call: Callable[[], Any]) -> list[Any]:
+    """The compiled kernels that call would launch on a device of that target, in the order in which they compile.
+
+    call: launches skeletons on CPU tensors; none of them runs, so its result holds garbage.
+    Raises what a launch there would raise: a kernel that does not compile or asks for too much shared memory.
+    """
+    named = {**vars(skeletons), **vars(tiles)}
+    kernels = [kernel for name, kernel in named.items() if name.endswith("_kernel") and isinstance(kernel, JITFunction)]
+    with _compiling_for(target):
+        for kernel in kernels:
+            kernel.device_caches.pop(target, None)
+        call()
+    caches = [kernel.device_caches[target][0] for kernel in kernels if target in kernel.device_caches]
+    return [compiled for cache in caches for compiled in cache.values()]
+
+
+def spilled_bytes(kernel: Any) -> int:
+    """Registers that a compiled kernel spills: bytes stored for CUDA, registers for HIP."""
+    if "amdgcn" in kernel.asm:
+        return sum(int(count) for count in re.findall(r"[sv]gpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"]))
+    return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", _ptxas_report(kernel.asm["ptx"])))
+
+
+def count_instructions(kernel: Any, pattern: str) -> int:
+    """Number of lines of the generated code that hold a match of the regular expression."""
+    code = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
+    return sum(1 for line in code.splitlines() if re.search(pattern, line))
+
+
+def _ptxas_report(ptx: str) -> str:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    architecture = re.search(r"^\.target\s+(sm_(\d+)\w*)", ptx, re.MULTILINE)
+    assert architecture, "every PTX module names its target"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(int(architecture[2])).path, "-v", f"--gpu-name={architecture[1]}"]
+        done = subprocess.run(
+            [*command, str(source), "-o", str(source.with_suffix(".cubin"))], capture_output=True, text=True, check=True
+        )
+    return done.stdout + done.stderr
+
+
+class _Absent:
+    """A Triton driver of a device that is not there: kernels compile for it, and launching them does nothing."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.utils = SimpleNamespace(
+            load_binary=lambda *arguments: (0, 0, 0, 0, _MOST_THREADS),
+            get_device_properties=lambda device: {"max_shared_mem": _SHARED_MEMORY[target]},
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.target]
+
+    def get_current_device(self) -> str:
+        return self.target
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        return lambda *arguments: None
+
+
+@contextmanager
+def _compiling_for(target: str) -> Iterator[None]:
+    before = driver._active
+    driver.set_active(_Absent(target))
+    try:
+        yield
+    finally:
+        driver._active = before

@@ -1,0 +1,122 @@
+"""What every pair of skeleton and decoder must do, for the tests of any backend. Meant for Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcore.formats.base import WeightFormat
+from quantcore.kernels import reference
+
+_LONGEST_CHILD = 600
+
+
+def run_in_interpreter(test_file: str) -> None:
+    """Runs a pytest file in a child process in which Triton interprets its kernels.
+
+    Raises AssertionError with the child's output when a test fails, or when none runs.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test_file]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_LONGEST_CHILD, check=False)
+    if done.returncode != 0 or " passed" not in done.stdout:
+        raise AssertionError(f"{test_file} fails in Triton's interpreter:\n{done.stdout}{done.stderr}")
+
+
+@contextmanager
+def poisoned_buffers() -> Iterator[None]:
+    """Within, torch fills new float buffers with NaN, so that what a kernel does not write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all(), "torch.utils.deterministic.fill_uninitialized_memory is off"
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def check_dequantize(weight_format: WeightFormat, decoder: Any, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """The skeleton `dequantize` gives the format's own numbers, bit for bit."""
+    from quantcore.kernels.triton import launch
+
+    named = quantized(weight_format, shape)
+    expected = weight_format.dequantize(named, shape, dtype)
+    with poisoned_buffers():
+        found = launch.dequantize(list(named.values()), decoder, shape, dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected), f"{decoder.name} {shape}: {_difference(found, expected)}"
+
+
+def check_linear(
+    call: Callable[..., Tensor],
+    weight_format: WeightFormat,
+    decoder: Any,
+    x: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+) -> None:
+    """A launcher with the arguments of `launch.gemm` gives what the format's own linear gives, within `tolerance`."""
+    shape = (out_features, x.shape[-1])
+    named = quantized(weight_format, shape)
+    operands = list(named.values())
+    expected = reference.linear(x, operands, bias, weight_format, out_features)
+    with poisoned_buffers():
+        found = call(x, operands, bias, decoder, out_features, weight_format.compute_torch_dtype)
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    error = (found.double() - expected.double()).abs()
+    allowed = tolerance(weight_format, named, x, bias, shape)
+    assert bool((error <= allowed).all()), f"{decoder.name} {tuple(x.shape)}: {_difference(found, expected)}"
+
+
+def check_input_grad(weight_format: WeightFormat, decoder: Any, grad: Tensor, in_features: int) -> None:
+    """The gradient for x is the reference's, bit for bit: the same product of the same numbers."""
+    from quantcore.kernels.triton import launch
+
+    shape = (grad.shape[-1], in_features)
+    operands = list(quantized(weight_format, shape).values())
+    expected = reference.linear_input_grad(grad, operands, weight_format, in_features)
+    with poisoned_buffers():
+        found = launch.linear_input_grad(grad, operands, decoder, in_features)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected), f"{decoder.name} {shape}: {_difference(found, expected)}"
+
+
+def quantized(weight_format: WeightFormat, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """Operands of a random weight of this shape, the same at every call."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0] * 1009 + shape[1]))
+    return weight_format.operands(weight_format.quantize(weight), shape)
+
+
+def tolerance(
+    weight_format: WeightFormat,
+    named: Mapping[str, Tensor],
+    x: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+) -> Tensor:
+    """How far two float32 sums of the same K products in different orders may differ, each rounded to the dtype.
+
+    Source: Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: each sum is off by K eps sum |x w|.
+    """
+    compute = weight_format.compute_torch_dtype or x.dtype
+    weight = weight_format.dequantize(named, tuple(shape), compute).double().abs()
+    magnitude = x.to(compute).double().abs() @ weight.T + (0 if bias is None else bias.double().abs())
+    rounding = max(torch.finfo(dtype).eps for dtype in (compute, x.dtype))
+    result = reference.linear(x, list(named.values()), bias, weight_format, shape[0]).double().abs()
+    return 2 * (shape[1] + 1) * torch.finfo(torch.float32).eps * magnitude + rounding * result
+
+
+def _difference(found: Tensor, expected: Tensor) -> str:
+    wrong = found.ne(expected) | found.isnan()
+    first = wrong.nonzero()[0].tolist()
+    return (
+        f"{int(wrong.sum())} of {wrong.numel()} differ, first at {first}: {found[tuple(first)].item()}, "
+        f"expected {expected[tuple(first)].item()}"
+    )

@@ -1,0 +1,207 @@
+"""The skeletons with a decoder of plain floats, in Triton's interpreter: run with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantcore.formats.base import TensorSpec, WeightFormat
+from quantcore.kernels.triton import launch
+from quantcore.kernels.triton.checks import check_dequantize, check_input_grad, check_linear, poisoned_buffers
+from quantcore.kernels.triton.decoder import Decoder
+from quantcore.kernels.triton.rounding import rounded
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+@dataclass(frozen=True)
+class Plain(WeightFormat):
+    """A float32 weight as it is."""
+
+    compute: str | None = None
+
+    def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        return (TensorSpec("weight", torch.float32, shape),)
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"weight": weight.float()}
+
+    def dequantize(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        return tensors["weight"].to(dtype or torch.float32)
+
+    @property
+    def compute_torch_dtype(self) -> torch.dtype | None:
+        return None if self.compute is None else getattr(torch, self.compute)
+
+
+class Allocating(Tensor):
+    """A tensor that gives memory of our choice to who asks it for a result of [M, N]."""
+
+    memory: Tensor
+
+    def new_empty(self, *shape: Any, **options: Any) -> Tensor:
+        return self.memory if shape == tuple(self.memory.shape) else super().new_empty(*shape, **options)
+
+
+class Nothing(NamedTuple):
+    """The constants of a decoder that needs none."""
+
+
+@triton.jit
+def load_plain(tensors, k, n, N, K, D: tl.constexpr):
+    return tl.load(tensors[0] + n * K + k)
+
+
+@triton.jit
+def load_as_float16(tensors, k, n, N, K, D: tl.constexpr):
+    return tl.load(tensors[0] + n * K + k).to(tl.float16)
+
+
+@triton.jit
+def load_rows_only(tensors, k, n, N, K, D: tl.constexpr):
+    return tl.load(tensors[0] + n * K)
+
+
+@triton.jit
+def load_absent(tensors, k, n, N, K, D: tl.constexpr):
+    return tl.load(tensors[5] + n * K + k)
+
+
+@triton.jit
+def round_kernel(values, results, size, DTYPE: tl.constexpr):
+    offsets = tl.arange(0, 1024)
+    mask = offsets < size
+    tl.store(results + offsets, rounded(tl.load(values + offsets, mask=mask), DTYPE).to(tl.float32), mask=mask)
+
+
+def plain(decode: Any = load_plain) -> Decoder:
+    return Decoder("plain", decode, Nothing(), (None,), torch.float32)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 1), (9, 1), (1, 300), (13, 257)], ids=str)
+def test_dequantize_rounds_to_nearest(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    check_dequantize(Plain(), plain(), shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_is_torchs_own(dtype: torch.dtype) -> None:
+    special = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, 65519.0, 65520.0, 1e-40]
+    values = torch.cat([torch.tensor(special), torch.randn(900) * 10 ** torch.randint(-9, 9, (900,)).float()])
+    results = torch.full_like(values, torch.nan)
+    round_kernel[(1,)](values, results, values.numel(), DTYPE=launch.TRITON_DTYPES[dtype])
+    assert torch.equal(results.nan_to_num(7.0), values.to(dtype).float().nan_to_num(7.0))
+
+
+@DTYPES
+@pytest.mark.parametrize("compute", [None, "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_gemv_computes_in_the_formats_dtype(rows: int, compute: str | None, dtype: torch.dtype) -> None:
+    check_linear(launch.gemv, Plain(compute), plain(), torch.randn(rows, 77, dtype=dtype), 35)
+
+
+@DTYPES
+@pytest.mark.parametrize("compute", [None, "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [1, 67])
+def test_gemm_computes_in_the_formats_dtype(rows: int, compute: str | None, dtype: torch.dtype) -> None:
+    check_linear(launch.gemm, Plain(compute), plain(), torch.randn(rows, 77, dtype=dtype), 70)
+
+
+@pytest.mark.parametrize("splits", [1, 8])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("K", [1, 64, 700])
+def test_gemv_adds_up_its_splits(rows: int, K: int, splits: int) -> None:
+    x, bias = torch.randn(rows, K), torch.randn(33)
+    check_linear(partial(launch.gemv, splits=splits), Plain(), plain(), x, 33, bias)
+
+
+LAUNCHERS = pytest.mark.parametrize("call", [launch.gemv, launch.gemm], ids=["gemv", "gemm"])
+
+
+@LAUNCHERS
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bias_is_rounded_to_the_compute_dtype(call: Callable[..., Tensor], bias_dtype: torch.dtype) -> None:
+    bias = torch.randn(2 * 33, dtype=bias_dtype)[::2]
+    check_linear(call, Plain("bfloat16"), plain(), torch.randn(3, 40, dtype=torch.float16), 33, bias)
+
+
+@LAUNCHERS
+def test_input_may_be_strided_or_of_any_rank(call: Callable[..., Tensor]) -> None:
+    inputs = {
+        "transposed": torch.randn(40, 6).T,
+        "every other column": torch.randn(6, 80)[:, ::2],
+        "every other row": torch.randn(12, 40)[::2],
+        "one row for all": torch.randn(1, 40).expand(6, 40),
+        "vector": torch.randn(40),
+        "three dims": torch.randn(2, 3, 40),
+        "three dims, moved": torch.randn(3, 2, 40).transpose(0, 1),
+    }
+    for x in inputs.values():
+        check_linear(call, Plain(), plain(), x, 9)
+
+
+@LAUNCHERS
+@pytest.mark.parametrize(("rows", "N", "K"), [(0, 5, 8), (3, 0, 8), (3, 5, 0)])
+def test_empty_problems_give_empty_results_or_the_bias(call: Callable[..., Tensor], rows: int, N: int, K: int) -> None:
+    check_linear(call, Plain(), plain(), torch.randn(rows, K), N, torch.randn(N))
+
+
+@LAUNCHERS
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_infinite_weight_spoils_its_own_row_alone(call: Callable[..., Tensor], rows: int) -> None:
+    weight = torch.randn(9, 40)
+    weight[-1, -1] = torch.inf
+    with poisoned_buffers():
+        y = call(torch.rand(rows, 40) + 0.5, [weight], None, plain(), 9)
+    assert y[:, :-1].isfinite().all()
+    assert (y[:, -1] == torch.inf).all()
+
+
+@LAUNCHERS
+@pytest.mark.parametrize("rows", [1, 4])
+def test_nothing_is_written_beyond_the_result(call: Callable[..., Tensor], rows: int) -> None:
+    N, K, beyond = 33, 30, 512  # K is one tile: gemv writes no partial sums
+    memory = torch.full((rows * N + beyond,), torch.nan)
+    x, weight = Allocating(torch.randn(rows, K)), torch.randn(N, K)
+    x.memory = memory[: rows * N].view(rows, N)
+    call(x, [weight], None, plain(), N)
+    assert memory[: rows * N].isfinite().all()
+    assert memory[rows * N :].isnan().all()
+
+
+@DTYPES
+def test_input_gradient_is_the_references(dtype: torch.dtype) -> None:
+    check_input_grad(Plain(), plain(), torch.randn(2, 3, 9).to(dtype), 40)
+
+
+def test_gemv_refuses_many_rows() -> None:
+    with pytest.raises(ValueError, match="gemv serves at most 16 rows, got 17; use gemm"):
+        launch.gemv(torch.randn(17, 8), [torch.randn(4, 8)], None, plain(), 4)
+
+
+@pytest.mark.parametrize(
+    ("decode", "reason"),
+    [
+        (load_as_float16, "decoder plain does not give float32 values"),
+        (load_rows_only, r"decoder plain does not give a tile \[BN, BK\]"),
+        (load_absent, "decoder plain does not fit gemv_kernel: .*index out of range"),
+    ],
+)
+def test_a_decoder_that_does_not_fit_names_itself(decode: Any, reason: str) -> None:
+    with pytest.raises(TypeError, match=reason):
+        launch.gemv(torch.randn(3, 40), [torch.randn(9, 40)], None, plain(decode), 9)
+
+
+def test_a_decoder_counts_its_tensors() -> None:
+    with pytest.raises(ValueError, match="decoder plain reads 1 tensors, got 2"):
+        launch.gemm(torch.randn(3, 8), [torch.randn(4, 8), torch.randn(4)], None, plain(), 4)
