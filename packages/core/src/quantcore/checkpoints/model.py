@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from quantcore.checkpoints.devices import Placement, place
 from quantcore.checkpoints.read import Checkpoint, quantization_dict, read_config
-from quantcore.checkpoints.stream import fill, slots
+from quantcore.checkpoints.stream import checked_slots, fill, slots
 from quantcore.checkpoints.write import atomic_directory, write_json, write_tensors
 from quantcore.formats.base import dtype_name
 from quantcore.nn.replace import quantized_modules, replace_module
@@ -91,7 +91,9 @@ def load(
             quantizer.preprocess_model(skeleton, target_dtype, device_map, checkpoint=checkpoint)
             plugins().hook.quantcore_before_weight_loading(quantizer=quantizer, model=skeleton)
         placement = place(skeleton, device_map, quantizer)
-        fill(skeleton, checkpoint, placement.device_of, target_dtype)
+        checked_slots(skeleton, checkpoint)
+    # Nothing but a failing disk can stop it now, so the replaced modules of a model that was handed in are let go.
+    fill(skeleton, checkpoint, placement.device_of, target_dtype)
     _finish(skeleton, quantizer, placement)
     return skeleton.eval()
 

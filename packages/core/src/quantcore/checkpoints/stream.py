@@ -49,7 +49,7 @@ def fill(
     weight; None keeps the file's. Tied parameters stay tied. Peak memory is the filled model plus one tensor.
     Raises CheckpointError that lists every missing, surplus, wrong-shape and wrong-dtype tensor, before any is read.
     """
-    targets = _checked_slots(model, checkpoint)
+    targets = checked_slots(model, checkpoint)
     twins = _twins(targets)
     devices = {name: device_of(name) for name in checkpoint.headers if name in targets}
     for name, tensor in checkpoint.stream(devices):
@@ -59,7 +59,7 @@ def fill(
 
 def fill_empty(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
     """Give a model on the meta device the dtypes that `fill` would give it, after the same checks; reads no tensor."""
-    targets = _checked_slots(model, checkpoint)
+    targets = checked_slots(model, checkpoint)
     twins = _twins(targets)
     for name, slot in targets.items():
         if name in checkpoint.headers:
@@ -68,7 +68,8 @@ def fill_empty(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | No
             _assign(twins[id(slot.tensor)], torch.empty(header.shape, dtype=cast, device="meta"))
 
 
-def _checked_slots(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Slot]:
+def checked_slots(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Slot]:
+    """`slots`, after a check of the whole checkpoint against them: raises what `fill` says."""
     targets = slots(model)
     faults = misfits(model, checkpoint)
     if faults:
