@@ -1,0 +1,53 @@
+"""The Triton kernels on a real GPU, each forced by name, against the reference on the same device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from quantcore.nn import QuantizedLinear
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
+]
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4-double": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+    "hqq-4bit": {"quant_method": "hqq", "nbits": 4},
+    "hqq-3bit-axis0": {"quant_method": "hqq", "nbits": 3, "axis": 0},
+    "hqq-1bit": {"quant_method": "hqq", "nbits": 1, "group_size": 32},
+}
+# Sums of 1024 products in another order; half precision then rounds to a neighbour.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
+def config(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return dict(request.param)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 130])
+def test_forced_kernel_gives_the_references_output_and_gradient(
+    config: dict[str, Any], rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer = QuantizedLinear.from_linear(torch.nn.Linear(1024, 384, dtype=dtype), config).to("cuda")
+    x = torch.randn(rows, 1024, dtype=dtype, device="cuda")
+    results = {}
+    for kernel in ("torch", "triton"):
+        monkeypatch.setenv("QUANTCORE_KERNEL", kernel)
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.float().square().sum().backward()
+        results[kernel] = (y.detach(), leaf.grad)
+    for found, expected in zip(results["triton"], results["torch"], strict=True):
+        assert relative_error(found, expected) <= TOLERANCE[dtype]
