@@ -39,6 +39,13 @@ def test_quantizing_gives_the_golden_bytes(case: GoldenLayer) -> None:
     assert torch.equal(row_max, case.stored["SCB"])
 
 
+def test_rows_of_the_golden_embedding_are_quantized_and_dequantized_alike() -> None:
+    case = GoldenLayer.read(GOLDEN / "embedding8bit-float16.safetensors")
+    codes, row_max = int8.quantize_rows(case.weight)
+    assert differences({"weight": codes, "SCB": row_max}, case.stored) == []
+    assert torch.equal(int8.dequantize_rows(codes, row_max, torch.float32), case.expected["weight"])
+
+
 def test_stored_layer_dequantizes_to_golden_weight(case: GoldenLayer) -> None:
     assert torch.equal(case.layer().dequantize(), case.expected["weight"])
 

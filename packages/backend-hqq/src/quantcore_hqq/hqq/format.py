@@ -19,7 +19,7 @@ from quantcore.quantization_config import matches_type
 from quantcore_hqq.hqq.config import BITS
 from quantcore_hqq.hqq.legacy import HqqLegacy
 from quantcore_hqq.hqq.packing import pack, packed_rows, packing_for, unpack, word_dtype
-from quantcore_hqq.hqq.solver import group_length, solve
+from quantcore_hqq.hqq.solver import group_length, grouped_shape, solve
 
 _UNSUPPORTED_FLAGS = ("quant_scale", "quant_zero", "offload_meta")
 _ONES = ("encoded_state_dict", "stores_quant_config")
@@ -152,9 +152,7 @@ class Hqq(WeightFormat):
         """Rows and columns of the code matrix: grouped, or the weight's own where one range spans it."""
         if not self.channel_wise:
             return shape[0], shape[1]
-        length = group_length(shape, self.group_size, self.axis)
-        groups = math.prod(shape) // length
-        return (groups, length) if self.axis == 1 else (length, groups)
+        return grouped_shape(shape, self.group_size, self.axis)
 
     def _scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if not self.channel_wise:

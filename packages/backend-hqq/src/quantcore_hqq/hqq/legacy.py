@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
 from quantcore_hqq.hqq.packing import packed_rows, packing_for, unpack, word_dtype
-from quantcore_hqq.hqq.solver import group_length
+from quantcore_hqq.hqq.solver import grouped_shape
 
 FLOAT = 0
 WHOLE = -1
@@ -68,9 +68,7 @@ class HqqLegacy(WeightFormat):
         return float_dtype(self.compute_dtype, "compute_dtype")
 
     def _grouped(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        length = group_length(shape, self.group_size, self.axis)
-        groups = math.prod(shape) // length
-        return (groups, length) if self.axis == 1 else (length, groups)
+        return grouped_shape(shape, self.group_size, self.axis)
 
     def _form(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The shape of scale and zero as floats."""

@@ -102,6 +102,13 @@ def group_length(shape: tuple[int, ...], group_size: int | None, axis: int) -> i
     return group_size
 
 
+def grouped_shape(shape: tuple[int, ...], group_size: int | None, axis: int) -> tuple[int, int]:
+    """Rows and columns of the grouped matrix: a group a row (axis 1) or a column (axis 0). Raises as `group_length`."""
+    length = group_length(shape, group_size, axis)
+    groups = math.prod(shape) // length
+    return (groups, length) if axis == 1 else (length, groups)
+
+
 def _ranges(matrix: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each group, float32, reduced over axis (kept)."""
     groups = 1 - axis
