@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import signal
 import stat
 import subprocess
@@ -36,13 +37,13 @@ quantcore.save(model, "out", max_shard_size=20_000, overwrite={overwrite})
 """
 # Two shards are written, then the child waits to be killed.
 STALL = """
-save_file, written = write.save_file, []
-def stall(*args, **kwargs):
-    if len(written) == 2:
+add, written = write.ShardWriter.add, []
+def stall(self, name, tensor):
+    if len(self._files) == 2:
         print("stalled", flush=True)
         time.sleep(60)
-    written.append(save_file(*args, **kwargs))
-write.save_file = stall
+    add(self, name, tensor)
+write.ShardWriter.add = stall
 """
 # No file may grow beyond 4 kB: what a full disk does to a write, without filling one.
 FULL = """
@@ -85,20 +86,18 @@ def fail_after(calls: int, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 STAGES = {
-    "first-shard": ("save_file", 0),
-    "second-shard": ("save_file", 1),
-    "index": ("write_json", 0),
-    "config": ("write_json", 1),
-    "sync": ("_sync_tree", 0),
+    "first-shard": ("shards._File.close", 0),
+    "second-shard": ("shards._File.close", 1),
+    "index": ("shards.write_json", 0),
+    "config": ("model.write_json", 0),
+    "sync": ("write._sync_tree", 0),
 }
 AT_EACH_STAGE = pytest.mark.parametrize(("function", "calls"), STAGES.values(), ids=STAGES)
 
 
 def break_stage(monkeypatch: pytest.MonkeyPatch, function: str, calls: int) -> None:
-    replacement = fail_after(calls, getattr(write, function))
-    monkeypatch.setattr(write, function, replacement)
-    if function == "write_json":
-        monkeypatch.setattr("quantcore.checkpoints.model.write_json", replacement)
+    target = f"quantcore.checkpoints.{function}"
+    monkeypatch.setattr(target, fail_after(calls, pkgutil.resolve_name(target)))
 
 
 @AT_EACH_STAGE

@@ -16,8 +16,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from quantcore.checkpoints.devices import Placement, place
 from quantcore.checkpoints.read import Checkpoint, quantization_dict, read_config
+from quantcore.checkpoints.shards import write_json
 from quantcore.checkpoints.stream import checked_slots, fill, slots
-from quantcore.checkpoints.write import atomic_directory, write_json, write_tensors
+from quantcore.checkpoints.write import atomic_directory, write_tensors
 from quantcore.formats.base import dtype_name
 from quantcore.nn.replace import quantized_modules, replace_module
 from quantcore.plugins.manager import plugins

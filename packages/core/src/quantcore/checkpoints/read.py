@@ -38,6 +38,7 @@ _SAFETENSORS_DTYPES = {
     "F32": "float32",
     "F64": "float64",
 }
+DTYPE_NAMES = {torch_name: name for name, torch_name in _SAFETENSORS_DTYPES.items()}
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _METADATA_BYTES = 4096  # tensors this small are read with the headers: formats describe themselves in them
 

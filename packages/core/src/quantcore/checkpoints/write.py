@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from quantcore.checkpoints.read import INDEX_NAME, SINGLE_NAME
+from quantcore.checkpoints.shards import ShardWriter
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -47,25 +43,13 @@ def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) ->
 def write_tensors(tensors: Mapping[str, Tensor], directory: Path, max_shard_size: int | str = "5GB") -> None:
     """Write tensors as model.safetensors, or as shards with an index when they exceed max_shard_size.
 
-    max_shard_size: bytes, or a string such as "5GB" or "500MiB". Tensors on the CPU are written without a copy.
+    max_shard_size: bytes, or a string such as "5GB" or "500MiB". Contiguous tensors on the CPU are written without a
+    copy, others one by one.
     """
-    shards = _split(tensors, parse_size(max_shard_size))
-    if len(shards) == 1:
-        _write_file(shards[0], directory / SINGLE_NAME)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(shard, directory / file)
-        weight_map.update(dict.fromkeys(shard, file))
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(index, directory / INDEX_NAME)
-
-
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write a JSON object with sorted keys, indented by two."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    writer = ShardWriter(directory, parse_size(max_shard_size), tensors)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.finish()
 
 
 def parse_size(size: int | str) -> int:
@@ -75,41 +59,6 @@ def parse_size(size: int | str) -> int:
     if not match or match[2] not in _UNITS or float(match[1]) * _UNITS[match[2]] < 1:
         raise ValueError(f"size {size!r} is not understood; write it as '5GB', '500MiB' or a number of bytes")
     return int(float(match[1]) * _UNITS[match[2]])
-
-
-def _split(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    """Consecutive shards of at most limit bytes; a single larger tensor gets a shard of its own."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > limit:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    return shards
-
-
-def _write_file(tensors: Mapping[str, Tensor], path: Path) -> None:
-    path.touch()
-    mode = path.stat().st_mode  # as the umask has it; safetensors lets nobody but the owner read its files
-    try:
-        save_file(_unshared(tensors), path, metadata={"format": "pt"})
-    except SafetensorError as error:  # its name for every failed write
-        raise OSError(f"{path.name}: cannot be written: {error}; is there space in {path.parent.parent}?") from error
-    path.chmod(mode)
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU; safetensors refuses several over one memory, so all but the first are copied."""
-    ready: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        local = tensor.contiguous().cpu()
-        storage = local.untyped_storage().data_ptr()
-        ready[name] = local.clone() if storage in storages else local
-        storages.add(storage)
-    return ready
 
 
 def _check_free(final: Path, overwrite: bool) -> None:
