@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcore.formats.families import Affine, Grouping, Lookup, NestedScale
+from quantcore.formats.families import Affine, ColumnGroups, Grouping, Lookup, NestedScale, column_grouping
 
 # numel, size: whole groups, a short last group, one group, groups of one, fewer elements than a group.
 CONTIGUOUS = [(12, 4), (13, 4), (4, 4), (5, 1), (3, 8)]
@@ -93,3 +93,68 @@ def test_families_round_once_to_another_dtype(dtype: torch.dtype) -> None:
     lookup = Lookup(codes, random(8), random(2), Grouping(4), bits=4)
     for family in (affine, lookup):
         assert torch.equal(family.dequantize(dtype), family.dequantize().to(dtype))
+
+
+# columns, size: whole groups, a short last group, one group, one short group.
+COLUMNS = pytest.mark.parametrize(("columns", "size"), [(12, 4), (13, 4), (4, 4), (3, 8)], ids=str)
+
+
+def columnwise(rows: int, columns: int, size: int, index: Tensor | None = None) -> Affine:
+    groups = -(-columns // size)
+    codes = torch.arange(rows * columns).remainder(16).to(torch.uint8).view(rows, columns)
+    scale, zero = random(rows * groups), 8 * random(rows * groups)
+    return Affine(codes, scale, zero, column_grouping(columns, size, index), bits=4)
+
+
+@COLUMNS
+def test_column_groups_start_anew_in_each_row(columns: int, size: int) -> None:
+    affine = columnwise(3, columns, size)
+    group = torch.arange(columns) // size
+    scale, zero = affine.scale.view(3, -1)[:, group], affine.zero.view(3, -1)[:, group]
+    assert torch.equal(affine.dequantize(), (affine.codes.float() - zero) * scale)
+    assert affine.grouping.count(affine.codes.numel()) == affine.scale.numel()
+
+
+def test_whole_column_groups_are_the_plain_grouping() -> None:
+    assert column_grouping(12, 4) == Grouping(4)
+
+
+def test_columns_in_any_order_use_the_group_that_the_index_gives() -> None:
+    index = torch.tensor([2, 0, 1, 0, 2, 2], dtype=torch.int32)
+    affine = columnwise(2, 6, 2, index)
+    scale, zero = affine.scale.view(2, 3)[:, index.long()], affine.zero.view(2, 3)[:, index.long()]
+    assert torch.equal(affine.dequantize(), (affine.codes.float() - zero) * scale)
+
+
+@COLUMNS
+def test_by_columns_gives_factors_and_groups_of_the_same_numbers(columns: int, size: int) -> None:
+    affine = columnwise(3, columns, size)
+    scale, zero, index = affine.by_columns()
+    rebuilt = Affine(affine.codes, scale.reshape(-1), zero.reshape(-1), ColumnGroups(index, scale.shape[1]), bits=4)
+    assert torch.equal(rebuilt.dequantize(), affine.dequantize())
+
+
+def test_a_group_of_whole_rows_is_one_group_of_columns_in_each() -> None:
+    affine = Affine(torch.ones(5, 4, dtype=torch.uint8), random(3), random(3), Grouping(8), bits=4)
+    scale, _, index = affine.by_columns()
+    assert torch.equal(scale[:, 0], affine.scale[[0, 0, 1, 1, 2]])
+    assert index.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("grouping", [Grouping(3), Grouping(8, strided=True)], ids=str)
+def test_groups_across_rows_are_no_column_groups(grouping: Grouping) -> None:
+    affine = Affine(torch.zeros(4, 4, dtype=torch.uint8), random(6), random(6), grouping, bits=4)
+    with pytest.raises(ValueError, match=r"does not group columns within a row"):
+        affine.by_columns()
+
+
+def test_runs_within_a_group_share_its_factors() -> None:
+    affine = columnwise(2, 14, 8)
+    scale, zero = affine.by_column_runs(4)
+    assert torch.equal(scale, affine.scale.view(2, 2)[:, [0, 0, 1, 1]])
+    assert torch.equal(zero, affine.zero.view(2, 2)[:, [0, 0, 1, 1]])
+
+
+def test_runs_across_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="belong to different groups"):
+        columnwise(2, 16, 4).by_column_runs(8)

@@ -1,11 +1,20 @@
-"""4-bit codes in bytes."""
+"""Codes in words and in bytes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from quantcore.formats.packing import pack_nibbles, unpack_nibbles
+from quantcore.formats.packing import (
+    Layout,
+    pack_nibbles,
+    pack_words,
+    padded_layout,
+    planar_layout,
+    stream_layout,
+    unpack_nibbles,
+    unpack_words,
+)
 
 ORDERS = pytest.mark.parametrize("high_first", [True, False], ids=["high-first", "low-first"])
 
@@ -53,3 +62,69 @@ def test_codes_are_not_changed() -> None:
     codes = torch.arange(9).to(torch.uint8)
     pack_nibbles(codes, high_first=True)
     assert codes.tolist() == list(range(9))
+
+
+LAYOUTS = pytest.mark.parametrize("layout", [stream_layout, padded_layout, planar_layout])
+# What published tools write for the codes 0, 1, 2, ... modulo 2**bits.
+PUBLISHED = [
+    (stream_layout(4), 8, [0x76543210]),
+    (stream_layout(2), 16, [0xE4E4E4E4]),
+    (stream_layout(8), 4, [0x03020100]),
+    (stream_layout(3), 32, [0x88FAC688, 0xC688FAC6, 0xFAC688FA]),
+    (stream_layout(5), 32, [0x8A418820, 0xC5A92839, 0xCA307B9A, 0x38BDAB49, 0xFFBBCDEB]),
+    (planar_layout(5), 32, [0x76543210, 0xFEDCBA98, 0x76543210, 0xFEDCBA98, 0xFFFF0000]),
+]
+
+
+def random_codes(bits: int, count: int) -> torch.Tensor:
+    return torch.randint(0, 1 << bits, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+
+
+@pytest.mark.parametrize(("layout", "count", "words"), PUBLISHED, ids=["4", "2", "8", "3", "5", "5-planar"])
+def test_words_are_those_of_published_tools(layout: Layout, count: int, words: list[int]) -> None:
+    codes = torch.arange(count).remainder(1 << layout.bits).to(torch.uint8)
+    assert [word & 0xFFFFFFFF for word in pack_words(codes, layout).tolist()] == words
+
+
+@pytest.mark.parametrize("word_bits", [8, 16, 32, 64])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_stream_puts_each_code_at_its_bit(bits: int, word_bits: int) -> None:
+    codes = random_codes(bits, 75)
+    stream = sum(code << (i * bits) for i, code in enumerate(codes.tolist()))
+    words = pack_words(codes, stream_layout(bits, word_bits))
+    assert words.view(torch.uint8).tolist() == list(stream.to_bytes(words.nbytes, "little"))
+
+
+@pytest.mark.parametrize("count", [0, 1, 31, 33, 64, 75])
+@pytest.mark.parametrize("word_bits", [8, 32, 64])
+@pytest.mark.parametrize("bits", range(1, 9))
+@LAYOUTS
+def test_unpacked_words_are_the_codes(layout, bits: int, word_bits: int, count: int) -> None:
+    chosen = layout(bits, word_bits)
+    codes = torch.stack([random_codes(bits, count), random_codes(bits, count).flip(0), random_codes(bits, count)])
+    for dim, matrix in ((1, codes), (0, codes.t())):
+        words = pack_words(matrix, chosen, dim)
+        assert words.shape[dim] == chosen.count_words(count)
+        assert words.is_contiguous()
+        assert torch.equal(unpack_words(words, chosen, count, dim), matrix)
+
+
+@LAYOUTS
+def test_words_hold_as_many_codes_as_were_packed(layout) -> None:
+    for bits in range(1, 9):
+        chosen = layout(bits, 32)
+        for count in range(70):
+            assert chosen.count_codes(chosen.count_words(count)) >= count
+            assert chosen.count_words(chosen.count_codes(count)) <= count
+
+
+def test_words_are_packed_along_any_dimension_of_a_stack() -> None:
+    codes = random_codes(4, 3 * 5 * 16).view(3, 5, 16)
+    for dim in (0, 1, 2, -1):
+        words = pack_words(codes, stream_layout(4), dim)
+        assert torch.equal(unpack_words(words, stream_layout(4), codes.shape[dim], dim), codes)
+
+
+def test_words_may_be_strided() -> None:
+    words = torch.stack([pack_words(random_codes(4, 64).view(16, 4), stream_layout(4))] * 2, -1)[..., 0]
+    assert torch.equal(unpack_words(words, stream_layout(4), 16), random_codes(4, 64).view(16, 4))

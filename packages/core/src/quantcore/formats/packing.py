@@ -1,9 +1,118 @@
-"""Packing of small codes into bytes, for the layouts that several formats share."""
+"""Packing of small codes into words, for the layouts that several formats share.
+
+A layout says where each bit of a code stands. It repeats along one dimension in blocks of some codes and some words,
+and is a list of pieces: runs of bits that are moved together. To pack and to unpack is to move each piece of every
+block at once.
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from functools import cache
+
 import torch
 from torch import Tensor
+
+_PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}  # widths of the bit planes, low bits first
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bits [low, low + width) of code `code` of a block, which stand at bit `shift` of its word `word`."""
+
+    code: int
+    word: int
+    low: int
+    shift: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How codes of `bits` bits lie in words of `word_bits` bits. codes, words: in one block.
+
+    bytewise: the layout is the same bit stream whatever the size of a word.
+    """
+
+    bits: int
+    word_bits: int
+    codes: int
+    words: int
+    pieces: tuple[Piece, ...]
+    bytewise: bool = False
+
+    def count_words(self, count: int) -> int:
+        """Words that hold count codes."""
+        whole, rest = divmod(count, self.codes)
+        return whole * self.words + max((piece.word + 1 for piece in self.pieces if piece.code < rest), default=0)
+
+    def count_codes(self, words: int) -> int:
+        """The most codes that lie wholly in this many words."""
+        whole, rest = divmod(words, self.words)
+        spilled = {piece.code for piece in self.pieces if piece.word >= rest}
+        return whole * self.codes + min(spilled, default=0)
+
+
+@cache
+def stream_layout(bits: int, word_bits: int = 32) -> Layout:
+    """One little-endian bit stream: code i at bit i * bits, spilling into the next word where it does not fit.
+
+    Where bits divides word_bits, this is whole codes in each word, the first in the lowest bits.
+    """
+    length = math.lcm(bits, word_bits)
+    pieces = []
+    for code in range(length // bits):
+        start, end = code * bits, (code + 1) * bits
+        cut = min(end, (start // word_bits + 1) * word_bits)
+        pieces.append(Piece(code, start // word_bits, 0, start % word_bits, cut - start))
+        if cut < end:
+            pieces.append(Piece(code, cut // word_bits, cut - start, 0, end - cut))
+    return Layout(bits, word_bits, length // bits, length // word_bits, tuple(pieces), bytewise=True)
+
+
+@cache
+def padded_layout(bits: int, word_bits: int = 32) -> Layout:
+    """As many whole codes as fit in each word, the first in the lowest bits; bits that are left over are zero."""
+    codes = word_bits // bits
+    pieces = tuple(Piece(code, 0, 0, code * bits, bits) for code in range(codes))
+    return Layout(bits, word_bits, codes, 1, pieces)
+
+
+@cache
+def planar_layout(bits: int, word_bits: int = 32) -> Layout:
+    """Blocks of word_bits codes whose bits are split into planes, low first, each packed as codes of its width."""
+    pieces: list[Piece] = []
+    low = 0
+    for width in _PLANES.get(bits, (bits,)):
+        per_word, first = word_bits // width, low  # a plane of `width` bits takes as many words
+        pieces += [
+            Piece(code, first + code // per_word, low, code % per_word * width, width) for code in range(word_bits)
+        ]
+        low += width
+    return Layout(bits, word_bits, word_bits, bits, tuple(pieces))
+
+
+def pack_words(codes: Tensor, layout: Layout, dim: int = 0) -> Tensor:
+    """Words that hold codes, packed along dim; bits that no code fills are zero.
+
+    codes: uint8, each below 2**bits (not checked: higher bits would spill into the neighbours); any shape and strides.
+    Returns words of the layout's size, contiguous: uint8 for 8 bits, else a signed integer dtype.
+    """
+    dim %= codes.ndim
+    count = layout.count_words(codes.shape[dim])
+    if layout.bytewise:
+        packed = _pack(codes, stream_layout(layout.bits, 8), dim, count * layout.word_bits // 8)
+        return _from_bytes(packed, _WORD_DTYPES[layout.word_bits], dim)
+    return _pack(codes, layout, dim, count)
+
+
+def unpack_words(words: Tensor, layout: Layout, count: int, dim: int = 0) -> Tensor:
+    """The first count codes of words along dim, uint8, contiguous; the inverse of `pack_words`."""
+    dim %= words.ndim
+    if layout.bytewise:
+        return _unpack(_to_bytes(words, dim), stream_layout(layout.bits, 8), dim, count)
+    return _unpack(words, layout, dim, count)
 
 
 def pack_nibbles(codes: Tensor, *, high_first: bool, padding: int = 0) -> Tensor:
@@ -25,3 +134,57 @@ def unpack_nibbles(packed: Tensor, count: int, *, high_first: bool) -> Tensor:
     codes[:, 0 if high_first else 1] = data >> 4
     codes[:, 1 if high_first else 0] = data & 0xF
     return codes.view(-1)[:count]
+
+
+_WORD_DTYPES = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
+
+
+def _to_bytes(words: Tensor, dim: int) -> Tensor:
+    """Words as bytes, those of a word one after the other along dim: shifting bytes takes a fraction of the time."""
+    if words.dtype == torch.uint8:
+        return words
+    split: Tensor = words.contiguous().reshape(-1).view(torch.uint8).view(*words.shape, words.itemsize)
+    return split.movedim(-1, dim + 1).flatten(dim, dim + 1)
+
+
+def _from_bytes(packed: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
+    """The words of bytes, the inverse of `_to_bytes`."""
+    if dtype == torch.uint8:
+        return packed
+    size = dtype.itemsize
+    split: Tensor = packed.unflatten(dim, (packed.shape[dim] // size, size)).movedim(dim + 1, -1)  # type: ignore[no-untyped-call]
+    return split.contiguous().reshape(-1).view(dtype).view(split.shape[:-1])
+
+
+def _pack(codes: Tensor, layout: Layout, dim: int, count: int) -> Tensor:
+    shape = list(codes.shape)
+    shape[dim] = count
+    words = torch.zeros(shape, dtype=_WORD_DTYPES[layout.word_bits], device=codes.device)
+    for piece in layout.pieces:
+        part = _every(codes, dim, piece.code, layout.codes)
+        target = _every(words, dim, piece.word, layout.words).narrow(dim, 0, part.shape[dim])
+        if piece.width < layout.bits:
+            part = (part >> piece.low) & ((1 << piece.width) - 1)
+        target |= part.to(words.dtype) << piece.shift
+    return words
+
+
+def _unpack(words: Tensor, layout: Layout, dim: int, count: int) -> Tensor:
+    shape = list(words.shape)
+    shape[dim] = count
+    codes = torch.empty(shape, dtype=torch.uint8, device=words.device)
+    for piece in layout.pieces:
+        target = _every(codes, dim, piece.code, layout.codes)
+        source = _every(words, dim, piece.word, layout.words).narrow(dim, 0, target.shape[dim])
+        part = (source >> piece.shift).to(torch.uint8)
+        part &= (1 << piece.width) - 1
+        if piece.low:
+            target |= part << piece.low
+        else:
+            target.copy_(part)
+    return codes
+
+
+def _every(tensor: Tensor, dim: int, start: int, step: int) -> Tensor:
+    """Elements start, start + step, ... along dim; none where start is outside."""
+    return tensor[(slice(None),) * dim + (slice(start, None, step),)]
