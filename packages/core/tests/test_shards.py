@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantcore.checkpoints.read import DTYPE_NAMES, INDEX_NAME
+from quantcore.checkpoints.read import INDEX_NAME
+from quantcore.checkpoints.safetensors_file import DTYPE_NAMES
 from quantcore.checkpoints.shards import ShardWriter
 from quantcore.checkpoints.write import write_tensors
 

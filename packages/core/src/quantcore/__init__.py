@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from quantcore import nn as nn
+    from quantcore.calibration.data import Calibration as Calibration
+    from quantcore.checkpoints.conversion import convert as convert
     from quantcore.checkpoints.model import load as load, save as save
+    from quantcore.checkpoints.quantize import quantize_checkpoint as quantize_checkpoint
     from quantcore.formats.base import (
         QuantizedWeight as QuantizedWeight,
         TensorSpec as TensorSpec,
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
         register_quantizer as register_quantizer,
     )
     from quantcore.quantizers.base import HfQuantizer as HfQuantizer
+    from quantcore.quantizers.calibrated import CalibratedQuantizer as CalibratedQuantizer
     from quantcore.quantizers.model import dequantize as dequantize, quantize as quantize
     from quantcore.quantizers.weight import WeightQuantizer as WeightQuantizer
 
@@ -37,6 +41,8 @@ _TARGETS = {
     "AutoHfQuantizer": "quantcore.quantizers.auto",
     "AutoQuantizationConfig": "quantcore.quantizers.auto",
     "Backend": "quantcore.plugins.backend",
+    "Calibration": "quantcore.calibration.data",
+    "CalibratedQuantizer": "quantcore.quantizers.calibrated",
     "HfQuantizer": "quantcore.quantizers.base",
     "QuantizationConfigMixin": "quantcore.quantization_config",
     "QuantizationMethod": "quantcore.quantization_config",
@@ -44,6 +50,7 @@ _TARGETS = {
     "TensorSpec": "quantcore.formats.base",
     "WeightFormat": "quantcore.formats.base",
     "WeightQuantizer": "quantcore.quantizers.weight",
+    "convert": "quantcore.checkpoints.conversion",
     "dequantize": "quantcore.quantizers.model",
     "hookimpl": "quantcore.plugins.hookspecs",
     "load": "quantcore.checkpoints.model",
@@ -51,6 +58,7 @@ _TARGETS = {
     "nn": "quantcore.nn",
     "option": "quantcore.quantization_config",
     "quantize": "quantcore.quantizers.model",
+    "quantize_checkpoint": "quantcore.checkpoints.quantize",
     "register_quantization_config": "quantcore.quantizers.auto",
     "register_quantizer": "quantcore.quantizers.auto",
     "save": "quantcore.checkpoints.model",

@@ -31,6 +31,10 @@ class CheckpointError(QuantcoreError, ValueError):
     """A checkpoint that cannot be read as what it says it is; the text lists every fault found."""
 
 
+class LossyConversionError(QuantcoreError, ValueError):
+    """Layers that cannot be stored in the format asked for without changing their values; the text lists them."""
+
+
 class KernelUnavailableError(QuantcoreError, RuntimeError):
     """A kernel that was forced but cannot serve the problem; the text gives its reason."""
 

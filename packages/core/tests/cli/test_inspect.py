@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from quantcore.cli.inventory import by_owner
+from quantcore.checkpoints.read import by_owner
 from quantcore.plugins import manager
 
 Cli = Callable[..., Any]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from quantcore.checkpoints.devices import Placement, place
+from quantcore.checkpoints.files import copy_companions, write_json
 from quantcore.checkpoints.read import Checkpoint, quantization_dict, read_config
-from quantcore.checkpoints.shards import write_json
 from quantcore.checkpoints.stream import checked_slots, fill, slots
 from quantcore.checkpoints.write import atomic_directory, write_tensors
 from quantcore.formats.base import dtype_name
@@ -26,10 +25,6 @@ from quantcore.quantization_config import as_dtype
 from quantcore.quantizers.auto import AutoHfQuantizer
 from quantcore.quantizers.base import HfQuantizer
 from quantcore.quantizers.selection import tied_names
-
-# Files beside the weights that a model needs to be used: tokenizers, generation settings, processors.
-_COMPANIONS = ("*.json", "merges.txt", "vocab.txt", "*.model", "*.jinja")
-_NOT_COMPANIONS = ("config.json", "model.safetensors.index.json")
 
 
 def save(
@@ -97,14 +92,6 @@ def load(
     fill(skeleton, checkpoint, placement.device_of, target_dtype)
     _finish(skeleton, quantizer, placement)
     return skeleton.eval()
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation and processor files that target does not have yet."""
-    for pattern in _COMPANIONS:
-        for file in source.glob(pattern):
-            if file.name not in _NOT_COMPANIONS and not (target / file.name).exists():
-                shutil.copyfile(file, target / file.name)
 
 
 @contextlib.contextmanager

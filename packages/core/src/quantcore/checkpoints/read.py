@@ -6,55 +6,23 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from quantcore.checkpoints.safetensors_file import Header, read_headers, read_tensors
 from quantcore.errors import CheckpointError
+from quantcore.formats.base import FLOAT_DTYPES
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-_SAFETENSORS_DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "I16": "int16",
-    "U16": "uint16",
-    "I32": "int32",
-    "U32": "uint32",
-    "I64": "int64",
-    "U64": "uint64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",  # since torch 2.7
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-}
-DTYPE_NAMES = {torch_name: name for name, torch_name in _SAFETENSORS_DTYPES.items()}
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_PLAIN = frozenset(FLOAT_DTYPES.values())
 _METADATA_BYTES = 4096  # tensors this small are read with the headers: formats describe themselves in them
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says of one tensor before its bytes are read. offset: of the first byte in the file."""
-
-    file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class Checkpoint:
@@ -69,7 +37,7 @@ class Checkpoint:
         files = _find_files(self.directory)
         self.headers: dict[str, Header] = {}
         for file in files:
-            self.headers.update(_read_headers(self.directory, file))
+            self.headers.update(_headers(self.directory, file))
         _check_index(self.directory, self.headers)
 
     def by_module(self) -> dict[str, dict[str, Tensor]]:
@@ -99,7 +67,7 @@ class Checkpoint:
         for name in self.headers if names is None else names:
             by_file[self.headers[name].file][name] = self.headers[name]
         for file, headers in by_file.items():
-            yield from _read_tensors(self.directory / file, headers)
+            yield from read_tensors(self.directory / file, headers)
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
@@ -136,6 +104,31 @@ def quantization_dict(config: Mapping[str, Any]) -> dict[str, Any] | None:
                 raise TypeError(f"quantization_config must be a dict, got {type(found).__name__}: {found!r:.80}")
             return found
     return None
+
+
+def is_plain(tensors: Iterable[Header | Tensor]) -> bool:
+    """Whether tensors are all of the wide float dtypes, as those of a module without a quantized weight are."""
+    return all(tensor.dtype in _PLAIN for tensor in tensors)
+
+
+def by_owner(headers: Mapping[str, Header]) -> dict[str, dict[str, Header]]:
+    """Tensors by the module that owns them: {module: {suffix: header}}, in the order of the files.
+
+    No module has the name of a tensor: beside "fc.weight", the owner of "fc.weight.absmax" is "fc".
+    """
+    groups: dict[str, dict[str, Header]] = {}
+    for name, header in headers.items():
+        owner = _owner(name, headers)
+        groups.setdefault(owner, {})[name[len(owner) + 1 :] if owner else name] = header
+    return groups
+
+
+def _owner(name: str, names: Collection[str]) -> str:
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        if ".".join(parts[:end]) in names:
+            return ".".join(parts[: end - 1])
+    return ".".join(parts[:-1])
 
 
 def _find_files(directory: Path) -> list[str]:
@@ -180,43 +173,11 @@ def _check_index(directory: Path, headers: Mapping[str, Header]) -> None:
         raise CheckpointError(f"{directory / INDEX_NAME}: index and shards disagree\n" + "\n".join(faults))
 
 
-def _read_headers(directory: Path, file: str) -> dict[str, Header]:
+def _headers(directory: Path, file: str) -> dict[str, Header]:
     path = directory / file
     if not path.is_file():
         raise CheckpointError(f"{path}: shard is missing though {INDEX_NAME} names it; download it again")
-    try:
-        with safe_open(path, framework="pt"):
-            pass  # the library checks names, types, and that the tensors fill the file without gap or overlap
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: truncated or not safetensors ({error}); download or write it again") from error
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        entries = json.loads(stream.read(length))
-    entries.pop("__metadata__", None)
-    return {
-        name: Header(
-            file, _dtype(entry["dtype"], path, name), tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
-        )
-        for name, entry in entries.items()
-    }
-
-
-def _read_tensors(path: Path, headers: Mapping[str, Header]) -> Iterator[tuple[str, Tensor]]:
-    # Read, not mapped: pages of a map count as memory of this process for as long as the file is open.
-    with path.open("rb") as stream:
-        for name, header in sorted(headers.items(), key=lambda item: item[1].offset):
-            tensor = torch.empty(header.shape, dtype=header.dtype)
-            stream.seek(header.offset)
-            if stream.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != header.nbytes:
-                raise CheckpointError(f"{path}: ends within {name}; the file changed or is damaged, download it again")
-            yield name, tensor
-
-
-def _dtype(name: str, path: Path, tensor: str) -> torch.dtype:
-    dtype = getattr(torch, _SAFETENSORS_DTYPES.get(name, ""), None)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(f"{path}: tensor {tensor} has dtype {name}, which torch cannot hold; convert it first")
-    return dtype
+    return read_headers(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantcore.checkpoints.read import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME
+from quantcore.checkpoints.files import write_json
+from quantcore.checkpoints.read import INDEX_NAME, SINGLE_NAME
+from quantcore.checkpoints.safetensors_file import DTYPE_NAMES
 from quantcore.formats.base import dtype_name
 
 _ALIGNMENT = 8  # bytes; readers view a tensor's bytes in place, so its offset must be a multiple of its itemsize
@@ -67,11 +69,6 @@ class ShardWriter:
 def shard_name(number: int, count: str) -> str:
     """The file name of a shard; count has five digits when it is a number."""
     return f"model-{number:05d}-of-{count:0>5}.safetensors"
-
-
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write a JSON object with sorted keys, indented by two."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class _File:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantcore.checkpoints.read import Checkpoint, Header
+from quantcore.checkpoints.read import Checkpoint
+from quantcore.checkpoints.safetensors_file import Header
 from quantcore.errors import CheckpointError
 from quantcore.formats.base import describe
 from quantcore.nn.module import QuantizedModule

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from quantcore.checkpoints.model import build_skeleton
-from quantcore.checkpoints.read import Checkpoint, quantization_dict, read_config
+from quantcore.checkpoints.quantize import check_float
+from quantcore.checkpoints.read import Checkpoint, read_config
 from quantcore.checkpoints.stream import fill_empty, slots
 from quantcore.formats.base import WeightFormat
 from quantcore.nn.replace import quantized_modules
@@ -60,7 +61,7 @@ def estimate(directory: Path, config: QuantizationConfigMixin, dtype: str | None
     Raises ValueError for a folder that is quantized already or has no config.json, CheckpointError for tensors that do
     not fit the architecture, and what `WeightQuantizer.plan` raises.
     """
-    _check_float(directory)
+    check_float(directory, read_config(directory))
     model = build_skeleton(directory)
     fill_empty(model, Checkpoint(directory), as_dtype(dtype, "dtype"))
     quantizer = _quantizer(config)
@@ -93,19 +94,6 @@ def measure(model: nn.Module, directory: Path, expected: Sizes) -> Sizes:
         bytes=sum(header.nbytes for header in Checkpoint(directory).headers.values()),
         formats=_count(weight.format for weight in weights),
     )
-
-
-def _check_float(directory: Path) -> None:
-    config = read_config(directory)
-    if not config:
-        raise ValueError(f"{directory} has no config.json, which names the architecture; put the model's own there")
-    found = quantization_dict(config)
-    if found is not None:
-        method = found.get("quant_method") if isinstance(found, Mapping) else None
-        raise ValueError(
-            f"{directory} is quantized already, with {method or 'an unnamed method'}; "
-            "give the float model that it was made from"
-        )
 
 
 def _quantizer(config: QuantizationConfigMixin) -> WeightQuantizer:

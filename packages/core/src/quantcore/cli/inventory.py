@@ -10,15 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantcore.checkpoints.read import Checkpoint, Header, quantization_dict, read_config
+from quantcore.checkpoints.read import Checkpoint, by_owner, is_plain, quantization_dict, read_config
+from quantcore.checkpoints.safetensors_file import Header
 from quantcore.errors import BackendNotInstalledError, QuantcoreError, UnknownMethodError
-from quantcore.formats.base import FLOAT_DTYPES, dtype_name
+from quantcore.formats.base import dtype_name
 from quantcore.quantization_config import as_dtype
 from quantcore.quantizers.auto import AutoHfQuantizer
 from quantcore.quantizers.base import HfQuantizer
 from quantcore.quantizers.weight import WeightQuantizer
-
-_PLAIN = frozenset(FLOAT_DTYPES.values())
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def take_inventory(directory: Path) -> Inventory:
     dtype = as_dtype(config.get("dtype") or config.get("torch_dtype"), "config.json: dtype")
     quantizer, note = (None, None) if found is None else _quantizer(found)
     groups = by_owner(checkpoint.headers)
-    packed = {name for name, group in groups.items() if not _is_plain(group)}
+    packed = {name for name, group in groups.items() if not is_plain(group.values())}
     small = checkpoint.read_metadata(_full(name, suffix) for name in packed for suffix in groups[name])
     modules = []
     for name, group in sorted(groups.items(), key=_natural):
@@ -79,29 +78,9 @@ def take_inventory(directory: Path) -> Inventory:
     return Inventory(directory, method, note, tuple(modules))
 
 
-def by_owner(headers: Mapping[str, Header]) -> dict[str, dict[str, Header]]:
-    """Tensors by the module that owns them: {module: {suffix: header}}, in the order of the files.
-
-    No module has the name of a tensor: beside "fc.weight", the owner of "fc.weight.absmax" is "fc".
-    """
-    groups: dict[str, dict[str, Header]] = {}
-    for name, header in headers.items():
-        owner = _owner(name, headers)
-        groups.setdefault(owner, {})[name[len(owner) + 1 :] if owner else name] = header
-    return groups
-
-
 def _natural(item: tuple[str, object]) -> list[tuple[bool, int, str]]:
     """A key that puts layers.2 before layers.10."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in item[0].split(".")]
-
-
-def _owner(name: str, headers: Mapping[str, Header]) -> str:
-    parts = name.split(".")
-    for end in range(1, len(parts)):
-        if ".".join(parts[:end]) in headers:
-            return ".".join(parts[: end - 1])
-    return ".".join(parts[:-1])
 
 
 def _quantizer(found: Mapping[str, object]) -> tuple[WeightQuantizer | None, str | None]:
@@ -115,10 +94,6 @@ def _quantizer(found: Mapping[str, object]) -> tuple[WeightQuantizer | None, str
     if not isinstance(quantizer, WeightQuantizer):
         return None, f"{type(quantizer).__name__} has no weight format for single layers; packed tensors are shown raw"
     return quantizer, None
-
-
-def _is_plain(group: Mapping[str, Header]) -> bool:
-    return all(header.dtype in _PLAIN for header in group.values())
 
 
 def _plain(name: str, group: Mapping[str, Header]) -> StoredModule:
