@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         AutoQuantizationConfig as AutoQuantizationConfig,
     )
     from quantcore.quantizers.base import HfQuantizer as HfQuantizer
+    from quantcore.quantizers.calibrated import CalibratedQuantizer as CalibratedQuantizer
     from quantcore.quantizers.weight import WeightQuantizer as WeightQuantizer
 
 __getattr__, __dir__ = _lazy.attributes(
@@ -19,6 +20,7 @@ __getattr__, __dir__ = _lazy.attributes(
     {
         "AutoHfQuantizer": "quantcore.quantizers.auto",
         "AutoQuantizationConfig": "quantcore.quantizers.auto",
+        "CalibratedQuantizer": "quantcore.quantizers.calibrated",
         "HfQuantizer": "quantcore.quantizers.base",
         "WeightQuantizer": "quantcore.quantizers.weight",
         "register_quantization_config": "quantcore.quantizers.auto",

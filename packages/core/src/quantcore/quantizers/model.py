@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from quantcore.nn.replace import quantized_modules
 from quantcore.quantizers.auto import AutoHfQuantizer
+from quantcore.quantizers.calibrated import CalibratedQuantizer
 from quantcore.quantizers.weight import WeightQuantizer, dequantize_layers
 
+if TYPE_CHECKING:
+    from quantcore.calibration.data import Calibration
 
-def quantize(model: nn.Module, config: Any, calibration: Any = None) -> nn.Module:
+
+def quantize(model: nn.Module, config: Any, calibration: Any = None, **settings: Any) -> nn.Module:
     """Quantize the linear layers of a model in place and return it.
 
-    config: a config, a dict as found in config.json, or a method's name. Peak memory is the model plus one quantized
-    layer and a few tiles. Raises ValueError, and leaves the model as it was, when a weight holds NaN or inf, a shape
-    does not fit, the model is quantized already, or it has no layer to quantize.
+    config: a config, a dict as found in config.json, or a method's name. calibration: for methods that calibrate:
+    texts, token ids, model inputs, or a `quantcore.Calibration` of them. settings: fields of that class, such as
+    tokenizer=, samples= and seqlen=. Peak memory is the model plus one quantized layer and a few tiles; with
+    calibration, plus the activations and statistics of one block.
+    Raises ValueError, and leaves the model as it was, when a weight holds NaN or inf, a shape does not fit, the model
+    is quantized already, it has no layer to quantize, or calibration data is missing, too much, or unfit.
     """
     if next(quantized_modules(model), None) is not None:
         raise ValueError(f"{type(model).__name__} is quantized already; quantcore.dequantize it first")
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     if not isinstance(quantizer, WeightQuantizer):
         raise TypeError(f"{type(quantizer).__name__} only loads checkpoints; it cannot quantize a model")
-    if calibration is not None:
-        raise ValueError(f"{quantizer.quantization_config.quant_method} takes no calibration data; leave it out")
+    if isinstance(quantizer, CalibratedQuantizer) and quantizer.needs_data:
+        return quantizer.calibrate_model(model, _calibration(quantizer, calibration, settings))
+    if calibration is not None or settings:
+        given = ", ".join(settings) or "calibration data"
+        raise ValueError(f"{quantizer._method()} takes no {given}; leave it out")
     return quantizer.quantize_model(model)
+
+
+def _calibration(quantizer: CalibratedQuantizer, data: Any, settings: Mapping[str, Any]) -> Calibration:
+    from quantcore.calibration.data import Calibration
+
+    if data is None:
+        raise ValueError(
+            f"{quantizer._method()} quantizes with calibration data; pass calibration=, such as a list of texts with "
+            "tokenizer=, or token ids [B, T]"
+        )
+    return Calibration.of(data, **settings)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -1,0 +1,99 @@
+"""Who reads which tensor inside a block: found by the identity of tensors in one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantcore.calibration.trees import leaves
+from quantcore.calibration.walk import watch
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Layers that receive the very same tensor.
+
+    layers: full names in the order of execution. source: the innermost module whose output the tensor is, None where
+    it comes from an operation outside of modules or from outside of the block. readers: every module that receives the
+    tensor, the layers and the modules around them included, in the order of execution; a tensor that also goes
+    elsewhere than into modules (a residual connection) does not show that here.
+    """
+
+    layers: tuple[str, ...]
+    source: str | None
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """order: every module of the block by full name, as it was entered. groups: in the order of execution."""
+
+    order: tuple[str, ...]
+    groups: tuple[InputGroup, ...]
+
+    def group_of(self, layer: str) -> InputGroup | None:
+        """The group of a layer; None when the traced pass did not reach it."""
+        return next((group for group in self.groups if layer in group.layers), None)
+
+
+def trace_module(model: nn.Module, name: str, layers: Sequence[str], run: Callable[[], Any]) -> Trace:
+    """The trace of the module of a model, while `run` runs it once."""
+    recorder = _Recorder()
+    prefix = f"{name}." if name else ""
+    inside = {inner for inner, _ in model.named_modules() if inner.startswith(prefix) and inner != name}
+    with watch(model, inside, recorder.enter, recorder.leave):
+        run()
+    return recorder.result(frozenset(layers))
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self._held: list[Tensor] = []  # so that no address is used twice
+        self._order: list[str] = []
+        self._readers: dict[Any, list[str]] = {}
+        self._sources: dict[Any, str | None] = {}
+
+    def enter(self, name: str, args: Any, kwargs: Any) -> None:
+        self._order.append(name)
+        for key in self._keys((args, kwargs)):
+            self._readers.setdefault(key, []).append(name)
+            self._sources.setdefault(key, None)  # it was there before any module returned it
+
+    def leave(self, name: str, output: Any) -> None:
+        for key in self._keys(output):
+            self._sources.setdefault(key, name)
+
+    def result(self, layers: frozenset[str]) -> Trace:
+        groups = []
+        for key, readers in self._readers.items():
+            members = tuple(dict.fromkeys(name for name in readers if name in layers))
+            if members:
+                groups.append(InputGroup(members, self._sources[key], tuple(dict.fromkeys(readers))))
+        return Trace(tuple(dict.fromkeys(self._order)), tuple(_first_of_each(groups)))
+
+    def _keys(self, tree: Any) -> list[Any]:
+        tensors = list(leaves(tree))
+        self._held += tensors
+        return list(dict.fromkeys(_identity(tensor) for tensor in tensors))
+
+
+def _identity(tensor: Tensor) -> Any:
+    """Equal for tensors that are the same values in the same memory, whatever leading shape they are seen with."""
+    view: Any = "contiguous" if tensor.is_contiguous() else (tuple(tensor.shape), tensor.stride())
+    last = tensor.shape[-1] if tensor.ndim else 0
+    return tensor.device, tensor.data_ptr(), tensor.numel(), last, tensor.dtype, tensor._version, view
+
+
+def _first_of_each(groups: list[InputGroup]) -> list[InputGroup]:
+    """The groups without layers that an earlier group holds: of a layer called twice the first call counts."""
+    seen: set[str] = set()
+    kept = []
+    for group in groups:
+        members = tuple(name for name in group.layers if name not in seen)
+        seen.update(members)
+        if members:
+            kept.append(InputGroup(members, group.source, group.readers))
+    return kept

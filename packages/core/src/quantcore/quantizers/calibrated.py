@@ -1,0 +1,62 @@
+"""The quantizer of methods that choose codes by what the layers see: a solver on the calibration engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from quantcore.nn.dense import check_finite
+from quantcore.quantizers.weight import WeightQuantizer
+
+if TYPE_CHECKING:
+    from quantcore.calibration.block import Block
+    from quantcore.calibration.data import Calibration
+    from quantcore.calibration.engine import Chain
+    from quantcore.calibration.report import CalibrationReport
+
+
+class CalibratedQuantizer(WeightQuantizer):
+    """A quantizer whose layers are solved block by block with calibration data. Subclasses define `format_for` and
+    `solve_block`; loading a quantized checkpoint needs neither data nor solver.
+
+    chain: what the next block is calibrated on. "quantized": the outputs of the quantized block. "float": those of the
+    block before it was quantized. "both": of the quantized one, while `Sample.target` holds what the float block gives
+    on float inputs.
+    calibration_report: what was done to each layer, after `quantcore.quantize`; None on a loaded model.
+    """
+
+    chain: Chain = "quantized"
+    calibration_report: CalibrationReport | None = None
+
+    def solve_block(self, block: Block) -> None:
+        """Replace every layer of the block, by `block.replace` or `block.round_to_nearest`."""
+        raise NotImplementedError(f"{type(self).__name__} defines no solve_block")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the config asks for a solver that reads calibration data; False rounds each weight by its format."""
+        return True
+
+    @property
+    def blocks_name(self) -> str | None:
+        """Name of the list of blocks to calibrate in; None finds the lists of the model."""
+        return getattr(self.quantization_config, "block_name_to_quantize", None)
+
+    def prepare_calibration(self, calibration: Calibration) -> Calibration:
+        """The settings to calibrate with: the user's, those left open filled by the config's."""
+        return calibration
+
+    def calibrate_model(self, model: nn.Module, calibration: Calibration) -> nn.Module:
+        """Solve the planned layers in place. Every weight is checked before the first is changed."""
+        from quantcore.calibration.engine import Solver, calibrate
+
+        plan = self.plan(model)
+        for layer in plan.layers:
+            check_finite(layer.dense.weight, layer.name)
+        formats = {layer.name: layer.weight_format for layer in plan.layers}
+        del plan  # it holds views of every float weight
+        solver = Solver(self._method(), self.solve_block, self.chain, self.blocks_name)
+        self.calibration_report = calibrate(model, formats, solver, self.prepare_calibration(calibration))
+        self.preprocess_model(model)
+        return self.postprocess_model(model)

@@ -1,0 +1,72 @@
+"""A calibrated method in one module: int8 codes whose row scales are shrunk to the least output error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from tiny_int8 import TinyInt8
+from torch import Tensor, nn
+
+from quantcore import Backend, CalibratedQuantizer, QuantizationConfigMixin, hookimpl, option
+from quantcore.calibration.block import Block
+from quantcore.calibration.statistics import Hessian
+
+
+@dataclass(eq=False, repr=False)
+class TinyCalibratedConfig(QuantizationConfigMixin):
+    """sequential: layers that share their input are solved together, with what the finished layers give them."""
+
+    quant_method = "tiny-calibrated"
+
+    top: int = option(7, choices=(1, 7, 127))
+    sequential: bool = option(False)
+    minimum_tokens: int = option(1, minimum=0, maximum=1 << 20)
+    block_name_to_quantize: str | None = option(None)
+    modules_to_not_convert: list[str] | None = option(None)
+
+
+class TinyCalibratedQuantizer(CalibratedQuantizer):
+    """Chooses, for each layer, the clipping with the least (W - Wq) H (W - Wq)^T."""
+
+    quantization_config: TinyCalibratedConfig
+
+    def format_for(self, name: str, module: nn.Module) -> TinyInt8:
+        return TinyInt8()
+
+    def solve_block(self, block: Block) -> None:
+        groups = [group.layers for group in block.trace().groups]
+        unreached = set(block.layers) - {name for group in groups for name in group}
+        for names in groups if self.quantization_config.sequential else [tuple(block.layers)]:
+            hessians = block.collect(names, lambda layer: Hessian(layer.dense.shape[1]))
+            for name, hessian in hessians.items():
+                self.solve_layer(block, name, hessian)
+        for name in unreached & set(block.unfinished):
+            block.round_to_nearest(name, "no token reached it")
+
+    def solve_layer(self, block: Block, name: str, hessian: Hessian) -> None:
+        if hessian.tokens < self.quantization_config.minimum_tokens:
+            block.round_to_nearest(name, f"{hessian.tokens} tokens reached it")
+            return
+        weight = block.layers[name].dense.weight
+        found = [_rounded(weight, shrink, self.quantization_config.top) for shrink in (1.0, 0.9, 0.8, 0.7)]
+        losses = [_error(weight - codes * scale, hessian.matrix()) for codes, scale in found]
+        best = min(range(len(found)), key=losses.__getitem__)
+        codes, scale = found[best]
+        block.replace(name, {"weight": codes.to(torch.int8), "weight.scale": scale}, loss=losses[best])
+
+
+def _rounded(weight: Tensor, shrink: float, top: int) -> tuple[Tensor, Tensor]:
+    scale = (weight.float().abs().amax(1, keepdim=True) * shrink / top).clamp_(min=1e-12)
+    return (weight / scale).round_().clamp_(-top, top), scale
+
+
+def _error(difference: Tensor, hessian: Tensor) -> float:
+    return float(((difference @ hessian) * difference).sum())
+
+
+@hookimpl
+def quantcore_backends() -> Iterable[Backend]:
+    classes = (f"{__name__}:TinyCalibratedConfig", f"{__name__}:TinyCalibratedQuantizer")
+    return [Backend("tiny-calibrated", *classes, needs_calibration=True)]
