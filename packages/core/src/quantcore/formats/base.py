@@ -43,12 +43,17 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Description:
+    """Base of what a field of a weight format may hold besides literals: a frozen dataclass of literals itself."""
+
+
+@dataclass(frozen=True)
 class WeightFormat:
     """How one weight [N, K] is stored. Subclasses are frozen dataclasses whose fields are plain literals.
 
-    The repr of a format rebuilds it (`quantcore.formats.interning`), so fields are str, int, float, bool, None, or
-    tuples of those; dtypes are kept by name. Everything here is plain torch and runs on every device: it is the
-    reference that kernels are tested against.
+    The repr of a format rebuilds it (`quantcore.formats.interning`), so fields are str, int, float, bool, None, tuples
+    of those, or a `Description`; dtypes are kept by name. Everything here is plain torch and runs on every device: it
+    is the reference that kernels are tested against.
     """
 
     family: ClassVar[str | None] = None  # name of the family that `lower` gives, for kernels that serve families

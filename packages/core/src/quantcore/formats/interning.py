@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from typing import Any
 
-from quantcore.formats.base import WeightFormat
+from quantcore.formats.base import Description, WeightFormat
 
 _interned: dict[str, WeightFormat] = {}  # a cache: repr -> format; a model has few distinct formats
 
@@ -35,27 +36,36 @@ def format_from_key(key: str) -> WeightFormat:
 
 def _parse(text: str) -> WeightFormat:
     try:
-        call = ast.parse(text, mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
-            raise ValueError("not of the form Name(field=literal, ...)")
-        values = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-        return _class(ast.unparse(call.func))(**values)
+        weight_format: WeightFormat = _build(ast.parse(text, mode="eval").body, WeightFormat)
+        return weight_format
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{text!r:.120} is no weight format: {error}") from error
 
 
-def _class(name: str) -> type[WeightFormat]:
-    named = [
-        cls for cls in _subclasses(WeightFormat) if name in (cls.__qualname__, f"{cls.__module__}.{cls.__qualname__}")
-    ]
+def _build(call: ast.expr, base: type[Any]) -> Any:
+    """A subclass of base from the syntax of its repr; its fields are literals or Descriptions."""
+    if not isinstance(call, ast.Call) or call.args:
+        raise ValueError("not of the form Name(field=literal, ...)")
+    values = {
+        str(word.arg): _build(word.value, Description)
+        if isinstance(word.value, ast.Call)
+        else ast.literal_eval(word.value)
+        for word in call.keywords
+    }
+    return _class(ast.unparse(call.func), base)(**values)
+
+
+def _class(name: str, base: type[Any]) -> type[Any]:
+    kind = "weight format" if base is WeightFormat else "description"
+    named = [cls for cls in _subclasses(base) if name in (cls.__qualname__, f"{cls.__module__}.{cls.__qualname__}")]
     if not named:
-        raise ValueError(f"weight format {name!r} is unknown here; import the backend that defines it")
+        raise ValueError(f"{kind} {name!r} is unknown here; import the backend that defines it")
     if len(named) > 1:
-        raise ValueError(f"{name!r} is the name of {len(named)} weight formats; put the module before it")
+        raise ValueError(f"{name!r} is the name of {len(named)} {kind}s; put the module before it")
     return named[0]
 
 
-def _subclasses(cls: type[WeightFormat]) -> Iterator[type[WeightFormat]]:
+def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
     for subclass in cls.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)
