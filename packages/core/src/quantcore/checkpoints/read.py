@@ -20,7 +20,7 @@ from quantcore.formats.base import FLOAT_DTYPES
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _PLAIN = frozenset(FLOAT_DTYPES.values())
 _METADATA_BYTES = 4096  # tensors this small are read with the headers: formats describe themselves in them
 
@@ -141,11 +141,11 @@ def _find_files(directory: Path) -> list[str]:
         return others
     if others:
         raise CheckpointError(f"{directory}: {len(others)} safetensors files but no {INDEX_NAME}; restore the index")
-    pickled = sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern))
+    pickled = sorted(path.name for pattern in PICKLED for path in directory.glob(pattern))
     if pickled:
         raise CheckpointError(
             f"{directory}: {pickled[0]} is pickled, and loading a pickle can run any code; it is refused. "
-            "Save the model as safetensors with the tool that wrote it"
+            "Save the model as safetensors with the tool that wrote it, or use quantcore convert --from-pickle"
         )
     raise FileNotFoundError(f"{directory} holds no {SINGLE_NAME} and no {INDEX_NAME}; is this the right folder?")
 
