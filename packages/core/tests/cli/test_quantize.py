@@ -119,7 +119,7 @@ def test_dry_run_foresees_the_result_exactly(cli: Cli, method: str, source: Path
 
 
 def test_dry_run_reads_no_weight(cli: Cli, method: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantcore.checkpoints.read._read_tensors", None)
+    monkeypatch.setattr("quantcore.checkpoints.read.read_tensors", None)
     assert cli("quantize", source, "--method", method, "--dry-run").code == 0
 
 

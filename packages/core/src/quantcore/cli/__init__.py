@@ -13,6 +13,7 @@ VERBS = {
     "list": VerbEntry("quantcore.cli.list_methods:command", "Show the methods: installed and known."),
     "doctor": VerbEntry("quantcore.cli.doctor:command", "Show what is here, what works, and why not the rest."),
     "quantize": VerbEntry("quantcore.cli.quantize:command", "Quantize a checkpoint folder."),
+    "convert": VerbEntry("quantcore.cli.convert:command", "Write a quantized folder in another format."),
     "inspect": VerbEntry("quantcore.cli.inspect:command", "Show what a checkpoint folder stores."),
     "eval": VerbEntry("quantcore.cli.eval:command", "Measure a checkpoint on a text."),
     "check": VerbEntry("quantcore.cli.check:command", "Run the conformance suite on a method."),

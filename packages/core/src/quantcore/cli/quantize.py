@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import quantcore
-from quantcore.cli.config_flags import config_fields, config_options, given_values
 from quantcore.cli.folders import check_target
-from quantcore.cli.group import Verb, nearest, write_flags
-from quantcore.cli.methods import chosen_backend, installed_methods
+from quantcore.cli.method_verb import DTYPES, MethodVerb, chosen_config
 from quantcore.cli.output import Output, in_bytes, output_options, plural
 from quantcore.cli.sizes import size_table
 from quantcore.plugins.known import normalize_method
-from quantcore.plugins.manager import plugins
 from quantcore.quantization_config import QuantizationConfigMixin
 
 if TYPE_CHECKING:
@@ -30,40 +26,9 @@ EXAMPLES = (
     "quantcore quantize examples/stdlib-lm --method hqq --nbits 3 --group-size 64 --dry-run",
     "quantcore quantize --method hqq --help",
 )
-# Keys of click's ctx.meta: the content of --config, the method, the flags generated for it.
-_FILE, _METHOD, _FLAGS = "quantcore.file", "quantcore.method", "quantcore.flags"
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
-class QuantizeVerb(Verb):
-    """A verb with the flags of the method that stands on its command line."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta[_FILE] = config = _read_config_file(_argument_of(args, "--config"))
-        method = _method(args, config)
-        if method is not None:
-            ctx.meta[_METHOD] = chosen_backend(method, "--method").method
-            taken = {flag.lstrip("-") for parameter in self.params for flag in parameter.opts}
-            fields = config_fields(plugins().resolve(method, "config"))
-            ctx.meta[_FLAGS] = config_options(fields, taken, ctx.meta[_METHOD])
-        return super().parse_args(ctx, args)
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        return [*super().get_params(ctx), *ctx.meta.get(_FLAGS, ())]
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        generated = ctx.meta.get(_FLAGS, ())
-        own = [parameter for parameter in self.get_params(ctx) if parameter not in generated]
-        write_flags("Flags", own, ctx, formatter)
-        if generated:
-            write_flags(f"Flags of {ctx.meta[_METHOD]}", generated, ctx, formatter)
-        else:
-            with formatter.section("Flags of a method"):
-                formatter.write_text(f"quantcore quantize --method NAME --help; installed: {installed_methods()}")
-
-
-@click.command("quantize", cls=QuantizeVerb, examples=EXAMPLES)
+@click.command("quantize", cls=MethodVerb, examples=EXAMPLES)
 @click.argument("source", metavar="IN")
 @click.argument("target", metavar="OUT", required=False)
 @click.option("--method", metavar="NAME", help="Method to quantize with; quantcore list shows them.")
@@ -81,7 +46,7 @@ def command(source: str, target: str | None, dry_run: bool, output: Output, **op
 
     IN is a folder with config.json and safetensors files, or the id of such a model on the hub.
     """
-    config = _config(click.get_current_context(), output)
+    config = chosen_config(click.get_current_context(), output)
     if dry_run:
         _dry_run(source, config, options["dtype"], output)
     elif target is None:
@@ -153,72 +118,6 @@ def _reasons(left: Mapping[str, str]) -> list[str]:
         f"{', '.join(names[:shown])}{f' and {len(names) - shown} more' if len(names) > shown else ''}: {reason}"
         for reason, names in by_reason.items()
     ]
-
-
-def _config(ctx: click.Context, output: Output) -> QuantizationConfigMixin:
-    """The config that --method, --config and the method's flags ask for; whatever is wrong with it is a usage error."""
-    method = ctx.meta.get(_METHOD)
-    if method is None:
-        raise click.UsageError(f"flag --method is missing; installed: {installed_methods()}")
-    cls: type[QuantizationConfigMixin] = plugins().resolve(method, "config")
-    given = given_values(ctx, ctx.params)
-    fields = {field.name: field for field in config_fields(cls)}
-    missing = [name for name, field in fields.items() if field.is_required and name not in {*given, *ctx.meta[_FILE]}]
-    if missing:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
-        raise click.UsageError(f"method {method} needs {flags}; see quantcore quantize --method {method} --help")
-    try:
-        config = _from_file(cls, ctx.meta[_FILE], given) if ctx.meta[_FILE] else cls(**given)
-    except (TypeError, ValueError) as error:
-        raise click.UsageError(str(error)) from error
-    for key in config.extra_keys:
-        output.note(f"warning: {cls.__name__} has no field {key!r}{nearest(key, fields)}; it is kept in config.json")
-    return config
-
-
-def _from_file(
-    cls: type[QuantizationConfigMixin], content: Mapping[str, Any], given: Mapping[str, Any]
-) -> QuantizationConfigMixin:
-    found = cls.from_dict(content, return_unused_kwargs=True, **given)
-    assert isinstance(found, tuple)
-    config, unused = found
-    if unused:
-        raise ValueError(f"{', '.join(sorted(unused))} cannot be set beside --config; set it in the file")
-    return config
-
-
-def _argument_of(args: Sequence[str], flag: str) -> str | None:
-    """The value of a flag on a command line that is not parsed yet."""
-    for position, word in enumerate(args):
-        if word == "--":
-            return None
-        if word == flag:
-            return args[position + 1] if position + 1 < len(args) else None
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-    return None
-
-
-def _read_config_file(path: str | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise click.BadParameter(f"cannot read {path}: {error}", param_hint="--config") from error
-    if isinstance(content, dict):
-        content = content.get("quantization_config", content)
-    if not isinstance(content, dict):
-        raise click.BadParameter(f"{path} holds no JSON object", param_hint="--config")
-    return content
-
-
-def _method(args: Sequence[str], config: Mapping[str, Any]) -> Any:
-    """The method that --method or the config file names; two different ones are a usage error."""
-    flag, key = _argument_of(args, "--method"), config.get("quant_method")
-    if flag is not None and key is not None and normalize_method(flag) != normalize_method(key):
-        raise click.UsageError(f"--method is {flag}, but --config is for {key}; leave one out")
-    return key if flag is None else flag
 
 
 def _name(config: QuantizationConfigMixin) -> str:

@@ -1,0 +1,109 @@
+"""`quantcore convert`: a quantized checkpoint folder in the format of another method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import quantcore
+from quantcore.cli.folders import check_target
+from quantcore.cli.method_verb import DTYPES, MethodVerb, chosen_config, read_config_file
+from quantcore.cli.output import Output, in_bytes, output_options, plural
+from quantcore.plugins.known import normalize_method
+
+if TYPE_CHECKING:
+    from quantcore.checkpoints.conversion import Conversion
+
+EXAMPLES = (
+    "quantcore convert stdlib-lm-hqq stdlib-lm-float --to-float",
+    "quantcore convert stdlib-lm-hqq stdlib-lm-from-hqq --to bitsandbytes --load-in-4bit --allow-lossy",
+    "quantcore convert --to hqq --help",
+)
+# What a config takes over from the one of IN unless a flag says otherwise, under each of its published names.
+_CARRIED = (("bits", "nbits", "w_bit"), ("group_size", "q_group_size"), ("sym",), ("desc_act",))
+
+
+class ConvertVerb(MethodVerb):
+    method_flag = "--to"
+
+
+@click.command("convert", cls=ConvertVerb, examples=EXAMPLES)
+@click.argument("source", metavar="IN")
+@click.argument("target", metavar="OUT")
+@click.option("--to", "method", metavar="NAME", help="Method to convert to; quantcore list shows them.")
+@click.option("--to-float", is_flag=True, help="Write float weights instead.")
+@click.option("--from-pickle", is_flag=True, help="Rewrite pickled files as safetensors, with torch's safe reader.")
+@click.option("--config", metavar="FILE", help="JSON file with a quantization_config, instead of flags of the method.")
+@click.option("--allow-lossy", is_flag=True, help="Round layers anew that the format cannot hold exactly.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Dtype of float weights [default: that of config.json]")
+@click.option("--max-shard-size", metavar="SIZE", default="5GB", help="Largest file to write [default: 5GB]")
+@click.option("--force", is_flag=True, help="Replace OUT if it is there.")
+@output_options(brief="only the folder that was made")
+def command(source: str, target: str, output: Output, **options: Any) -> None:
+    """Write the quantized checkpoint folder IN as OUT in the format of another method, with the same values.
+
+    Bits and group size are those of IN unless a flag changes them. A layer that the format cannot hold exactly stops
+    the conversion, unless --allow-lossy is given.
+    """
+    _check_choice(options)
+    check_target(Path(target), source, options["force"])
+    writing = {"max_shard_size": options["max_shard_size"], "overwrite": options["force"]}
+    if options["from_pickle"]:
+        _rewrite(source, target, options["config"], writing, output)
+    else:
+        _convert(source, target, options, writing, output)
+
+
+def _check_choice(options: Mapping[str, Any]) -> None:
+    named = [flag for flag in ("to_float", "from_pickle") if options[flag]]
+    named += ["to"] if options["method"] or (options["config"] and not options["from_pickle"]) else []
+    if len(named) != 1:
+        raise click.UsageError("give one of --to NAME, --to-float and --from-pickle")
+
+
+def _convert(source: str, target: str, options: Mapping[str, Any], writing: dict[str, Any], output: Output) -> None:
+    from quantcore.checkpoints.read import quantization_dict, read_config, resolve
+
+    start = time.perf_counter()
+    directory = resolve(source)
+    config = None
+    if not options["to_float"]:
+        found = quantization_dict(read_config(directory)) or {}
+        config = chosen_config(click.get_current_context(), output, _carried(found))
+    allowed = {"allow_lossy": options["allow_lossy"], "dtype": options["dtype"]}
+    done = quantcore.convert(directory, target, config, **allowed, **writing)
+    data = {"output": target, "exact": done.exact, "lossy": done.lossy, "seconds": time.perf_counter() - start}
+    method = "float" if config is None else normalize_method(config.quant_method)
+    output.result(data | {"method": method}, lambda: _summary(done, target, method, data["seconds"]), target)
+
+
+def _carried(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for a config of another method, under every name that they have."""
+    values = {names: next((found[name] for name in names if name in found), None) for names in _CARRIED}
+    return {name: value for names, value in values.items() if value is not None for name in names}
+
+
+def _summary(done: Conversion, target: str, method: str, seconds: float) -> str:
+    lines = [] if done.config is None else [f"{plural(len(done.exact), 'layer')} converted with the same values"]
+    if done.lossy:
+        first, reason = next(iter(done.lossy.items()))
+        lines.append(f"{plural(len(done.lossy), 'layer')} rounded anew, such as {first}: {reason}")
+    return "\n".join([*lines, _made(target, method, seconds)])
+
+
+def _rewrite(source: str, target: str, config: str | None, writing: dict[str, Any], output: Output) -> None:
+    from quantcore.checkpoints.pickled import rewrite_pickled
+
+    start = time.perf_counter()
+    rewrite_pickled(source, target, read_config_file(config) or None, **writing)
+    seconds = time.perf_counter() - start
+    output.result({"output": target, "seconds": seconds}, lambda: _made(target, "safetensors", seconds), target)
+
+
+def _made(target: str, kind: str, seconds: float) -> str:
+    size = sum(file.stat().st_size for file in Path(target).glob("*.safetensors"))
+    return f"made {target} ({kind}): {in_bytes(size)}, in {seconds:.1f} s; load it with quantcore.load({target!r})"

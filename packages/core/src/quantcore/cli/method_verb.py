@@ -1,0 +1,135 @@
+"""Verbs whose flags depend on a method: those of its config stand beside the verb's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantcore.cli.config_flags import config_fields, config_options, given_values
+from quantcore.cli.group import Verb, nearest, write_flags
+from quantcore.cli.methods import chosen_backend, installed_methods
+from quantcore.cli.output import Output
+from quantcore.plugins.known import normalize_method
+from quantcore.plugins.manager import plugins
+from quantcore.quantization_config import QuantizationConfigMixin
+
+DTYPES = ("float32", "bfloat16", "float16")  # of float weights
+
+# Keys of click's ctx.meta: the content of --config, the method, the flags generated for it.
+_FILE, _METHOD, _FLAGS = "quantcore.file", "quantcore.method", "quantcore.flags"
+
+
+class MethodVerb(Verb):
+    """A verb with the flags of the method that stands on its command line after method_flag."""
+
+    method_flag = "--method"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_FILE] = config = read_config_file(_argument_of(args, "--config"))
+        method = _method(args, self.method_flag, config)
+        if method is not None:
+            ctx.meta[_METHOD] = chosen_backend(method, self.method_flag).method
+            taken = {flag.lstrip("-") for parameter in self.params for flag in parameter.opts}
+            fields = config_fields(plugins().resolve(method, "config"))
+            ctx.meta[_FLAGS] = config_options(fields, taken, ctx.meta[_METHOD])
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*super().get_params(ctx), *ctx.meta.get(_FLAGS, ())]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        generated = ctx.meta.get(_FLAGS, ())
+        own = [parameter for parameter in self.get_params(ctx) if parameter not in generated]
+        write_flags("Flags", own, ctx, formatter)
+        if generated:
+            write_flags(f"Flags of {ctx.meta[_METHOD]}", generated, ctx, formatter)
+        else:
+            with formatter.section("Flags of a method"):
+                formatter.write_text(
+                    f"quantcore {self.name} {self.method_flag} NAME --help; installed: {installed_methods()}"
+                )
+
+
+def chosen_config(
+    ctx: click.Context, output: Output, defaults: Mapping[str, Any] | None = None
+) -> QuantizationConfigMixin:
+    """The config that the command line asks for; whatever is wrong with it is a usage error.
+
+    defaults: arguments that neither a flag nor --config gives; names that the config does not have are left out.
+    """
+    method = ctx.meta.get(_METHOD)
+    if method is None:
+        raise click.UsageError(f"flag {_flag(ctx)} is missing; installed: {installed_methods()}")
+    cls: type[QuantizationConfigMixin] = plugins().resolve(method, "config")
+    given = given_values(ctx, ctx.params)
+    fields = {field.name: field for field in config_fields(cls)}
+    usual = {name: value for name, value in (defaults or {}).items() if name in fields}
+    named = {*usual, *given, *ctx.meta[_FILE]}
+    missing = [name for name, field in fields.items() if field.is_required and name not in named]
+    if missing:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise click.UsageError(
+            f"method {method} needs {flags}; see quantcore {ctx.info_name} {_flag(ctx)} {method} --help"
+        )
+    try:
+        config = _from_file(cls, ctx.meta[_FILE], given) if ctx.meta[_FILE] else cls(**{**usual, **given})
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+    for key in config.extra_keys:
+        output.note(f"warning: {cls.__name__} has no field {key!r}{nearest(key, fields)}; it is kept in config.json")
+    return config
+
+
+def _from_file(
+    cls: type[QuantizationConfigMixin], content: Mapping[str, Any], given: Mapping[str, Any]
+) -> QuantizationConfigMixin:
+    found = cls.from_dict(content, return_unused_kwargs=True, **given)
+    assert isinstance(found, tuple)
+    config, unused = found
+    if unused:
+        raise ValueError(f"{', '.join(sorted(unused))} cannot be set beside --config; set it in the file")
+    return config
+
+
+def _argument_of(args: Sequence[str], flag: str) -> str | None:
+    """The value of a flag on a command line that is not parsed yet."""
+    for position, word in enumerate(args):
+        if word == "--":
+            return None
+        if word == flag:
+            return args[position + 1] if position + 1 < len(args) else None
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return None
+
+
+def read_config_file(path: str | None) -> dict[str, Any]:
+    """The quantization_config of a JSON file, {} for None; a file that holds none is a usage error."""
+    if path is None:
+        return {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"cannot read {path}: {error}", param_hint="--config") from error
+    if isinstance(content, dict):
+        content = content.get("quantization_config", content)
+    if not isinstance(content, dict):
+        raise click.BadParameter(f"{path} holds no JSON object", param_hint="--config")
+    return content
+
+
+def _method(args: Sequence[str], method_flag: str, config: Mapping[str, Any]) -> Any:
+    """The method that the flag or the config file names; two different ones are a usage error."""
+    flag, key = _argument_of(args, method_flag), config.get("quant_method")
+    if flag is not None and key is not None and normalize_method(flag) != normalize_method(key):
+        raise click.UsageError(f"{method_flag} is {flag}, but --config is for {key}; leave one out")
+    return key if flag is None else flag
+
+
+def _flag(ctx: click.Context) -> str:
+    assert isinstance(ctx.command, MethodVerb)
+    return ctx.command.method_flag
