@@ -66,16 +66,18 @@ class ColumnGroups:
         return factors.view(-1, self.groups).index_select(1, self.index)
 
 
-def column_grouping(columns: int, size: int, index: Tensor | None = None) -> Grouping | ColumnGroups:
+def column_grouping(
+    columns: int, size: int, index: Tensor | None = None, device: torch.device | None = None
+) -> Grouping | ColumnGroups:
     """The grouping of weights with this many columns in groups of `size` columns, each row by itself.
 
-    index: [K] int32, the group of each column; None means runs. The plainest form that says it: formats that hold the
-    same numbers lower to the same grouping.
+    index: [K] int32, the group of each column; None means runs. device: of the index where one is made. The plainest
+    form that says it: formats that hold the same numbers lower to the same grouping.
     """
     groups = -(-columns // size)
     if index is not None:
         return ColumnGroups(index, groups)
-    return ColumnGroups(_runs(columns, size), groups) if columns % size else Grouping(size)
+    return ColumnGroups(_runs(columns, size, device), groups) if columns % size else Grouping(size)
 
 
 def _runs(columns: int, size: int, device: torch.device | None = None) -> Tensor:

@@ -152,7 +152,7 @@ def _from_bytes(packed: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
     if dtype == torch.uint8:
         return packed
     size = dtype.itemsize
-    split: Tensor = packed.unflatten(dim, (packed.shape[dim] // size, size)).movedim(dim + 1, -1)  # type: ignore[no-untyped-call]
+    split: Tensor = packed.unflatten(dim, (packed.shape[dim] // size, size)).movedim(dim + 1, -1)
     return split.contiguous().reshape(-1).view(dtype).view(split.shape[:-1])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -80,11 +80,27 @@ class QuantizedModule(nn.Module):
         for suffix, tensor in tensors.items():
             self.register_parameter(self._attributes[suffix], _frozen(tensor))
         self.format = new_format
-        self.bind()
+        self._derive()
 
     def bind(self) -> None:
-        """Derive the operands from the stored tensors; to be called after a stored tensor was replaced one by one."""
+        """Finish the layer after its stored tensors were replaced one by one.
+
+        The format is read anew, now that every tensor has its values, and the operands are derived from them.
+        Raises CheckpointError naming the layer when the values contradict the format.
+        """
+        stored = self.stored
+        try:
+            if not any(tensor.is_meta for tensor in stored.values()):
+                self.format = self.format.read(stored, self.shape)
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self._label()}: {error}") from error
+        self._derive()
+
+    def _derive(self) -> None:
+        """Find the operands among the stored tensors, or derive them."""
         self._format_key = format_key(self.format)
+        for attribute in self._operands:
+            self._buffers.pop(attribute, None)
         stored = self.stored
         by_identity = {id(tensor): self._attributes[suffix] for suffix, tensor in stored.items()}
         self._operands = []
@@ -94,6 +110,30 @@ class QuantizedModule(nn.Module):
                 attribute = f"_operand_{name}"
                 self.register_buffer(attribute, tensor.detach(), persistent=False)
             self._operands.append(attribute)
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether stored tensors are away, and come back for each forward."""
+        return any(tensor.device.type == "meta" for tensor in self.stored.values())
+
+    @property
+    def _hf_hook(self) -> Any:
+        """The hook of accelerate, if any. It looks for tensors by attribute, in maps that have them by suffix."""
+        try:
+            return self.__dict__["_hf_hook"]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no attribute '_hf_hook'") from None
+
+    @_hf_hook.setter
+    def _hf_hook(self, hook: Any) -> None:
+        for part in getattr(hook, "hooks", (hook,)):
+            if getattr(part, "offload", False) and part.weights_map is not None:
+                part.weights_map = _ByAttribute(part.weights_map, self._attributes)
+        self.__dict__["_hf_hook"] = hook
+
+    @_hf_hook.deleter
+    def _hf_hook(self) -> None:
+        del self.__dict__["_hf_hook"]
 
     def extra_repr(self) -> str:
         return f"shape={list(self.shape)}, format={self.format!r}, bits_per_weight={self.bits_per_weight:.3f}"
@@ -191,6 +231,26 @@ class QuantizedModule(nn.Module):
 
     def _label(self) -> str:
         return self.name or f"{type(self).__name__} {list(self.shape)}"
+
+
+class _ByAttribute(Mapping[str, Tensor]):
+    """Offloaded tensors of one module by attribute, whether the map below has them so or by checkpoint suffix."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], attributes: Mapping[str, str]) -> None:
+        self._tensors = tensors
+        self._suffixes = {attribute: suffix for suffix, attribute in attributes.items()}
+
+    def __getitem__(self, attribute: str) -> Tensor:
+        try:
+            return self._tensors[self._suffixes.get(attribute, attribute)]
+        except KeyError:
+            return self._tensors[attribute]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._suffixes)
+
+    def __len__(self) -> int:
+        return len(self._suffixes)
 
 
 _RESERVED = frozenset(("bias", "dense_type", "format", "in_features", "out_features"))  # set after the stored tensors
