@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from quantcore import settings
 from quantcore_bnb.bitsandbytes.tables import code_midpoints, code_order, dynamic_bins, dynamic_map
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ def quantize_blocks(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Te
     if not weight.is_floating_point():
         raise TypeError(f"weight has dtype {weight.dtype}; 4-bit quantization needs a float dtype")
     weight, numel = weight.detach(), weight.numel()
+    if numel and weight.device.type == "cuda" and settings.forced_kernel() == "triton":
+        from quantcore_bnb.bitsandbytes import quantize_kernel
+
+        if quantize_kernel.fits(blocksize):
+            return quantize_kernel.quantize_blocks(weight, quant_type, blocksize)
     pieces = _row_major_pieces(weight, _piece_length(numel, blocksize, weight.device), blocksize)
     packed = weight.new_empty(_ceil_div(numel, 2), 1, dtype=torch.uint8)
     absmax = weight.new_empty(_ceil_div(numel, blocksize), dtype=torch.float32)
