@@ -52,6 +52,14 @@ def test_linear_is_a_matmul_with_the_dequantized_weight(leading: tuple[int, ...]
     assert torch.equal(y, dense_linear(x, dequantized(dtype), bias))
 
 
+def test_result_may_be_changed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = TinyInt8.linear
+    monkeypatch.setattr(TinyInt8, "linear", lambda *args: plain(*args).view(-1).view(3, N))
+    x = random(3, K).requires_grad_()
+    ops.linear(x, operands(), None, KEY, N).add_(1).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(3, N) @ dequantized())
+
+
 @LEADING
 def test_input_gradient_is_a_matmul_with_the_weight(leading: tuple[int, ...]) -> None:
     grad = random(*leading, N)

@@ -25,7 +25,9 @@ def _linear(x: Tensor, tensors: list[Tensor], bias: Tensor | None, format: str, 
     weight_format = format_from_key(format)
     rows = math.prod(x.shape[:-1])
     problem = Problem("linear", weight_format, x.device.type, x.dtype, rows, out_features, x.shape[-1])
-    return choose(problem).kernel.linear(x, tensors, bias, weight_format, out_features)
+    y = choose(problem).kernel.linear(x, tensors, bias, weight_format, out_features)
+    # What autograd knows as a view of an op's result, model code may not change in place.
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 def _linear_input_grad(grad: Tensor, tensors: list[Tensor], format: str, in_features: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from quantcore.nn.experts import QuantizedExperts
 from quantcore.nn.linear import QuantizedLinear
 from quantcore.nn.module import QuantizedModule
 
-__all__ = ["QuantizedLinear", "QuantizedModule"]
+__all__ = ["QuantizedExperts", "QuantizedLinear", "QuantizedModule"]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from quantcore.checkpoints.names import part_names, split_stored_experts
 from quantcore.checkpoints.stream import misfits
 from quantcore.errors import CheckpointError
 from quantcore.formats.base import WeightFormat
 from quantcore.nn.dense import DenseLinear, check_finite, view_dense
+from quantcore.nn.experts import QuantizedExperts, linear_layers, split_experts
 from quantcore.nn.linear import QuantizedLinear
 from quantcore.nn.replace import quantized_modules, replace_module
 from quantcore.plugins.manager import plugins
@@ -54,7 +56,10 @@ class WeightQuantizer(HfQuantizer):
     """A quantizer whose layers are independent of each other. Subclasses define `format_for`."""
 
     def format_for(self, name: str, module: nn.Module) -> WeightFormat | None:
-        """The format of a linear layer to quantize, by its dtype, shape and name; None leaves it float."""
+        """The format of a linear layer to quantize, by its dtype, shape and name; None leaves it float.
+
+        A fused expert is asked for as the linear layers that it consists of ("mlp.experts.3.gate_proj").
+        """
         raise NotImplementedError(f"{type(self).__name__} defines no format_for")
 
     @property
@@ -78,10 +83,9 @@ class WeightQuantizer(HfQuantizer):
         patterns = self._patterns(model)
         tied = selection.tied_modules(model)
         layers, left, faults = [], {}, []
-        for name, module in model.named_modules():
+        for name, module in linear_layers(model, part_names(model)):
             dense = view_dense(module)
-            if dense is None:
-                continue
+            assert dense is not None
             reason = self._reason_to_leave(name, patterns, tied)
             weight_format = None if reason else self.format_for(name, module)
             if weight_format is None:
@@ -106,14 +110,18 @@ class WeightQuantizer(HfQuantizer):
         plan = self.plan(model)
         for layer in plan.layers:
             check_finite(layer.dense.weight, layer.name)
-        names = [layer.name for layer in plan.layers]
         formats = {layer.name: layer.weight_format for layer in plan.layers}
         _report(plan, model)
-        del plan  # it holds views of every float weight
+        del plan, layer  # they hold views of every float weight
+        self.take_apart(model, formats)
         self.preprocess_model(model)
-        for name in names:
-            self._quantize_layer(model, name, formats[name])
+        for name, weight_format in formats.items():
+            self._quantize_layer(model, name, weight_format)
         return self.postprocess_model(model)
+
+    def take_apart(self, model: nn.Module, layers: Iterable[str]) -> None:
+        """Make every planned layer a module of its own: fused experts become linear layers, without a copy."""
+        split_experts(model, layers, part_names(model))
 
     def _quantize_layer(self, model: nn.Module, name: str, weight_format: WeightFormat) -> None:
         module = model.get_submodule(name)
@@ -132,6 +140,7 @@ class WeightQuantizer(HfQuantizer):
         """Put empty quantized layers where the checkpoint holds quantized weights."""
         if checkpoint is None:
             return
+        split_stored_experts(model, checkpoint)
         groups = checkpoint.by_module()
         layers = {
             name: (module, dense)
@@ -221,7 +230,10 @@ class WeightQuantizer(HfQuantizer):
 
 
 def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model with each quantized linear layer replaced by a float one; marks of quantization are left on it."""
+    """The model with each quantized module replaced by a float one; marks of quantization are left on it."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedExperts):
+            replace_module(model, name, module.to_dense(dtype).train(module.training))
     for name, module in list(quantized_modules(model)):
         if isinstance(module, QuantizedLinear):
             replace_module(model, name, module.to_dense(dtype).train(module.training))
