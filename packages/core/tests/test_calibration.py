@@ -134,8 +134,9 @@ def test_layers_with_the_very_same_input_share_one_statistic() -> None:
 
 
 def test_trace_names_the_norm_that_feeds_a_group() -> None:
-    block = blocks_of(language())[1]
-    first = block.trace().groups[0]
+    traces = []
+    blocks_of(language(), lambda block: traces.append(block.trace()))
+    first = traces[1].groups[0]
     assert first.layers == ("layers.0.attention.q_proj", "layers.0.attention.v_proj")
     assert first.source == "layers.0.norm"
     assert first.readers[0] == "layers.0.attention"

@@ -36,18 +36,14 @@ class TinyCalibratedQuantizer(CalibratedQuantizer):
         return TinyInt8()
 
     def solve_block(self, block: Block) -> None:
-        groups = [group.layers for group in block.trace().groups]
-        unreached = set(block.layers) - {name for group in groups for name in group}
-        for names in groups if self.quantization_config.sequential else [tuple(block.layers)]:
+        sequential = self.quantization_config.sequential
+        for names in block.stages() if sequential else [tuple(block.layers)]:
             hessians = block.collect(names, lambda layer: Hessian(layer.dense.shape[1]))
             for name, hessian in hessians.items():
                 self.solve_layer(block, name, hessian)
-        for name in unreached & set(block.unfinished):
-            block.round_to_nearest(name, "no token reached it")
 
     def solve_layer(self, block: Block, name: str, hessian: Hessian) -> None:
-        if hessian.tokens < self.quantization_config.minimum_tokens:
-            block.round_to_nearest(name, f"{hessian.tokens} tokens reached it")
+        if block.round_if_unseen(name, hessian, self.quantization_config.minimum_tokens):
             return
         weight = block.layers[name].dense.weight
         found = [_rounded(weight, shrink, self.quantization_config.top) for shrink in (1.0, 0.9, 0.8, 0.7)]

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING
 from quantcore import _lazy
 
 if TYPE_CHECKING:
-    from quantcore.calibration.block import Block as Block, Sample as Sample
+    from quantcore.calibration.block import Block as Block, Sample as Sample, join as join
     from quantcore.calibration.data import Calibration as Calibration
-    from quantcore.calibration.report import CalibrationReport as CalibrationReport, LayerReport as LayerReport
+    from quantcore.calibration.report import (
+        CalibrationReport as CalibrationReport,
+        LayerReport as LayerReport,
+        report_of as report_of,
+    )
 
 __getattr__, __dir__ = _lazy.attributes(
     __name__,
@@ -19,5 +23,7 @@ __getattr__, __dir__ = _lazy.attributes(
         "CalibrationReport": "quantcore.calibration.report",
         "LayerReport": "quantcore.calibration.report",
         "Sample": "quantcore.calibration.block",
+        "join": "quantcore.calibration.block",
+        "report_of": "quantcore.calibration.report",
     },
 )

@@ -103,6 +103,20 @@ def token_count(passes: Sequence[ModelInputs]) -> int:
     return sum(inputs["input_ids"].numel() for inputs in passes if isinstance(inputs.get("input_ids"), Tensor))
 
 
+def row_count(passes: Sequence[ModelInputs]) -> int:
+    """Rows in all passes; one for a pass without a batch of tokens."""
+    firsts = [next((value for value in inputs.values() if isinstance(value, Tensor)), None) for inputs in passes]
+    return sum(first.shape[0] if first is not None and first.ndim > 1 else 1 for first in firsts)
+
+
+def padding_mask(inputs: ModelInputs) -> Tensor | None:
+    """Which tokens of a pass count, [B, T] bool, where its attention mask excludes some."""
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask.all()):
+        return None
+    return mask.bool()
+
+
 def _items(data: Any) -> Iterator[Any]:
     if isinstance(data, os.PathLike):
         return iter([_read_text(Path(data))])

@@ -3,40 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quantcore.calibration.block import Block, Sample
-from quantcore.calibration.data import Calibration, model_inputs, token_count
+from quantcore.calibration.activations import DiskShelf, MemoryShelf, Samples, Shelf
+from quantcore.calibration.block import Block, Surroundings
+from quantcore.calibration.chain import Chain
+from quantcore.calibration.data import Calibration, ModelInputs, model_inputs, row_count, token_count
 from quantcore.calibration.progress import Progress
 from quantcore.calibration.report import CalibrationReport, LayerReport
-from quantcore.calibration.walk import Step, Walk, run_model
-from quantcore.nn.dense import view_dense
+from quantcore.calibration.resume import ResumeFolder, fingerprint
+from quantcore.calibration.steps import Step, find_steps
+from quantcore.distributed.calibration import Team
+from quantcore.nn.dense import DenseLinear, view_dense
 
 if TYPE_CHECKING:
     from quantcore.formats.base import WeightFormat
 
-Chain = Literal["quantized", "float", "both"]
+logger = logging.getLogger(__name__)
+
+Source = Literal["quantized", "float", "both"]
 
 
 @dataclass(frozen=True)
 class Solver:
     """What the engine needs to know of a method.
 
-    solve: replaces every layer of a block. chain: what the next block gets: outputs of the quantized block, of the
-    float block, or of the quantized one with the float one's as targets. blocks: name of the list of blocks, None
-    finds the lists of the model.
+    solve: replaces every layer of a block. source: what the next block is solved on, as `CalibratedQuantizer.source`
+    says. blocks_name: the list of blocks; None finds the lists of the model. config: in JSON types; with the model and
+    the data it decides the result.
     """
 
-    name: str
+    method: str
     solve: Callable[[Block], None]
-    chain: Chain = "quantized"
-    blocks: str | None = None
+    source: Source = "quantized"
+    blocks_name: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def calibrate(
@@ -44,101 +55,146 @@ def calibrate(
 ) -> CalibrationReport:
     """Solve the named layers of a model in place, block by block.
 
-    formats: name of each layer to quantize -> its format. Memory beyond the model: the inputs of one block for all
-    samples, the solver's statistics of one block, and the activations of one forward pass through one block.
+    formats: name of each layer to quantize -> its format. Memory beyond the model: the inputs and outputs of one block
+    for all samples (in files, where calibration.offload says so), the statistics of one block, and what one forward
+    pass through one block needs. Every process of an initialized torch.distributed takes a share of the samples.
     Raises ValueError for data that does not suit, for activations with NaN or inf, and when the solver left a layer
-    float.
+    float; CheckpointError for a resume folder of another calibration.
     """
     start = time.perf_counter()
     passes = model_inputs(calibration, model)
-    with _evaluating(model), torch.no_grad():
-        run = _Run(model, formats, solver, calibration, Walk(model, passes, list(formats), solver.blocks))
-        report = run.all_steps()
-    report.tokens = token_count(passes)
-    report.samples = sum(_rows(inputs) for inputs in passes)
+    team = Team()
+    if solver.source == "both" and team.size > 1:
+        raise ValueError(f"{solver.method} trains on its samples: run it in a single process, not in {team.size}")
+    with _evaluating(model), _shelves(calibration.offload) as new_shelf, torch.no_grad():
+        steps = find_steps(model, passes[0], list(formats), solver.blocks_name)
+        folder = _resume_folder(model, passes, solver, calibration)
+        run = _Run(model, formats, solver, calibration, team, len(steps))
+        run.all(steps, folder, team.share(passes), new_shelf)
+    report = run.report
+    report.samples, report.tokens = row_count(passes), token_count(passes)
     report.seconds = time.perf_counter() - start
     return report
 
 
+def _resume_folder(
+    model: nn.Module, passes: Sequence[ModelInputs], solver: Solver, calibration: Calibration
+) -> ResumeFolder | None:
+    if calibration.resume_dir is None:
+        return None
+    settings = {"method": solver.method, "source": solver.source, "blocks": solver.blocks_name}
+    folder = ResumeFolder(calibration.resume_dir, fingerprint(model, passes, solver.config, settings))
+    if folder.finished:
+        logger.info("%s holds %d finished blocks; they are not solved again", folder.directory, folder.finished)
+    return folder
+
+
 class _Run:
+    """One calibration: what it works on, and what it has done."""
+
     def __init__(
         self,
         model: nn.Module,
         formats: Mapping[str, WeightFormat],
         solver: Solver,
         calibration: Calibration,
-        walk: Walk,
+        team: Team,
+        steps: int,
     ) -> None:
-        self.model, self.formats, self.solver, self.calibration, self.walk = model, formats, solver, calibration, walk
+        self.model, self.formats, self.solver, self.calibration = model, formats, solver, calibration
+        self.device = None if calibration.device is None else torch.device(calibration.device)
+        self.team, self.steps = team, steps
         self.report = CalibrationReport()
         self.weights = 0
-        self.of_weights = sum(_weights(model, name) for name in formats)
+        self.of_weights = sum(_dense(model, name).weight.numel() for name in formats)
 
-    def all_steps(self) -> CalibrationReport:
-        for number, step in enumerate(self.walk.steps, start=1):
-            self._step(number, step)
-        return self.report
+    def all(
+        self,
+        steps: Sequence[Step],
+        folder: ResumeFolder | None,
+        passes: Sequence[ModelInputs],
+        new_shelf: Callable[[], Shelf],
+    ) -> None:
+        main = Chain(self.model, passes, new_shelf, self.device)
+        reference = Chain(self.model, passes, new_shelf, self.device) if self.solver.source == "both" else None
+        for number, step in enumerate(steps):
+            with self._placed(step):
+                self._step(number, step, main, reference, folder)
 
-    def _step(self, number: int, step: Step) -> None:
-        samples = self._samples(step)
-        outputs: list[Any] | None = None
-        if self.solver.chain == "float" and step.trunk >= 0:
-            outputs = [self._call(step, sample) for sample in samples]
-        block = self._block(number, step, samples)
+    def _step(self, number: int, step: Step, main: Chain, reference: Chain | None, folder: ResumeFolder | None) -> None:
+        targets = None
+        if reference is not None and step.trunk is not None:
+            targets = reference.outputs(step, reference.samples(step), drop_inputs=True)
+        samples = main.samples(step, targets)
+        inside = step.trunk is not None
+        outputs = main.outputs(step, samples) if self.solver.source == "float" and inside else None
         if step.layers:
-            self.solver.solve(block)
+            self._solve(number, step, main, samples, folder)
+        if not inside:
+            return
+        main.finish(step, outputs or main.outputs(step, samples, drop_inputs=True))
+        if reference is not None and targets is not None:
+            reference.finish(step, targets)
+
+    def _solve(self, number: int, step: Step, chain: Chain, samples: Samples, folder: ResumeFolder | None) -> None:
+        if folder is not None and folder.holds(number):
+            self.weights += sum(_dense(self.model, name).weight.numel() for name in step.layers)
+            self.report.layers += folder.restore(number, step, self.model)
+            return
+        block = self._block(number, step, chain, samples)
+        self.solver.solve(block)
         if block.unfinished:
-            raise ValueError(
-                f"{self.solver.name} left {', '.join(block.unfinished)} float; this is a bug of its solver"
-            )
+            raise ValueError(f"{self.solver.method}: its solver left {', '.join(block.unfinished)} float; report this")
         self.report.layers += block.report
-        if outputs is None and step.trunk >= 0:
-            outputs = [self._call(step, sample) for sample in samples]
-        self.walk.finish(step, outputs)
+        if folder is not None and self.team.rank == 0:
+            folder.save(number, step, self.model, block.report)
 
-    def _samples(self, step: Step) -> list[Sample]:
-        samples = []
-        for number, inputs in enumerate(self.walk.passes):
-            call = self.walk.catch(step, number)
-            samples.append(Sample(number, call.args, call.kwargs, _mask(inputs)))
-        return samples
-
-    def _block(self, number: int, step: Step, samples: Sequence[Sample]) -> Block:
+    def _block(self, number: int, step: Step, chain: Chain, samples: Samples) -> Block:
         from quantcore.quantizers.weight import PlannedLayer
-
-        layers = []
-        for name in step.layers:
-            dense = view_dense(self.model.get_submodule(name))
-            assert dense is not None
-            layers.append(PlannedLayer(name, dense, self.formats[name]))
 
         def tell(line: LayerReport, weights: int) -> None:
             self.weights += weights
             if self.calibration.progress is not None:
-                progress = Progress(
-                    number, len(self.walk.steps), step.name, line.name, line.loss, self.weights, self.of_weights
-                )
-                self.calibration.progress(progress)
+                counts = (self.weights, self.of_weights)
+                self.calibration.progress(Progress(number + 1, self.steps, step.name, line.name, line.loss, *counts))
 
-        return Block(
-            self.model,
-            step.name,
-            layers,
-            samples,
-            lambda sample: self._call(step, sample),
-            method=self.solver.name,
-            on_layer=tell,
-        )
+        layers = [PlannedLayer(name, _dense(self.model, name), self.formats[name]) for name in step.layers]
+        around = Surroundings(lambda sample: chain.run(step, sample), self.solver.method, self.team, tell)
+        return Block(self.model, step.name, layers, samples, around)
 
-    def _call(self, step: Step, sample: Sample) -> Any:
-        if step.trunk >= 0:
-            return self.walk.module(step)(*sample.args, **sample.kwargs)
-        with self.walk.shortcuts(sample.number):
-            return run_model(self.model, sample.kwargs)
+    @contextlib.contextmanager
+    def _placed(self, step: Step) -> Iterator[None]:
+        """A block in which a step's module is on the device to work on; it goes back afterwards."""
+        if self.device is None or step.trunk is None:
+            yield
+            return
+        module = self.model.get_submodule(step.name)
+        home = next((parameter.device for parameter in module.parameters()), self.device)
+        module.to(self.device)
+        try:
+            yield
+        finally:
+            module.to(home)
+
+
+@contextlib.contextmanager
+def _shelves(offload: Any) -> Iterator[Callable[[], Shelf]]:
+    """A maker of shelves for activations; their files, if any, are deleted at the end."""
+    if offload is None:
+        yield MemoryShelf
+        return
+    if offload != "disk":
+        Path(offload).mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix="quantcore-", dir=None if offload == "disk" else offload))
+    try:
+        yield lambda: DiskShelf(directory)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """A block in which every module is in eval mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -148,20 +204,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _weights(model: nn.Module, name: str) -> int:
+def _dense(model: nn.Module, name: str) -> DenseLinear:
     dense = view_dense(model.get_submodule(name))
     assert dense is not None
-    return dense.weight.numel()
-
-
-def _mask(inputs: Mapping[str, Any]) -> Tensor | None:
-    """Which tokens of a pass count, where the inputs say so by a padding mask [B, T]."""
-    mask = inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask.all()):
-        return None
-    return mask.bool()
-
-
-def _rows(inputs: Mapping[str, Any]) -> int:
-    tensor = next((value for value in inputs.values() if isinstance(value, Tensor)), None)
-    return tensor.shape[0] if tensor is not None and tensor.ndim > 1 else 1
+    return dense

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,16 @@ class CalibrationReport:
     tokens: int = 0
     seconds: float = 0.0
     layers: list[LayerReport] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # about the run as a whole
 
     @property
     def fallbacks(self) -> list[LayerReport]:
         """The layers that the solver could not serve."""
         return [layer for layer in self.layers if layer.reason is not None]
+
+
+def report_of(model: nn.Module) -> CalibrationReport | None:
+    """The report of a model that was quantized with calibration data in this process, else None."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    quantizer = getattr(quantizer, "quantizer", quantizer)  # transformers holds its own interface to it
+    report: CalibrationReport | None = getattr(quantizer, "calibration_report", None)
+    return report

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from quantcore.calibration.replay import watch
 from quantcore.calibration.trees import leaves
-from quantcore.calibration.walk import watch
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,24 @@ class Trace:
     order: tuple[str, ...]
     groups: tuple[InputGroup, ...]
 
+    def stages(self, layers: Sequence[str]) -> list[tuple[str, ...]]:
+        """The layers in the order to solve them in where each shall see what the finished ones give.
+
+        Each stage is a group of layers with one input; groups that differ in numbers alone (the experts of one block)
+        are one stage. Layers that the traced pass did not reach stand with those of their kind, else in a last stage.
+        """
+        stages: dict[Any, list[str]] = {}
+        stage_of: dict[str, Any] = {}
+        for group in self.groups:
+            key = tuple(_kind(name) for name in group.layers)
+            stages.setdefault(key, []).extend(group.layers)
+            stage_of |= dict.fromkeys(key, key)
+        reached = {name for group in self.groups for name in group.layers}
+        for name in layers:
+            if name not in reached:
+                stages.setdefault(stage_of.get(_kind(name)), []).append(name)
+        return [tuple(names) for names in stages.values()]
+
     def group_of(self, layer: str) -> InputGroup | None:
         """The group of a layer; None when the traced pass did not reach it."""
         return next((group for group in self.groups if layer in group.layers), None)
@@ -47,6 +65,11 @@ def trace_module(model: nn.Module, name: str, layers: Sequence[str], run: Callab
     with watch(model, inside, recorder.enter, recorder.leave):
         run()
     return recorder.result(frozenset(layers))
+
+
+def _kind(name: str) -> str:
+    """A layer's name without numbers: experts of one block are of a kind."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 class _Recorder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,25 @@ def map_leaves(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if hasattr(tree, "_fields"):  # a named tuple
         return type(tree)(*values)
     return type(tree)(values)
+
+
+def flatten(tree: Any) -> tuple[list[Tensor], Any]:
+    """The tensors of a structure, and the structure without them, which `unflatten` fills again."""
+    tensors: list[Tensor] = []
+    place = torch.empty(0)
+
+    def take(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return place
+
+    skeleton = map_leaves(take, tree)
+    return tensors, skeleton
+
+
+def unflatten(tensors: Iterable[Tensor], skeleton: Any) -> Any:
+    """The structure that `flatten` took apart, with tensors in the same order."""
+    remaining = iter(tensors)
+    return map_leaves(lambda place: next(remaining), skeleton)
 
 
 def _rebuilt(tree: Mapping[Any, Any], values: dict[Any, Any]) -> Any:

@@ -12,7 +12,7 @@ from quantcore.quantizers.weight import WeightQuantizer
 if TYPE_CHECKING:
     from quantcore.calibration.block import Block
     from quantcore.calibration.data import Calibration
-    from quantcore.calibration.engine import Chain
+    from quantcore.calibration.engine import Source
     from quantcore.calibration.report import CalibrationReport
 
 
@@ -20,13 +20,13 @@ class CalibratedQuantizer(WeightQuantizer):
     """A quantizer whose layers are solved block by block with calibration data. Subclasses define `format_for` and
     `solve_block`; loading a quantized checkpoint needs neither data nor solver.
 
-    chain: what the next block is calibrated on. "quantized": the outputs of the quantized block. "float": those of the
+    source: what the next block is calibrated on. "quantized": the outputs of the quantized block. "float": those of the
     block before it was quantized. "both": of the quantized one, while `Sample.target` holds what the float block gives
     on float inputs.
     calibration_report: what was done to each layer, after `quantcore.quantize`; None on a loaded model.
     """
 
-    chain: Chain = "quantized"
+    source: Source = "quantized"
     calibration_report: CalibrationReport | None = None
 
     def solve_block(self, block: Block) -> None:
@@ -55,8 +55,11 @@ class CalibratedQuantizer(WeightQuantizer):
         for layer in plan.layers:
             check_finite(layer.dense.weight, layer.name)
         formats = {layer.name: layer.weight_format for layer in plan.layers}
-        del plan  # it holds views of every float weight
-        solver = Solver(self._method(), self.solve_block, self.chain, self.blocks_name)
+        del plan, layer  # they hold views of every float weight
+        self.take_apart(model, formats)
+        solver = Solver(
+            self._method(), self.solve_block, self.source, self.blocks_name, self.quantization_config.to_dict()
+        )
         self.calibration_report = calibrate(model, formats, solver, self.prepare_calibration(calibration))
         self.preprocess_model(model)
         return self.postprocess_model(model)

@@ -1,0 +1,73 @@
+"""What goes from block to block: the inputs of a step for every forward pass, and its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantcore.calibration.activations import Sample, Samples, Shelf
+from quantcore.calibration.data import ModelInputs, padding_mask
+from quantcore.calibration.replay import Invocation, Replay
+from quantcore.calibration.steps import Step
+from quantcore.calibration.trees import leaves, to_device
+
+
+class Chain:
+    """The activations of a model in some forward passes, as far as its blocks are finished.
+
+    new_shelf: makes room for activations. device: where blocks are run, None leaves them where they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        passes: Sequence[ModelInputs],
+        new_shelf: Callable[[], Shelf],
+        device: torch.device | None = None,
+    ) -> None:
+        self._model, self._passes, self._new_shelf, self._device = model, passes, new_shelf, device
+        self._replay = Replay(model)
+        self._masks = [padding_mask(inputs) for inputs in passes]
+        self._held: dict[str, Shelf] = {}  # list of blocks -> outputs of its last finished one
+
+    def samples(self, step: Step, targets: Shelf | None = None) -> Samples:
+        """The inputs of a step. The outputs of the block before it are let go, pass by pass."""
+        samples = Samples(self._new_shelf(), self._masks, targets)
+        if step.trunk is None:
+            for inputs in self._passes:
+                samples.add(Invocation((), dict(inputs)))
+            return samples
+        spent = self._held.pop(step.trunk, None)
+        with self._replay.shortcuts():
+            for number, inputs in enumerate(self._passes):
+                samples.add(self._replay.catch(step.name, inputs, number))
+                if spent is not None:
+                    spent.drop(number)
+        return samples
+
+    def run(self, step: Step, sample: Sample) -> Any:
+        """What a step as it is now gives for a sample."""
+        if step.trunk is None:
+            with self._replay.shortcuts():
+                return self._replay.run(sample.kwargs, sample.number)
+        args, kwargs = to_device((sample.args, sample.kwargs), self._device)
+        return self._model.get_submodule(step.name)(*args, **kwargs)
+
+    def outputs(self, step: Step, samples: Samples, *, drop_inputs: bool = False) -> Shelf:
+        """What a step as it is now gives for every sample, on the devices of its inputs."""
+        shelf = self._new_shelf()
+        for sample in samples:
+            home = next(leaves((sample.args, sample.kwargs))).device
+            shelf.put(sample.number, to_device(self.run(step, sample), home if self._device else None))
+            if drop_inputs:
+                samples.drop(sample.number)
+        return shelf
+
+    def finish(self, step: Step, outputs: Shelf) -> None:
+        """Go on from these outputs: the step is not computed again."""
+        assert step.trunk is not None
+        self._held[step.trunk] = outputs
+        self._replay.finish(step.name, step.trunk, outputs)
