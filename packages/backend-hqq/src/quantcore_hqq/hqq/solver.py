@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from quantcore import settings
 from quantcore_hqq.hqq.packing import packing_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -134,7 +136,7 @@ def _refine_zero(matrix: Tensor, axis: int, inv_scale: Tensor, zero: Tensor, top
     """Runs the half-quadratic solver on zero, in place."""
     groups = 1 - axis
     error = torch.zeros_like(zero)  # sum of |weight - dequantized| in each group at its last visit
-    buffers = _buffers(matrix, axis, 5)
+    step = _step_for(matrix, axis)
     index = torch.arange(zero.numel(), device=zero.device)
     best = math.inf
     for _ in range(MAX_STEPS):
@@ -142,7 +144,7 @@ def _refine_zero(matrix: Tensor, axis: int, inv_scale: Tensor, zero: Tensor, top
         for start, count in _tiles(matrix, axis, index.numel()):
             tile = index[start : start + count]
             part, part_scale, part_zero = (tensor.index_select(groups, tile) for tensor in (matrix, inv_scale, zero))
-            new_zero, new_error = _step(part, part_scale, part_zero, top, axis, buffers)
+            new_zero, new_error = step(part, part_scale, part_zero, top, axis)
             zero.index_copy_(groups, tile, new_zero)
             error.index_copy_(groups, tile, new_error)
         index = _unsettled((zero != before).flatten(), TILE_MULTIPLE[axis])
@@ -150,6 +152,16 @@ def _refine_zero(matrix: Tensor, axis: int, inv_scale: Tensor, zero: Tensor, top
         if not mean_error < best or not index.numel():
             return
         best = mean_error
+
+
+def _step_for(matrix: Tensor, axis: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function that makes a step on a tile."""
+    if matrix.device.type == "cuda" and settings.forced_kernel() == "triton":
+        from quantcore_hqq.hqq import solver_kernel
+
+        if solver_kernel.fits(matrix.shape[axis]):
+            return partial(solver_kernel.step, lp_norm=LP_NORM, beta=BETA)
+    return partial(_step, buffers=_buffers(matrix, axis, 5))
 
 
 def _step(part: Tensor, inv_scale: Tensor, zero: Tensor, top: int, axis: int, buffers: Tensor) -> tuple[Tensor, Tensor]:
