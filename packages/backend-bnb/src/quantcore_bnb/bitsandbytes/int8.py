@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantcore.kernels.int8 import int8_matmul
+
 _LEVELS = 127.0
 _INV_LEVELS = 7.874015718698502e-3  # 1/127 as upstream rounds it
 # 1/127**2 is 6.2000124e-05; upstream's portable backend has this misprint, 1.8e-5 too large and below what half
@@ -58,7 +60,7 @@ def linear(x: Tensor, codes: Tensor, row_max: Tensor, bias: Tensor | None, thres
     x_codes, x_max = _round_rows(inner)
     if rows.shape[0] > 1:  # upstream keeps the small values of an outlier column in int8 when there is one row
         x_codes[:, columns] = 0
-    y = _int8_matmul(x_codes, codes).mul_(x_max[:, None] * row_max).mul_(_INV_LEVELS_SQUARED)
+    y = int8_matmul(x_codes, codes).float().mul_(x_max[:, None] * row_max).mul_(_INV_LEVELS_SQUARED)
     y = (y if bias is None else y.add_(bias)).to(x.dtype)
     if columns.numel():
         outer = dequantize_rows(codes.index_select(1, columns), row_max, x.dtype)
@@ -73,12 +75,3 @@ def _round_rows(values: Tensor) -> tuple[Tensor, Tensor]:
     row_max = values.abs().amax(1)
     inv_scale = torch.where(row_max > 0, _LEVELS / row_max, 0.0)
     return values.mul_(inv_scale[:, None]).round_().to(torch.int8), row_max
-
-
-def _int8_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right.T in exact integers, as float32. left: [M, K] int8, right: [N, K] int8."""
-    if left.device.type == "cpu" and left.numel() and right.numel() and left.shape[1] > 1:
-        return torch._int_mm(left, right.t()).float()
-    # float64 holds every sum of products of int8 exactly. torch._int_mm takes only some shapes on a GPU, and gives
-    # memory that it never wrote for one column (torch 2.13, CPU).
-    return (left.double() @ right.t().double()).float()

@@ -1,0 +1,45 @@
+"""Products of int8 matrices: exact on every path, for shapes that the paths are picky about."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantcore.kernels import int8
+
+SHAPES = [(1, 1, 1), (3, 5, 1), (1, 7, 33), (17, 9, 64), (33, 130, 127), (2, 8, 4096)]
+
+
+def operands(M: int, N: int, K: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(M + N + K)
+    return tuple(torch.randint(-128, 128, (rows, K), dtype=torch.int8, generator=generator) for rows in (M, N))  # type: ignore[return-value]
+
+
+def exact(left: Tensor, right: Tensor) -> Tensor:
+    return (left.long() @ right.long().t()).int()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+def test_product_is_exact(M: int, N: int, K: int, device: str) -> None:
+    left, right = operands(M, N, K)
+    found = int8.int8_matmul(left.to(device), right.to(device))
+    assert found.dtype == torch.int32
+    assert torch.equal(found.cpu(), exact(left, right))
+
+
+@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+def test_padding_for_cuda_changes_nothing(M: int, N: int, K: int) -> None:
+    left, right = operands(M, N, K)
+    rows, columns, inner = max(32, int8._round_up(M)), int8._round_up(N), int8._round_up(K)
+    padded = int8._pad(left, rows, inner), int8._pad(right, columns, inner)
+    assert [tuple(matrix.shape) for matrix in padded] == [(rows, inner), (columns, inner)]
+    assert torch.equal(exact(*padded)[:M, :N], exact(left, right))
+
+
+@pytest.mark.parametrize(("M", "N", "K"), [(0, 3, 4), (3, 0, 4), (3, 4, 0)])
+def test_empty_operands_give_zeros(M: int, N: int, K: int) -> None:
+    found = int8.int8_matmul(*operands(M, N, K))
+    assert (tuple(found.shape), found.dtype) == ((M, N), torch.int32)
+    assert not found.any()
