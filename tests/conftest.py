@@ -136,6 +136,44 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
 }
 
 
+def make_t5() -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 64, "d_kv": 32, "num_heads": 2, "d_ff": 128, "num_layers": 2, "vocab_size": 96}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+
+
+def make_llava() -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    text = LlamaConfig(**SIZES, intermediate_size=128, num_key_value_heads=1, max_position_embeddings=32)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=95))
+
+
+def make_causal(family: str, **changes: Any) -> Any:
+    """A causal model of a family whose config is spelled like Llama's."""
+    import transformers
+
+    config = {**SIZES, "intermediate_size": 128, "num_key_value_heads": 1, "max_position_embeddings": 32, **changes}
+    build = getattr(transformers, f"{family}ForCausalLM")
+    return build(getattr(transformers, f"{family}Config")(**config))
+
+
+# Families that differ in what transformers does to names and weights while it loads.
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "qwen3": lambda: make_causal("Qwen3", head_dim=32),
+    "gemma": lambda: make_causal("Gemma", head_dim=32),
+    "mixtral": lambda: make_causal("Mixtral", num_local_experts=4),
+    "qwen3-moe": lambda: make_causal("Qwen3Moe", head_dim=32, num_experts=4, moe_intermediate_size=64),
+    "mamba": lambda: make_causal("Mamba", state_size=8),
+    "t5": make_t5,
+    "llava": make_llava,
+}
+
+
 @pytest.fixture
 def make_model() -> Callable[..., Any]:
     """Makes a small random model of an architecture by name, with the same values at every call."""
@@ -143,7 +181,7 @@ def make_model() -> Callable[..., Any]:
     def make(name: str) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return ARCHITECTURES[name]().eval()
+            return {**ARCHITECTURES, **FAMILIES}[name]().eval()
 
     return make
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantcore.nn.module import QuantizedModule
 from quantcore.quantizers.base import HfQuantizer
@@ -43,6 +44,25 @@ class Placement:
         from accelerate import dispatch_model
 
         dispatch_model(model, device_map={name: str(device) for name, device in self.devices.items()})
+
+
+def is_on_disk(device_map: Any, name: str) -> bool:
+    """Whether a device map puts a module on the disk; a map that is no dict puts nothing there."""
+    if not isinstance(device_map, Mapping) or "disk" not in device_map.values():
+        return False
+    parts = name.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(len(parts), -1, -1))
+    return next((device_map[prefix] for prefix in prefixes if prefix in device_map), None) == "disk"
+
+
+def offloaded_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
+    """The state dict with the values of what accelerate offloaded, None when nothing is. Needs the memory of them."""
+    if not any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):
+        return None
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+    tensors: dict[str, Tensor] = get_state_dict_offloaded_model(model)
+    return {name: tensors[name] for name in model.state_dict() if name in tensors}
 
 
 def place(model: nn.Module, device_map: Any, quantizer: HfQuantizer | None = None) -> Placement:

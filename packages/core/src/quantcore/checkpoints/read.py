@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,25 @@ class Checkpoint:
         for file in files:
             self.headers.update(_headers(self.directory, file))
         _check_index(self.directory, self.headers)
+
+    @classmethod
+    def of_files(cls, files: Sequence[Path]) -> Checkpoint:
+        """The tensors of the given files of one folder, whatever they are called; errors as for a folder."""
+        pickled = [file for file in files if file.suffix != ".safetensors"]
+        if pickled:
+            raise CheckpointError(_refusal(pickled[0].parent, pickled[0].name))
+        checkpoint = cls.__new__(cls)
+        checkpoint.directory = files[0].parent
+        checkpoint.headers = {}
+        for file in files:
+            checkpoint.headers.update(_headers(file.parent, file.name))
+        return checkpoint
+
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same tensors under other names: {name in the files: name in the result}; names not listed stay."""
+        view = copy.copy(self)
+        view.headers = {names.get(name, name): header for name, header in self.headers.items()}
+        return view
 
     def by_module(self) -> dict[str, dict[str, Tensor]]:
         """Meta tensors grouped by the module that owns them: {module: {suffix: tensor}}.
@@ -143,11 +163,15 @@ def _find_files(directory: Path) -> list[str]:
         raise CheckpointError(f"{directory}: {len(others)} safetensors files but no {INDEX_NAME}; restore the index")
     pickled = sorted(path.name for pattern in PICKLED for path in directory.glob(pattern))
     if pickled:
-        raise CheckpointError(
-            f"{directory}: {pickled[0]} is pickled, and loading a pickle can run any code; it is refused. "
-            "Save the model as safetensors with the tool that wrote it, or use quantcore convert --from-pickle"
-        )
+        raise CheckpointError(_refusal(directory, pickled[0]))
     raise FileNotFoundError(f"{directory} holds no {SINGLE_NAME} and no {INDEX_NAME}; is this the right folder?")
+
+
+def _refusal(directory: Path, file: str) -> str:
+    return (
+        f"{directory}: {file} is pickled, and loading a pickle can run any code; it is refused. "
+        "Save the model as safetensors with the tool that wrote it, or use quantcore convert --from-pickle"
+    )
 
 
 def _weight_map(directory: Path) -> dict[str, str]:

@@ -65,6 +65,12 @@ def quantizer_class(config: QuantizationConfigMixin) -> type[HfQuantizer]:
     return _expect_class(target if inspect.isclass(target) else target(config), HfQuantizer, name)
 
 
+def is_served(method: str) -> bool:
+    """Whether a backend or this program provides a method; imports no plugin."""
+    name = normalize_method(method)
+    return name in _registered_quantizers or plugins().owner(name) is not None
+
+
 class AutoQuantizationConfig:
     """Config objects from dicts and checkpoints."""
 

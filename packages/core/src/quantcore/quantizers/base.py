@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -80,7 +81,7 @@ class HfQuantizer:
 
     def postprocess_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Finish the model after its weights are in place, and leave the config on it for saving."""
-        model.hf_quantizer = self  # type: ignore[assignment]
+        model.hf_quantizer = self._as_held_by(model)
         if self.pre_quantized and getattr(self.quantization_config, "dequantize", False):
             self.remove_quantization_config(model)
         else:
@@ -90,6 +91,15 @@ class HfQuantizer:
                 config._is_quantized = True
         self._process_model_after_weight_loading(model, **kwargs)
         return model
+
+    def _as_held_by(self, model: nn.Module) -> Any:
+        """This quantizer, for a model of transformers behind the interface that its methods look for."""
+        modeling_utils = sys.modules.get("transformers.modeling_utils")  # there is none while it is not imported
+        if modeling_utils is None or not isinstance(model, modeling_utils.PreTrainedModel):
+            return self
+        from quantcore.integrations.transformers.adapter import shown_to_transformers
+
+        return shown_to_transformers(self, model)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Replace modules; called with the model on the meta device."""

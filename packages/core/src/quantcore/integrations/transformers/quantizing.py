@@ -1,0 +1,133 @@
+"""Quantizing a float checkpoint while it loads, inside transformers' loader."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantcore.checkpoints.devices import is_on_disk
+from quantcore.errors import CheckpointError
+from quantcore.integrations.transformers.conversion import LayerConverter, LayerOperation, name_with_prefix
+from quantcore.integrations.transformers.placing import restore_operands, settle
+from quantcore.nn.experts import FusedWeight, QuantizedExperts
+from quantcore.nn.module import QuantizedModule
+from quantcore.quantizers.base import HfQuantizer
+from quantcore.quantizers.weight import PlannedLayer, WeightQuantizer
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = "weights of layers to quantize"
+_EXPERTS = "weights of experts to quantize"
+
+
+class QuantizingLoad:
+    """The load of a float checkpoint, of which each planned layer is quantized as soon as its weight is there."""
+
+    def __init__(
+        self, quantizer: HfQuantizer, model: nn.Module, files: list[Path], dtype: torch.dtype | None, device_map: Any
+    ) -> None:
+        assert isinstance(quantizer, WeightQuantizer)
+        self.quantizer = quantizer
+        self.model = model
+        self.device_map = device_map
+        self.operation = LayerOperation(self._receive)
+        self._dtype = dtype
+        self._layers: dict[str, PlannedLayer] = {}  # by the name of the weight
+        self._fused: dict[str, tuple[str, FusedWeight]] = {}  # by the name of the parameter: its module, what it holds
+
+    def begin(self, conversions: list[Any]) -> list[Any]:
+        """Plan the layers; our conversions around transformers'.
+
+        Experts that are taken apart take their tensors before transformers would put them together. Other weights are
+        taken when no conversion of transformers changes them; those that one makes come through `operation`.
+        """
+        plan = self.quantizer.plan(self.model)
+        self._layers = {f"{layer.name}.weight": layer for layer in plan.layers}
+        self.quantizer.take_apart(self.model, [layer.name for layer in plan.layers])
+        self.quantizer.preprocess_model(self.model, self._dtype, self.device_map)
+        for name, module in self.model.named_modules():
+            if isinstance(module, QuantizedExperts):
+                self._fused |= {f"{name}.{weight}": (name, module._fused[weight]) for weight in module._fused}
+        before = LayerConverter(_EXPERTS, self._claim_expert, self.operation)
+        return [before, *conversions, LayerConverter(_WEIGHTS, self._claim, self.operation)]
+
+    def takes(self, name: str) -> bool:
+        """Whether a parameter is the weight of a layer to quantize."""
+        return name in self._layers
+
+    def bits_per_weight(self, name: str) -> float | None:
+        """Stored bits a weight of a parameter that will be quantized, None for another."""
+        layer = self._layers.get(name)
+        return None if layer is None else layer.weight_format.bits_per_weight(layer.dense.shape)
+
+    def finish(self) -> None:
+        """Called when transformers has filled the model.
+
+        Raises CheckpointError when experts got no weights: their architecture stores them in a way that is not known.
+        """
+        restore_operands(self.model)
+        empty = [
+            layer.name
+            for layer in self._layers.values()
+            if not isinstance(self.model.get_submodule(layer.name), QuantizedModule)
+        ]
+        experts = [name for name in empty if any(name.startswith(f"{owner}.") for owner, _ in self._fused.values())]
+        if experts:
+            raise CheckpointError(
+                f"{experts[0]} and {len(experts) - 1} more layers of experts got no weights; quantize the loaded float "
+                "model with quantcore.quantize instead"
+            )
+        if empty:
+            logger.warning("not in the checkpoint, so new and left float: %s", ", ".join(empty))
+
+    def _claim(self, name: str) -> str | None:
+        final = name_with_prefix(name, self.model)
+        return final if final in self._layers else None
+
+    def _claim_expert(self, name: str) -> str | None:
+        final = name_with_prefix(name, self.model)
+        if final in self._fused:
+            module, weight = self._fused[final]
+            return f"{module}.0.{weight.parts[0]}.weight"
+        owner = final.rpartition(".")[0]
+        inside = any(owner.startswith(f"{module}.") for module, _ in self._fused.values())
+        return final if inside and final.endswith(".weight") else None
+
+    def _receive(self, name: str, tensors: dict[str, Tensor], missing: set[str]) -> dict[str, Tensor]:
+        (tensor,) = tensors.values()
+        tensors.clear()
+        if tensor.ndim != 3:
+            return self._quantize(name, tensor, missing)
+        return self._quantize_experts(name, tensor, missing)
+
+    def _quantize_experts(self, name: str, tensor: Tensor, missing: set[str]) -> dict[str, Tensor]:
+        """As `_quantize`, for a 3-D weight; name: the first of the weights that it holds."""
+        module, weight = next(
+            (module, weight)
+            for module, weight in self._fused.values()
+            if name == f"{module}.0.{weight.parts[0]}.weight"
+        )
+        result: dict[str, Tensor] = {}
+        for part, matrices in zip(weight.parts, weight.split(tensor), strict=True):
+            for expert, matrix in enumerate(matrices):
+                result |= self._quantize(f"{module}.{expert}.{part}.weight", matrix, missing)
+        return result
+
+    def _quantize(self, name: str, tensor: Tensor, missing: set[str]) -> dict[str, Tensor]:
+        """Put a weight into its layer and quantize that; what goes to the disk is given back instead."""
+        planned = self._layers.get(name)
+        if planned is None:
+            return {name: tensor}
+        self.model.get_submodule(planned.name).weight = nn.Parameter(tensor, requires_grad=False)
+        self.quantizer._quantize_layer(self.model, planned.name, planned.weight_format)
+        missing.discard(name)
+        module = self.model.get_submodule(planned.name)
+        assert isinstance(module, QuantizedModule)
+        on_disk = is_on_disk(self.device_map, planned.name)
+        stored = {f"{planned.name}.{suffix}": value.detach() for suffix, value in module.stored.items()}
+        settle(module, on_disk)
+        return stored if on_disk else {}

@@ -1,0 +1,164 @@
+"""Loading a checkpoint whose layers are quantized, inside transformers' loader."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import WeightConverter
+
+from quantcore.checkpoints.devices import is_on_disk
+from quantcore.checkpoints.names import part_names
+from quantcore.checkpoints.read import Checkpoint, by_owner, is_plain
+from quantcore.checkpoints.stream import slots
+from quantcore.errors import CheckpointError
+from quantcore.formats.base import describe
+from quantcore.integrations.transformers.conversion import (
+    LayerConverter,
+    LayerOperation,
+    name_with_prefix,
+    names_after_renaming,
+)
+from quantcore.integrations.transformers.placing import restore_operands, settle
+from quantcore.nn.experts import QuantizedExperts, split_experts
+from quantcore.nn.module import QuantizedModule
+from quantcore.nn.replace import quantized_modules
+from quantcore.quantizers.base import HfQuantizer
+
+_LABEL = "stored tensors of a quantized layer"
+
+
+class StoredLoad:
+    """The load of a quantized checkpoint into a model on the meta device."""
+
+    def __init__(
+        self, quantizer: HfQuantizer, model: nn.Module, files: list[Path], dtype: torch.dtype | None, device_map: Any
+    ) -> None:
+        if not files:
+            raise ValueError("a quantized model is loaded from files; pass a folder or a hub id, not a state_dict")
+        self.quantizer = quantizer
+        self.model = model
+        self.device_map = device_map
+        self._dtype = dtype
+        self._files = files
+        self._targets: dict[str, str] = {}  # a tensor's name after renamings -> the parameter it is collected under
+        self._suffixes: dict[str, str] = {}  # a tensor's name in the file -> its suffix in its layer
+        self._layers: dict[str, str] = {}  # the parameter that tensors are collected under -> their layer
+
+    def begin(self, conversions: list[Any]) -> list[Any]:
+        """Put empty quantized layers into the model; our conversion and transformers'.
+
+        Raises CheckpointError listing every tensor of a quantized layer that does not fit, and every tensor of a layer
+        that nothing would read.
+        """
+        checkpoint = Checkpoint.of_files(self._files)
+        renamed = names_after_renaming(checkpoint.headers, conversions)
+        final = {name: name_with_prefix(other, self.model) for name, other in renamed.items()}
+        named = checkpoint.renamed(final)
+        split_experts(self.model, _quantized_owners(named), part_names(self.model))
+        self.quantizer.preprocess_model(self.model, self._dtype, self.device_map, checkpoint=named)
+        self._check_surplus(named, conversions)
+        self._give_dtype()
+        layers = {
+            f"{layer}.{suffix}": (layer, suffix)
+            for layer, module in quantized_modules(self.model)
+            for suffix in module.stored
+        }
+        plain = self._float_layers_of_experts()
+        for name, other in final.items():
+            if other in layers:
+                self._claim_stored(name, renamed[name], *layers[other])
+            elif other in plain:
+                self._targets[renamed[name]] = other
+        return [LayerConverter(_LABEL, self._targets.get, LayerOperation(self._receive)), *conversions]
+
+    def bits_per_weight(self, name: str) -> None:
+        """None: the layers in the model have the sizes of the tensors to come."""
+
+    def finish(self) -> None:
+        """Called when transformers has filled the model."""
+        restore_operands(self.model)
+
+    def _claim_stored(self, name: str, renamed: str, layer: str, suffix: str) -> None:
+        module = self.model.get_submodule(layer)
+        assert isinstance(module, QuantizedModule)
+        first = f"{layer}.{next(iter(module.stored))}"
+        self._targets[renamed], self._suffixes[name], self._layers[first] = first, suffix, layer
+
+    def _float_layers_of_experts(self) -> set[str]:
+        """Parameters of experts that were taken apart for others; transformers would put them together again."""
+        return {
+            f"{name}.{inner}"
+            for name, module in self.model.named_modules()
+            if isinstance(module, QuantizedExperts)
+            for inner, slot in slots(module).items()
+            if not slot.exact and slot.module is not module
+        }
+
+    def _give_dtype(self) -> None:
+        """Give the biases of quantized layers the dtype of the load; the layers have them as the file does."""
+        for _, module in quantized_modules(self.model):
+            for slot in slots(module).values():
+                if not slot.exact and slot.tensor.is_floating_point() and isinstance(slot.tensor, nn.Parameter):
+                    slot.module._parameters[slot.attribute] = nn.Parameter(
+                        slot.tensor.to(self._dtype), requires_grad=slot.tensor.requires_grad
+                    )
+
+    def _receive(self, first: str, tensors: dict[str, Tensor], missing: set[str]) -> dict[str, Tensor]:
+        if first not in self._layers:
+            (tensor,) = tensors.values()
+            return {first: tensor.to(self._dtype)}
+        layer = self._layers[first]
+        module = self.model.get_submodule(layer)
+        assert isinstance(module, QuantizedModule)
+        module.store({self._suffixes[name]: tensor for name, tensor in tensors.items()})
+        missing.difference_update(f"{layer}.{suffix}" for suffix in module.stored)
+        # What is on the disk is read from the checkpoint itself, where transformers' index points.
+        settle(module, is_on_disk(self.device_map, layer))
+        return {}
+
+    def _check_surplus(self, checkpoint: Checkpoint, conversions: Iterable[Any]) -> None:
+        """Raise for tensors that belong to a layer of the model and that nothing reads: a scale that is not applied."""
+        converters = [copy.deepcopy(entry) for entry in conversions if isinstance(entry, WeightConverter)]
+        patterns = list(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        known = set(self.model.state_dict())
+        unread = [
+            name
+            for name in checkpoint.headers
+            if name not in known
+            and _is_part_of_a_layer(name, self.model)
+            and not any(re.search(pattern, name) for pattern in patterns)
+            and not any(converter.rename_source_key(name)[1] for converter in converters)
+        ]
+        faults = [
+            f"{name}: {describe(checkpoint.headers[name].dtype, checkpoint.headers[name].shape)}"
+            for name in self.quantizer.update_unexpected_keys(self.model, unread)
+        ]
+        if faults:
+            raise CheckpointError(
+                f"{checkpoint.directory}: {len(faults)} tensors belong to layers of the model and nothing would read "
+                "them; quantization_config and weights do not fit each other\n" + "\n".join(faults)
+            )
+
+
+def _quantized_owners(checkpoint: Checkpoint) -> set[str]:
+    """Modules that own more in a checkpoint than a float weight and bias."""
+    return {
+        owner
+        for owner, tensors in by_owner(checkpoint.headers).items()
+        if set(tensors) - {"weight", "bias"} or not is_plain(tensors.values())
+    }
+
+
+def _is_part_of_a_layer(name: str, model: nn.Module) -> bool:
+    """Whether a surplus tensor belongs to a module without children, or is a scale of any module."""
+    owner = model
+    parts = name.split(".")
+    while parts and owner._modules.get(parts[0]) is not None:
+        owner = owner._modules[parts.pop(0)]  # type: ignore[assignment]
+    return owner is not model and (not owner._modules or any("scale" in part for part in parts))
