@@ -12,13 +12,13 @@ Source: Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog/, in the order
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from quantcore import settings
+from quantcore.threads import one_cpu_thread
 from quantcore_hqq.hqq.packing import packing_for
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def solve(
         group_size, axis = None, 1
     size = group_length(tuple(weight.shape), group_size, axis)
     matrix = weight.detach().reshape((-1, size) if axis == 1 else (size, -1))
-    with _one_cpu_thread():
+    with one_cpu_thread():
         low, high = _ranges(matrix, axis)
         if not channel_wise:
             low, high = low.amin(), high.amax()
@@ -207,20 +207,6 @@ def _encode(matrix: Tensor, axis: int, inv_scale: Tensor, zero: Tensor, top: int
         values = _views(buffers, part.shape)[0].copy_(part)
         out.copy_(values.mul_(part_scale).add_(part_zero).round_().clamp_(0, top))
     return codes
-
-
-@contextmanager
-def _one_cpu_thread() -> Iterator[None]:
-    """Holds torch to one thread per operation.
-
-    The operations on a tile are short, and threads that meet after each of them all wait for the busiest core.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _tile_groups(matrix: Tensor, axis: int) -> int:
