@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from quantcore.plugins import Backend, hookimpl
 
@@ -33,6 +33,13 @@ BACKEND = Backend(
 @hookimpl
 def quantcore_backends() -> Iterable[Backend]:
     return [BACKEND]
+
+
+@hookimpl
+def quantcore_match_config(config_dict: Mapping[str, Any]) -> str | None:
+    """Files that AutoGPTQ wrote beside the weights name no method; none but its own keys tell."""
+    has_bits = "bits" in config_dict or "wbits" in config_dict
+    return "gptq" if has_bits and "desc_act" in config_dict and "zero_point" not in config_dict else None
 
 
 def triton_kernels() -> list[Kernel]:

@@ -1,56 +1,79 @@
-"""Which format each layer gets."""
+"""The GPTQ quantizer: which format each layer gets, and the solution of the layers of a block."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from quantcore.calibration.statistics import Hessian
 from quantcore.formats.base import WeightFormat
-from quantcore.nn.dense import DenseLinear
+from quantcore.nn.dense import DenseLinear, view_dense
+from quantcore.nn.embedding import QuantizedEmbedding
 from quantcore.nn.linear import QuantizedLinear
 from quantcore.quantizers.calibrated import CalibratedQuantizer
 from quantcore.quantizers.weight import dequantize_layers
+from quantcore_gptq.gptq.blocks import solve_together
 from quantcore_gptq.gptq.config import GPTQConfig, LayerSettings
 from quantcore_gptq.gptq.format import Gptq
 from quantcore_gptq.marlin import Marlin
 from quantcore_gptq.models import float_dtype_of
 
+if TYPE_CHECKING:
+    from quantcore.calibration.block import Block
+    from quantcore.calibration.data import Calibration
+
+_HEAD = "lm_head"
+# What gptqmodel does with an output head, which loses more by few bits than other layers.
+_HEAD_OVERRIDE = {"bits": 8, "group_size": 32, "sym": True, "desc_act": False, "mse": 2.4}
+_ROUTERS = ("gate", "router", "shared_expert_gate")  # last parts of names; they choose experts
+_LEAST_SHARE = 0.005  # of the tokens of a block; an expert that saw fewer is rounded to nearest
+_DAMP_STEP = 0.01
+_UNIT = 32  # kernels of other tools read codes and zero points in blocks of this many
+
 
 class GptqQuantizer(CalibratedQuantizer):
-    """Loads and makes GPTQ models."""
+    """Loads GPTQ models of every layout, and makes those with packed words."""
 
     quantization_config: GPTQConfig
 
+    # Formats
+
     def format_for(self, name: str, module: nn.Module) -> WeightFormat | None:
         settings = self.quantization_config.for_layer(name)
-        return None if settings is None else self.format_of(settings)
+        if settings is None or not (self.pre_quantized or _is_divisible(module)):
+            return None
+        return self._format_with(settings)
 
-    def format_of(self, settings: LayerSettings) -> WeightFormat:
+    def _format_with(self, settings: LayerSettings) -> WeightFormat:
         """The format of a layer with these settings. Raises ValueError for a layout that is not read."""
         config = self.quantization_config
         if config.format == "bitblas":
             raise ValueError(
-                "GPTQConfig.format: 'bitblas' is a layout of one GPU kernel; convert to 'gptq' with gptqmodel"
+                "GPTQConfig.format: 'bitblas' is a layout of one GPU kernel; save as 'gptq' with gptqmodel"
             )
         if config.format == "marlin":
             return _marlin(settings)
         planar = config.is_planar
-        zeros = "v2" if planar or config.format == "gptq_v2" else "v1" if config.is_autogptq else "v1-words"
         return Gptq(
             bits=settings.bits,
             group_size=settings.group_size,
             sym=settings.sym,
-            zeros=zeros,
+            zeros="v2" if planar or config.format == "gptq_v2" else "v1" if config.is_autogptq else "v1-words",
             planar=planar,
             word=config.pack_dtype or "int32",
         )
 
+    # Loading
+
     def _empty_layer(
         self, name: str, module: nn.Module, dense: DenseLinear, stored: Mapping[str, Tensor]
-    ) -> QuantizedLinear:
+    ) -> QuantizedLinear | QuantizedEmbedding:
         if dense.bias is None and "bias" in stored:  # AutoGPTQ wrote a bias, of zeros, where the model has none
             dense = dataclasses.replace(dense, bias=stored["bias"])
         return super()._empty_layer(name, module, dense, stored)
@@ -58,8 +81,94 @@ class GptqQuantizer(CalibratedQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return dequantize_layers(model, dtype or float_dtype_of(model))
 
+    # Quantizing
+
+    @property
+    def skip_patterns(self) -> list[str] | None:
+        return [] if self.quantization_config.lm_head else None
+
+    def prepare_calibration(self, calibration: Calibration) -> Calibration:
+        config = self.quantization_config
+        batch_size = config.batch_size if config.batch_size > 1 else None
+        return super().prepare_calibration(calibration).filled(seqlen=config.model_seqlen, batch_size=batch_size)
+
+    def calibrate_model(self, model: nn.Module, calibration: Calibration) -> nn.Module:
+        if self.quantization_config.format == "marlin":
+            raise ValueError(
+                "GPTQConfig.format: 'marlin' is only read; quantize to 'gptq', which the same kernels load"
+            )
+        _describe_head(self.quantization_config)
+        model = super().calibrate_model(model, calibration)
+        _describe_maker(self.quantization_config)
+        return model
+
+    def solve_block(self, block: Block) -> None:
+        seen = 0
+        damp_step = float(self.quantization_config.setting("damp_auto_increment", _DAMP_STEP))
+        for names in self._stages(block):
+            found = block.collect(names, lambda layer: Hessian(layer.dense.shape[1], layer.dense.weight.device))
+            seen = max([seen, *(hessian.tokens for hessian in found.values())])
+            least = max(1, math.ceil(_LEAST_SHARE * seen))
+            left = [name for name, hessian in found.items() if not block.round_if_unseen(name, hessian, least)]
+            for together, settings in self._joined(left, found):
+                solve_together(block, together, found[together[0]].matrix(), settings, damp_step)
+
+    def _stages(self, block: Block) -> list[tuple[str, ...]]:
+        """The layers in groups that are solved one after the other."""
+        config = self.quantization_config
+        if not config.true_sequential:
+            return [tuple(block.layers)]
+        if config.modules_in_block_to_quantize is None:
+            return block.stages()
+        lists = config.modules_in_block_to_quantize
+        listed = [[name for name in block.layers if _ends_with(name, each)] for each in lists]
+        rest = set(block.layers) - {name for names in listed for name in names}
+        return [tuple(names) for names in [*listed, sorted(rest)] if names]
+
+    def _joined(self, names: Sequence[str], found: Mapping[str, Hessian]) -> list[tuple[list[str], LayerSettings]]:
+        """The names in groups with the same inputs and settings."""
+        groups: dict[Any, list[str]] = defaultdict(list)
+        for name in names:
+            groups[id(found[name]), self.quantization_config.for_layer(name)].append(name)
+        return [(together, settings) for (_, settings), together in groups.items()]
+
+    def _reason_to_leave(self, name: str, patterns: list[str], tied: Mapping[str, str]) -> str | None:
+        config = self.quantization_config
+        blocks, listed = config.block_name_to_quantize, config.modules_in_block_to_quantize
+        if name.rpartition(".")[2] in _ROUTERS:
+            return "it chooses experts"
+        if blocks is not None and not name.startswith(f"{blocks}.") and name != _HEAD:
+            return f"outside of {blocks}"
+        if listed is not None and name != _HEAD and not any(_ends_with(name, each) for each in listed):
+            return "not in modules_in_block_to_quantize"
+        return super()._reason_to_leave(name, patterns, tied)
+
+
+def _ends_with(name: str, suffixes: Sequence[str]) -> bool:
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+
+
+def _is_divisible(module: nn.Module) -> bool:
+    dense = view_dense(module)
+    return dense is None or not any(size % _UNIT for size in dense.shape)
+
 
 def _marlin(settings: LayerSettings) -> Marlin:
     if settings.bits != 4 or not settings.sym:
         raise ValueError("GPTQConfig.format: 'marlin' holds 4 bits with sym=True alone; use 'gptq'")
     return Marlin(group_size=settings.group_size)
+
+
+def _describe_head(config: GPTQConfig) -> None:
+    """Say how the output head is quantized, where the user does not."""
+    if config.lm_head and config.for_layer(_HEAD) == config.for_layer(""):
+        config.dynamic = {**(config.dynamic or {}), _HEAD: dict(_HEAD_OVERRIDE)}
+
+
+def _describe_maker(config: GPTQConfig) -> None:
+    """Name this tool in the config that is saved, and leave the calibration texts out of it."""
+    from quantcore import __version__
+
+    known = config.meta if isinstance(config.meta, dict) else {}
+    config.meta = {**known, "quantizer": [f"quantcore:{__version__}"]}
+    config.dataset = config.tokenizer = None

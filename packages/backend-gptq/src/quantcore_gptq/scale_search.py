@@ -1,0 +1,59 @@
+"""The grid of a group: as wide as its values, or narrower where that loses less."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quantcore_gptq.rounding import affine_of, round_to
+
+_STEPS = 100  # the range is shrunk in steps of 1/100
+_TRIED = 80
+
+
+class GridSettings(Protocol):
+    @property
+    def bits(self) -> int: ...
+    @property
+    def sym(self) -> bool: ...
+    @property
+    def mse(self) -> float: ...
+    @property
+    def zero_range(self) -> tuple[int, int]: ...
+
+
+def fit_groups(columns: Tensor, size: int, settings: GridSettings) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [G, N] of each run of `size` columns [K, N] float32; the last may be short."""
+    whole = len(columns) // size
+    parts = [columns[: whole * size].unflatten(0, (whole, size))] if whole else []
+    if len(columns) % size:
+        parts.append(columns[None, whole * size :])
+    fitted = [_fit(part, settings) for part in parts]
+    return torch.cat([scale for scale, _ in fitted]), torch.cat([zero for _, zero in fitted])
+
+
+def _fit(values: Tensor, settings: GridSettings) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [G, N] of values [G, size, N]."""
+    low, high = torch.aminmax(values, dim=1)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale, zero = affine_of(low, high, settings.bits, settings.sym, *settings.zero_range)
+    if settings.mse <= 0:
+        return scale, zero
+    best = torch.full_like(scale, torch.inf)
+    for step in range(_TRIED):
+        shrink = 1 - step / _STEPS
+        tried = affine_of(shrink * low, shrink * high, settings.bits, settings.sym, *settings.zero_range)
+        error = _error(values, *tried, settings)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
+    return scale, zero
+
+
+def _error(values: Tensor, scale: Tensor, zero: Tensor, settings: GridSettings) -> Tensor:
+    """Sum over a group of |rounded - value| ** mse, [G, N]."""
+    scale, zero = scale[:, None], zero[:, None]
+    rounded = round_to(values, scale, zero, settings.bits).sub_(zero).mul_(scale)
+    return rounded.sub_(values).abs_().pow_(settings.mse).sum(1)
