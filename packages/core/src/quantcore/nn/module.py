@@ -99,8 +99,8 @@ class QuantizedModule(nn.Module):
     def _derive(self) -> None:
         """Find the operands among the stored tensors, or derive them."""
         self._format_key = format_key(self.format)
-        for attribute in self._operands:
-            self._buffers.pop(attribute, None)
+        for operand in self._operands:
+            self._buffers.pop(operand, None)
         stored = self.stored
         by_identity = {id(tensor): self._attributes[suffix] for suffix, tensor in stored.items()}
         self._operands = []
@@ -144,8 +144,19 @@ class QuantizedModule(nn.Module):
             return self.dequantize()
         return super().__getattr__(name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch 2.13 cannot pickle floats of 8 bits; their bytes it can.
+        small = {
+            name: value.dtype for name, value in self._parameters.items() if value is not None and _is_float8(value)
+        }
+        as_bytes = {name: _frozen(self._parameters[name].view(torch.uint8)) for name in small}  # type: ignore[union-attr]
+        return {**self.__dict__, "_parameters": {**self._parameters, **as_bytes}, "_float8": small}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        small = state.pop("_float8", {})
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name, dtype in small.items():
+            self._parameters[name] = _frozen(self._parameters[name].view(dtype))  # type: ignore[union-attr]
         self._format_key = format_key(self.format)  # the op finds the format by this key, in this process too
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
@@ -254,6 +265,10 @@ class _ByAttribute(Mapping[str, Tensor]):
 
 
 _RESERVED = frozenset(("bias", "dense_type", "format", "in_features", "out_features"))  # set after the stored tensors
+
+
+def _is_float8(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.itemsize == 1
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
