@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import quantcore
 from quantcore.checkpoints.devices import place
-from quantcore.checkpoints.read import INDEX_NAME, SINGLE_NAME, Checkpoint
+from quantcore.checkpoints.read import INDEX_NAME, SINGLE_NAME, Checkpoint, quantization_dict
 from quantcore.checkpoints.write import parse_size
 from quantcore.errors import CheckpointError
 from quantcore.nn import QuantizedLinear
@@ -762,3 +762,12 @@ def test_empty_and_scalar_tensors_survive(tmp_path: Path, shape: tuple[int, ...]
 
     quantcore.save(build(), tmp_path / "out")
     assert torch.equal(quantcore.load(tmp_path / "out", build).odd, torch.ones(shape))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_quantization_is_found_under_the_key_of_older_files_and_in_the_text_part(key: str) -> None:
+    found = {"quant_method": "toy"}
+    assert quantization_dict({key: found}) == found
+    assert quantization_dict({key: None, "text_config": {key: found}}) == found
+    assert quantization_dict({"quantization_config": found, "compression_config": {}}) == found
+    assert quantization_dict({key: None}) is None

@@ -1,12 +1,16 @@
-"""Further methods for quantcore: compressed-tensors and quark."""
+"""Further methods for quantcore, each in a folder of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from quantcore.plugins import Backend, hookimpl
+from quantcore_misc import compressed_tensors
+
+# A method per row.
+_METHODS = (compressed_tensors,)
 
 
 @hookimpl
 def quantcore_backends() -> Iterable[Backend]:
-    return []
+    return [method.BACKEND for method in _METHODS]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from quantcore.checkpoints.read import CONFIG_KEYS
 from quantcore.formats.base import dtype_name
 
 # Tokenizers, generation settings, processors.
@@ -47,9 +48,9 @@ def with_quantization(
 ) -> dict[str, Any]:
     """A config.json with another quantization_config (None: without one) and another dtype (None: its own)."""
     text = config_json.get("text_config")
-    changed = {key: value for key, value in config_json.items() if key != "quantization_config"}
+    changed = {key: value for key, value in config_json.items() if key not in CONFIG_KEYS}
     if isinstance(text, Mapping):
-        changed["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+        changed["text_config"] = {key: value for key, value in text.items() if key not in CONFIG_KEYS}
     if dtype is not None:
         changed |= {key: dtype_name(dtype) for key in _DTYPE_KEYS if key in changed}
     return changed if quantization is None else changed | {"quantization_config": dict(quantization)}

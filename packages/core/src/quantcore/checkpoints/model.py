@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from quantcore.checkpoints.devices import Placement, place
 from quantcore.checkpoints.files import copy_companions, write_json
 from quantcore.checkpoints.names import name_in_checkpoint, named_as, split_stored_experts
-from quantcore.checkpoints.read import Checkpoint, quantization_dict, read_config
+from quantcore.checkpoints.read import CONFIG_KEYS, Checkpoint, quantization_dict, read_config
 from quantcore.checkpoints.stream import checked_slots, fill, slots
 from quantcore.checkpoints.write import atomic_directory, write_tensors
 from quantcore.formats.base import dtype_name
@@ -188,7 +188,7 @@ def _config_to_save(model: nn.Module, quantizer: HfQuantizer | None) -> dict[str
     if hasattr(model_config, "to_json_string"):
         config = json.loads(model_config.to_json_string())  # type: ignore[union-attr]
         config["architectures"] = [type(model).__name__]
-    config.pop("quantization_config", None)
+    config = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
     floats = [slot.tensor.dtype for slot in slots(model).values() if not slot.exact and slot.tensor.is_floating_point()]
     for key in ("dtype", "torch_dtype"):
         if key in config and floats:

@@ -23,6 +23,8 @@ SINGLE_NAME = "model.safetensors"
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _PLAIN = frozenset(FLOAT_DTYPES.values())
+_CONFIG_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
+CONFIG_KEYS = ("quantization_config", "compression_config")  # the second in files of 2024
 _METADATA_BYTES = 4096  # tensors this small are read with the headers: formats describe themselves in them
 
 
@@ -108,22 +110,27 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The content of config.json, {} when there is none. Raises CheckpointError when it is no JSON object."""
+    """The content of config.json, {} when there is none. Raises CheckpointError when it is no JSON object.
+
+    Where it says nothing of quantization, and a file beside it that older tools wrote does, that is filled in.
+    """
     path = directory / "config.json"
-    if not path.exists():
-        return {}
-    return _read_json(path)
+    config = _read_json(path) if path.exists() else {}
+    beside = next((directory / name for name in _CONFIG_FILES if (directory / name).exists()), None)
+    if beside is not None and quantization_dict(config) is None:
+        return {**config, "quantization_config": _read_json(beside)}
+    return config
 
 
 def quantization_dict(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The quantization_config of a config.json, looked for in its text part too; null counts as absent."""
-    for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping) and part.get("quantization_config") is not None:
-            found = part["quantization_config"]
-            if not isinstance(found, dict):
-                raise TypeError(f"quantization_config must be a dict, got {type(found).__name__}: {found!r:.80}")
-            return found
-    return None
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
+    key, found = next(
+        ((key, part[key]) for key in CONFIG_KEYS for part in parts if part.get(key) is not None), ("", {})
+    )
+    if not isinstance(found, dict):
+        raise TypeError(f"{key} must be a dict, got {type(found).__name__}: {found!r:.80}")
+    return found if key else None
 
 
 def is_plain(tensors: Iterable[Header | Tensor]) -> bool:

@@ -45,6 +45,7 @@ ALIASES: dict[str, str] = {
     "auto_round": "auto-round",
     "autoround": "auto-round",
     "compressed_tensors": "compressed-tensors",
+    "sparseml": "compressed-tensors",
     "bitsandbytes_4bit": "bitsandbytes",
     "bitsandbytes_8bit": "bitsandbytes",
     "bnb": "bitsandbytes",

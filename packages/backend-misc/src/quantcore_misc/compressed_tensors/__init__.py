@@ -1,0 +1,56 @@
+"""The method compressed-tensors: how quantcore finds its classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from quantcore.plugins import Backend, hookimpl
+
+if TYPE_CHECKING:
+    from quantcore.kernels.dispatch import Kernel
+
+_MODULE = "quantcore_misc.compressed_tensors"
+_THREE_BITS = {
+    "targets": ["Linear"],
+    "weights": {
+        "num_bits": 3,
+        "type": "int",
+        "symmetric": False,
+        "group_size": 8,
+        "strategy": "group",
+        "dynamic": False,
+    },
+    "input_activations": None,
+    "output_activations": None,
+    "format": None,
+}
+
+BACKEND = Backend(
+    method="compressed-tensors",
+    config=f"{_MODULE}.config:CompressedTensorsConfig",
+    quantizer=f"{_MODULE}.quantizer:CompressedTensorsQuantizer",
+    kernels=(f"{_MODULE}:triton_kernels",),
+    summary="the formats of llm-compressor and vLLM: int2 to int8, FP8, NVFP4, MXFP4, sparse",
+    example_configs=(
+        {"scheme": "W4A16"},
+        {"scheme": "W8A8"},
+        {"scheme": "FP8_DYNAMIC"},
+        {"scheme": "NVFP4A16"},
+        {"scheme": "MXFP8"},
+        {"scheme": "MXFP6A16"},
+        {"config_groups": {"group_0": _THREE_BITS}},
+    ),
+)
+
+
+@hookimpl
+def quantcore_backends() -> Iterable[Backend]:
+    return [BACKEND]
+
+
+def triton_kernels() -> list[Kernel]:
+    """The Triton kernels of this method; triton is imported when a problem on a GPU is asked about."""
+    from quantcore.kernels.triton.kernels import kernels_for
+
+    return kernels_for("compressed_tensors", f"{_MODULE}.decode:decoder_for")

@@ -1,0 +1,200 @@
+"""Weights whose codes are packed: integers in 32-bit words, floats of 4 and 6 bits in bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantcore.formats.base import TensorSpec
+from quantcore.formats.families import Affine, Family
+from quantcore.formats.minifloat import pack_fp4, pack_fp6, unpack_fp4, unpack_fp6
+from quantcore.formats.packing import Layout, pack_words, padded_layout, stream_layout, unpack_words
+from quantcore_misc.compressed_tensors.lowering import lower_integers, raise_integers
+from quantcore_misc.compressed_tensors.presets import version_tuple
+from quantcore_misc.compressed_tensors.weight import CompressedWeight, has_dtype
+
+_FIRST_DENSE_VERSION = (0, 18)
+
+
+@dataclass(frozen=True)
+class PackedWeight(CompressedWeight):
+    """Format pack-quantized: codes of 1 to 8 bits, shifted to 0 and above, in int32 words along each row.
+
+    is_padded: words hold whole codes and unused bits, as compressed-tensors before 0.18 wrote widths that do not divide
+    32. plain_zero: zeros are int8 [grid], as before 0.9.4, not packed along the rows. has_index: weight_g_idx holds the
+    group of each column. version: of the file, which decides where stored shapes do not.
+    """
+
+    family: ClassVar[str | None] = "affine"
+
+    is_padded: bool = False
+    plain_zero: bool = False
+    has_index: bool = False
+    version: str | None = None
+
+    @property
+    def layout(self) -> Layout:
+        assert self.scaling is not None
+        return padded_layout(self.scaling.bits) if self.is_padded else stream_layout(self.scaling.bits)
+
+    def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        return (
+            TensorSpec("weight_packed", torch.int32, (shape[0], self.layout.count_words(shape[1]))),
+            TensorSpec("weight_shape", torch.int64, (2,), metadata=True),
+        )
+
+    def scale_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        specs = super().scale_specs(shape)
+        return (*specs, TensorSpec("weight_g_idx", torch.int32, (shape[1],))) if self.has_index else specs
+
+    def zero_spec(self, shape: tuple[int, ...]) -> TensorSpec:
+        if self.plain_zero:
+            return super().zero_spec(shape)
+        rows, groups = self._grid(shape)
+        return TensorSpec("weight_zero_point", torch.int32, (self.layout.count_words(rows), groups))
+
+    def pack(self, codes: Tensor) -> dict[str, Tensor]:
+        words = pack_words(self._shift(codes), self.layout, dim=1)
+        return {"weight_packed": words, "weight_shape": torch.tensor(codes.shape, device=codes.device)}
+
+    def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        codes = unpack_words(tensors["weight_packed"], self.layout, shape[1], dim=1)
+        return self._shift_back(codes)
+
+    def pack_zero(self, zero: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if self.plain_zero:
+            return super().pack_zero(zero, shape)
+        return pack_words(self._shift(zero.view(self._grid(shape))), self.layout, dim=0)
+
+    def unpack_zero(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if self.plain_zero:
+            return super().unpack_zero(stored, shape)
+        return self._shift_back(unpack_words(stored, self.layout, self._grid(shape)[0], dim=0))
+
+    def quantize_under(self, weight: Tensor, global_scale: Tensor | None = None) -> dict[str, Tensor]:
+        tensors = super().quantize_under(weight, global_scale)
+        if self.has_index:
+            tensors["weight_g_idx"] = self._runs(tuple(weight.shape), weight.device)
+        return tensors
+
+    def dequantize(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        if not self.has_index:
+            return super().dequantize(tensors, shape, dtype)
+        assert self.scaling is not None
+        scale, zero = self.read_scales(tensors, shape)
+        codes, index = self.unpack(tensors, shape), tensors["weight_g_idx"]
+        columns = dataclasses.replace(self.scaling, columns=1)
+        scale = scale.index_select(1, index)
+        zero = None if zero is None else zero.index_select(1, index)
+        return columns.dequantize(codes, scale, zero, None, dtype or scale.dtype)
+
+    def operands(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+        found = super().operands(tensors, shape)
+        index = found.get("weight_g_idx")
+        if index is not None and index.device.type != "meta" and bool((index < 0).any()):
+            found["weight_g_idx"] = self._runs(shape, index.device)  # -1: an index that was never set
+        return found
+
+    def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+        if "weight_shape" not in tensors:
+            return super().stored_shape(tensors)
+        return tuple(tensors["weight_shape"].tolist())
+
+    @classmethod
+    def holds(cls, tensors: Mapping[str, Tensor]) -> bool:
+        return has_dtype(tensors, "weight_packed", torch.int32) and "meta" not in tensors
+
+    def as_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> PackedWeight:
+        """The format with the layout in which codes, zeros and groups are stored."""
+        found = super().as_stored(tensors, shape)
+        assert isinstance(found, PackedWeight)
+        return found._with_layout_of(tensors, shape)
+
+    def _with_layout_of(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> PackedWeight:
+        assert self.scaling is not None
+        _check_shape(tensors.get("weight_shape"), shape)
+        words, zero = tensors.get("weight_packed"), tensors.get("weight_zero_point")
+        is_padded, bits = self.is_padded, self.scaling.bits
+        if words is not None and words.ndim == 2:
+            fits = [words.shape[1] == layout(bits).count_words(shape[1]) for layout in (stream_layout, padded_layout)]
+            is_padded = not fits[0] or (all(fits) and self._wrote_padded())
+        return dataclasses.replace(
+            self,
+            is_padded=is_padded and 32 % bits != 0,
+            plain_zero=zero is not None and zero.dtype == torch.int8,
+            has_index="weight_g_idx" in tensors,
+        )
+
+    def lower(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Affine:
+        index = self.operands(tensors, shape)["weight_g_idx"] if self.has_index else None
+        return lower_integers(self, tensors, shape, index)
+
+    def raise_(self, family: Family) -> dict[str, Tensor]:
+        tensors = raise_integers(self, family, has_index=self.has_index)
+        if self.has_index:
+            assert isinstance(family, Affine)
+            tensors["weight_g_idx"] = family.by_columns()[2]
+        return tensors
+
+    def _wrote_padded(self) -> bool:
+        return self.version is not None and version_tuple(self.version) < _FIRST_DENSE_VERSION
+
+    def _grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        assert self.scaling is not None
+        return self.scaling.grid(shape)
+
+    def _runs(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        assert self.scaling is not None
+        return torch.arange(shape[1], dtype=torch.int32, device=device) // self.scaling.block(shape)[1]
+
+    def _shift(self, codes: Tensor) -> Tensor:
+        assert self.scaling is not None
+        return codes.view(torch.uint8) + (1 << (self.scaling.bits - 1))
+
+    def _shift_back(self, codes: Tensor) -> Tensor:
+        assert self.scaling is not None
+        return codes.sub_(1 << (self.scaling.bits - 1)).view(torch.int8)
+
+
+@dataclass(frozen=True)
+class SmallFloatWeight(CompressedWeight):
+    """Formats nvfp4-, mxfp4- and mxfp6-pack-quantized: two codes in a byte, or four in three bytes."""
+
+    def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        assert self.scaling is not None
+        return (TensorSpec("weight_packed", torch.uint8, (shape[0], shape[1] * self.scaling.bits // 8)),)
+
+    def pack(self, codes: Tensor) -> dict[str, Tensor]:
+        return {"weight_packed": (pack_fp4 if self._is_fp4 else pack_fp6)(codes)}
+
+    def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        return (unpack_fp4 if self._is_fp4 else unpack_fp6)(tensors["weight_packed"])
+
+    @classmethod
+    def holds(cls, tensors: Mapping[str, Tensor]) -> bool:
+        return has_dtype(tensors, "weight_packed", torch.uint8)
+
+    def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+        packed = tensors.get("weight_packed")
+        if packed is None:
+            return super().stored_shape(tensors)
+        assert self.scaling is not None
+        return packed.shape[0], packed.shape[1] * 8 // self.scaling.bits
+
+    @property
+    def _is_fp4(self) -> bool:
+        assert self.scaling is not None
+        return self.scaling.bits == 4
+
+
+def _check_shape(stored: Tensor | None, shape: tuple[int, ...]) -> None:
+    if stored is None or stored.device.type == "meta" or stored.tolist() == list(shape):
+        return
+    raise ValueError(f"weight_shape is {stored.tolist()}, but the layer's weight has {list(shape)}")

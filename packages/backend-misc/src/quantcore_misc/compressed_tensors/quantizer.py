@@ -1,0 +1,202 @@
+"""The quantizer of compressed-tensors: schemes by target, and what a checkpoint holds besides weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from quantcore.formats.base import dtype_name
+from quantcore.nn.replace import quantized_modules
+from quantcore.quantizers import selection
+from quantcore.quantizers.weight import Plan, WeightQuantizer, dequantize_layers
+from quantcore_misc.compressed_tensors import kv_cache, rotations
+from quantcore_misc.compressed_tensors.config import CompressedTensorsConfig
+from quantcore_misc.compressed_tensors.matching import is_named, matches_class, matches_name, scheme_of
+from quantcore_misc.compressed_tensors.schemes import QuantizationArgs, Scheme
+from quantcore_misc.compressed_tensors.sparse import SparseWeight
+from quantcore_misc.compressed_tensors.storage import activation_of, weight_format
+from quantcore_misc.compressed_tensors.transform_config import Transform, online_transforms
+from quantcore_misc.compressed_tensors.weight import CompressedWeight
+
+if TYPE_CHECKING:
+    from quantcore.checkpoints.read import Checkpoint
+
+WRITTEN_VERSION = "0.20.0"  # whose spelling and packing is written
+_NO_FORMAT = ("dense", "mixed-precision")  # at the top of a config these say nothing of single modules
+_KEY_VALUE = ("k_proj", "v_proj")
+
+
+class CompressedTensorsQuantizer(WeightQuantizer):
+    """Formats by the first scheme whose target hits a module; rotations and cache scales around the layers."""
+
+    quantization_config: CompressedTensorsConfig
+
+    def __init__(self, quantization_config: CompressedTensorsConfig, pre_quantized: bool = True, **kwargs: Any) -> None:
+        if not pre_quantized:
+            quantization_config = _for_quantizing(quantization_config)
+        super().__init__(quantization_config, pre_quantized, **kwargs)
+        self._schemes = quantization_config.schemes()
+
+    @property
+    def skip_patterns(self) -> list[str] | None:
+        ignore = self.quantization_config.ignore
+        return [] if ignore is None and self.pre_quantized else ignore
+
+    def skips(self, name: str, pattern: str) -> bool:
+        """Patterns of the config by its own rule; names that the model class keeps float by that of transformers."""
+        if matches_name(name, pattern):
+            return True
+        return pattern not in (self.quantization_config.ignore or ()) and selection.matches_pattern(name, pattern)
+
+    def format_for(self, name: str, module: nn.Module) -> CompressedWeight | None:
+        config, dtype = self.quantization_config, dtype_name(module.weight.dtype)  # type: ignore[arg-type]
+        if any(matches_class(module, target) for target in config.ignore or ()):
+            return None
+        scheme = scheme_of(name, module, self._schemes)
+        sparsity = self._sparsity(name, module)
+        if scheme is None or scheme.weights is None:
+            structured = sparsity == "sparse-24-bitmask"
+            return SparseWeight(dtype=dtype, is_structured=structured) if sparsity else None
+        storage = scheme.format or (None if config.format in _NO_FORMAT else config.format)
+        found = weight_format(scheme, storage, dtype, version=config.version, sparsity=sparsity)
+        if config.use_optimized_inference and _is_fp8(scheme):
+            found = found.optimized()
+        if config.kv_cache_scheme is not None and name.endswith(_KEY_VALUE) and self.pre_quantized:
+            return found.replace(may_carry=kv_cache.OLD_SUFFIXES)  # type: ignore[return-value]
+        return found
+
+    # Quantizing
+
+    def plan(self, model: nn.Module) -> Plan:
+        """As for every method; the config, which is this quantizer's own, then names all that stays float."""
+        plan = super().plan(model)
+        if not self.pre_quantized:
+            self.quantization_config.update(ignore=self._ignored(model, plan))
+        return plan
+
+    def _ignored(self, model: nn.Module, plan: Plan) -> list[str]:
+        """The config's skip list, and each layer that a target hits but that stays float nevertheless."""
+        ignore = list(self.quantization_config.ignore or ())
+        for name in plan.left:
+            module = _module_or_none(model, name)
+            is_hit = module is not None and scheme_of(name, module, self._schemes) is not None
+            if is_hit and not is_named(name, module, ignore):  # type: ignore[arg-type]
+                ignore.append(name)
+        return ignore
+
+    # Loading
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint: Checkpoint | None = None, **kwargs: Any
+    ) -> None:
+        if checkpoint is None:
+            return super()._process_model_before_weight_loading(model, checkpoint=checkpoint, **kwargs)
+        headers = checkpoint.headers
+        turned = rotations.places(model, self._transforms())
+        scales = kv_cache.stored_scales(model, headers) if self._cache_args() is not None else {}
+        besides = rotations.stored_names(turned, headers)
+        besides |= {f"{owner}.{suffix}" for owner, suffixes in scales.items() for suffix in suffixes}
+        rest = copy.copy(checkpoint)
+        rest.headers = {name: header for name, header in headers.items() if name not in besides}
+        super()._process_model_before_weight_loading(model, checkpoint=rest, **kwargs)
+        rotations.attach(model, turned, headers)
+        kv_cache.attach(model, scales, headers)
+        self._round_caches(model, scales)
+        return None
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        super()._process_model_after_weight_loading(model, **kwargs)
+        if self.pre_quantized and self.quantization_config.dequantize:
+            self._dequantize(model)
+
+    def _round_caches(self, model: nn.Module, scales: Mapping[str, Any]) -> None:
+        args = self._cache_args()
+        if args is None:
+            return
+        carriers = {
+            name.rpartition(".")[0]
+            for name, module in quantized_modules(model)
+            if isinstance(module.format, CompressedWeight) and module.format.carried
+        }
+        for owner in {*scales, *carriers}:
+            kv_cache.run_with(model.get_submodule(owner), activation_of(args))
+
+    # Leaving
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Weights alone stay rounded: activations, keys and values are no longer, and rotations are in the weights."""
+        found = list(rotations.rotations(model))
+        kept = {name: dict(model.get_submodule(name)._modules) for name, _ in found}
+        model = dequantize_layers(model, dtype or _float_dtype(model))
+        for name, children in kept.items():
+            for child, module in children.items():
+                model.get_submodule(name).add_module(child, module)
+        rotations.fold_all(model, found)
+        kv_cache.take_off(model)
+        return model
+
+    # The config
+
+    def _transforms(self) -> list[Transform]:
+        return online_transforms(self.quantization_config.transform_config)
+
+    def _cache_args(self) -> QuantizationArgs | None:
+        values = self.quantization_config.kv_cache_scheme
+        return None if values is None else QuantizationArgs.parse(values, "kv_cache_scheme")
+
+    def _sparsity(self, name: str, module: nn.Module) -> str | None:
+        sparsity = self.quantization_config.sparsity
+        if not sparsity or is_named(name, module, sparsity.get("ignore") or ()):
+            return None
+        targets = sparsity.get("targets") or ["Linear"]
+        return str(sparsity["format"]) if is_named(name, module, targets) else None
+
+
+def _for_quantizing(config: CompressedTensorsConfig) -> CompressedTensorsConfig:
+    """The config with which a model is saved that is quantized by a user's: what is left open there is settled."""
+    config = copy.deepcopy(config)
+    config._read = {}
+    formats = {scheme.group: _storage(scheme, config.format) for scheme in config.schemes()}
+    groups = {scheme.group: {**scheme.to_dict(), "format": formats[scheme.group]} for scheme in config.schemes()}
+    stored = {name for name in formats.values() if name is not None}
+    config.update(
+        config_groups=groups or None,
+        format=stored.pop() if len(stored) == 1 else "mixed-precision" if stored else "dense",
+        quantization_status="compressed",
+        dequantize=False,
+        run_compressed=None,
+        version=WRITTEN_VERSION,
+    )
+    return config
+
+
+def _storage(scheme: Scheme, top: str) -> str | None:
+    if scheme.weights is None:
+        return None
+    return scheme.format or (scheme.storage if top in _NO_FORMAT else top)
+
+
+def _is_fp8(scheme: Scheme) -> bool:
+    """Whether upstream has a fast path for a scheme: 8-bit floats by row or tensor, with activations."""
+    weights = scheme.weights
+    if weights is None or scheme.input_activations is None:
+        return False
+    return (weights.type, weights.num_bits) == ("float", 8) and weights.strategy in ("channel", "tensor")
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of what is not quantized in a model, which a weight that does not know its own takes."""
+    stored = {id(tensor) for _, module in quantized_modules(model) for tensor in module.stored.values()}
+    floats = (p.dtype for p in model.parameters() if id(p) not in stored and p.dtype.itemsize > 1)
+    return next((dtype for dtype in floats if dtype.is_floating_point), None)
+
+
+def _module_or_none(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # a part of a fused expert
+        return None

@@ -1,0 +1,214 @@
+"""Rounding of a weight to codes under block scales, and back: the arithmetic that every storage format shares.
+
+Each step rounds to the weight's own dtype, which is what makes scales and codes those of compressed-tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantcore.formats.base import Description
+from quantcore.formats.blocks import PIECE, grid, row_pieces
+from quantcore.formats.minifloat import (
+    E4M3,
+    MiniFloat,
+    decode,
+    e4m3_scale,
+    e8m0_codes,
+    e8m0_values,
+    encode,
+    minifloat,
+)
+
+NVFP4_RANGE = 6.0 * E4M3.maximum
+_SMALLEST_E4M3_SCALE = 0.125  # float8's eps, which stands in for a scale of 0
+
+
+@dataclass(frozen=True)
+class Scaling(Description):
+    """How values become codes: the element, the block that shares a scale, and what a scale is.
+
+    element: "int2" to "int8", or a minifloat of the core. rows, columns: of a block; 0 means all.
+    scales: "float" (of the weight's dtype), "e8m0" (a power of two in a byte) or "nvfp4" (float8 under one float32 that
+    divides them).
+    """
+
+    element: str
+    rows: int = 1
+    columns: int = 0
+    is_symmetric: bool = True
+    scales: str = "float"
+
+    @property
+    def is_integer(self) -> bool:
+        return self.element.startswith("int")
+
+    @property
+    def bits(self) -> int:
+        return int(self.element.removeprefix("int")) if self.is_integer else self.minifloat.bits
+
+    @property
+    def minifloat(self) -> MiniFloat:
+        return minifloat(self.element)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the largest code value."""
+        if self.is_integer:
+            return -(2.0 ** (self.bits - 1)), 2.0 ** (self.bits - 1) - 1
+        return -self.minifloat.maximum, self.minifloat.maximum
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.int8 if self.is_integer else self.minifloat.dtype or torch.uint8
+
+    def block(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns of a block of a weight of this shape."""
+        return self.rows or shape[0], self.columns or shape[1]
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """How many blocks there are down and across."""
+        return grid(shape, self.block(shape))
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError with a remedy when blocks of one row do not fill a row. Larger blocks may hang over."""
+        if self.rows == 1 and self.columns and shape[1] % self.columns:
+            raise ValueError(
+                f"in_features {shape[1]} is not a multiple of group_size {self.columns}; use a group_size that divides "
+                "it, or strategy channel"
+            )
+
+    def quantize(
+        self, weight: Tensor, global_scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Codes [N, K], scales and zeros [grid], and the global scale [1] of a weight [N, K] of any float dtype.
+
+        global_scale: one to use instead of the weight's own.
+
+        Codes are int8, float8, or uint8 with the bits of a smaller float. Zeros are int8, None when symmetric.
+        """
+        low, high = self._ranges(weight)
+        scale, zero, global_scale = self._scales(low, high, global_scale)
+        return self.encode(weight, scale, zero, global_scale), scale, zero, global_scale
+
+    def encode(self, weight: Tensor, scale: Tensor, zero: Tensor | None, global_scale: Tensor | None) -> Tensor:
+        """Codes [N, K] of a weight under given scales."""
+        codes = torch.empty(weight.shape, dtype=self.code_dtype, device=weight.device)
+        factors = self.factors(scale, global_scale, self.work_dtype(weight.dtype))
+        for rows, blocks in self._tiles(weight.shape):
+            tile = weight[rows].to(factors.dtype)
+            values = self._each(torch.div, tile, factors[blocks])
+            if zero is not None:
+                values = self._each(torch.add, values, zero[blocks].to(values.dtype))
+            codes[rows] = self._round(values)
+        return codes
+
+    def dequantize(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        global_scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Values [N, K] of codes in dtype. Steps are rounded to the dtype of float scales, else to float32."""
+        work = self.work_dtype(scale.dtype)
+        factors = self.factors(scale, global_scale, work)
+        weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        for rows, blocks in self._tiles(codes.shape):
+            values = self._values(codes[rows], work)
+            if zero is not None:
+                values = self._each(torch.sub, values, zero[blocks].to(work))
+            weight[rows] = self._each(torch.mul, values, factors[blocks])
+        return weight
+
+    def work_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the arithmetic for a weight, or a float scale, of dtype.
+
+        Under a power of two every step is exact, but float16 does not hold all of them.
+        """
+        return dtype if self.scales == "float" else torch.float32
+
+    def factors(self, scale: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What codes are multiplied by, in dtype."""
+        if self.scales == "e8m0":
+            return e8m0_values(scale, dtype)
+        if global_scale is not None:
+            return decode(scale, E4M3) / global_scale
+        return scale.to(dtype)
+
+    def _values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return codes.to(dtype) if self.is_integer else decode(codes, self.minifloat, dtype)
+
+    def _round(self, values: Tensor) -> Tensor:
+        values = values.clamp_(*self.bounds)
+        return values.round_() if self.is_integer else encode(values, self.minifloat)
+
+    def _ranges(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and largest value of each block, and of 0; [grid], of weight's dtype."""
+        low, high = (weight.new_empty(self.grid(weight.shape)) for _ in range(2))
+        if self.rows == 0:
+            least, largest = torch.aminmax(weight)
+            return low.fill_(least.clamp(max=0)), high.fill_(largest.clamp(min=0))
+        for rows, blocks in self._tiles(weight.shape):
+            parts = self._split(weight[rows])
+            low[blocks], high[blocks] = parts.amin((1, 3)), parts.amax((1, 3))
+        return low.clamp_(max=0), high.clamp_(min=0)
+
+    def _scales(
+        self, low: Tensor, high: Tensor, global_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        least, largest = self.bounds
+        zero = None
+        if self.scales == "e8m0":
+            rule = "even_fp4" if self.minifloat is E4M3 else "even"
+            return e8m0_codes(torch.maximum(-low, high), self.minifloat, rule), None, None
+        if self.scales == "nvfp4":
+            return self._nvfp4_scales(torch.maximum(-low, high), global_scale)
+        if self.is_symmetric:
+            scale = torch.maximum(-low, high) / ((largest - least) / 2)
+        else:
+            scale = (high - low) / (largest - least)
+            zero = torch.nan_to_num(least - low / scale, 0.0, 0.0, 0.0).clamp_(least, largest).round_().to(torch.int8)
+        return scale.masked_fill_(scale == 0, torch.finfo(scale.dtype).eps), zero, None
+
+    def _nvfp4_scales(self, amax: Tensor, global_scale: Tensor | None) -> tuple[Tensor, None, Tensor]:
+        global_scale = nvfp4_global_scale(amax.max()) if global_scale is None else global_scale
+        scale = e4m3_scale(global_scale * (amax / self.minifloat.maximum).float())
+        smallest = torch.tensor(_SMALLEST_E4M3_SCALE, device=amax.device).to(scale.dtype)
+        return torch.where(scale.view(torch.uint8) == 0, smallest, scale), None, global_scale
+
+    def _tiles(self, shape: torch.Size) -> Iterator[tuple[slice, slice]]:
+        """Rows, and the rows of the grid that they lie in, for each tile."""
+        if self.rows == 0:
+            yield from ((rows, slice(0, 1)) for rows in row_pieces(shape))
+            return
+        blocks = max(1, PIECE // max(1, self.rows * shape[1]))
+        for start in range(0, grid(shape, self.block(shape))[0], blocks):
+            yield slice(start * self.rows, (start + blocks) * self.rows), slice(start, start + blocks)
+
+    def _split(self, tile: Tensor) -> Tensor:
+        """A tile [T, K] as [blocks down, rows, blocks across, columns], filled up with zeros."""
+        rows, columns = self.block(tile.shape) if self.rows else (tile.shape[0], self.block(tile.shape)[1])
+        right, below = -tile.shape[1] % columns, -tile.shape[0] % rows
+        if right or below:
+            tile = torch.nn.functional.pad(tile, (0, right, 0, below))
+        return tile.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+
+    def _each(self, operation: object, tile: Tensor, per_block: Tensor) -> Tensor:
+        """operation(tile [T, K], the number of each value's block), per_block: [blocks down, blocks across]."""
+        parts = operation(self._split(tile), per_block[:, None, :, None])  # type: ignore[operator]
+        return parts.flatten(2).flatten(0, 1)[: tile.shape[0], : tile.shape[1]]
+
+
+def nvfp4_global_scale(amax: Tensor) -> Tensor:
+    """What scales of NVFP4 blocks are divided by, float32 [1], for weights or inputs whose largest magnitude is amax.
+
+    It is rounded to the dtype of amax first. Source: compressed-tensors 0.20.
+    """
+    whole = amax.clamp(min=torch.finfo(amax.dtype).tiny).reshape(1)
+    return torch.nan_to_num(NVFP4_RANGE / whole, nan=1.0, posinf=1.0).float()

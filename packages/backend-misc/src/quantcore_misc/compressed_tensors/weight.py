@@ -1,0 +1,251 @@
+"""What every stored weight of compressed-tensors shares: scales beside the codes, and the rounding of activations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantcore.formats.activation import Activation
+from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
+from quantcore_misc.compressed_tensors.scaling import Scaling
+
+_SCALE_DTYPES = {"e8m0": torch.uint8, "nvfp4": torch.float8_e4m3fn}
+_OPTIMIZED_ZERO_SCALE = 1.0
+
+
+@dataclass(frozen=True)
+class CompressedWeight(WeightFormat):
+    """Codes under block scales. Subclasses say how codes are stored: `code_specs`, `pack` and `unpack`.
+
+    dtype: of float scales, and so of the weight. input, output: how a layer rounds its activations; None leaves them.
+    has_zero: zero points are stored; they are, but for symmetric codes. flat: stored scales that have one dimension
+    less than usual. carried: one-number tensors that are stored with the layer and read by another
+    module, of those that it may_carry.
+    """
+
+    scaling: Scaling | None = None
+    dtype: str = "bfloat16"
+    input: Activation | None = None
+    output: Activation | None = None
+    has_zero: bool = False
+    flat: tuple[str, ...] = ()
+    input_dtype: str | None = None
+    may_carry: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+
+    # What a subclass defines
+
+    def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        """The tensors that hold the codes of a weight of this shape."""
+        raise NotImplementedError(f"{type(self).__name__} defines no code_specs")
+
+    def pack(self, codes: Tensor) -> dict[str, Tensor]:
+        """The tensors of `code_specs` that hold codes [N, K]."""
+        raise NotImplementedError(f"{type(self).__name__} defines no pack")
+
+    def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Codes [N, K] of stored tensors; the inverse of `pack`."""
+        raise NotImplementedError(f"{type(self).__name__} defines no unpack")
+
+    # The weight
+
+    def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        return (*self.code_specs(shape), *self.scale_specs(shape), *self._activation_specs())
+
+    def scale_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        """The tensors that scale and shift codes."""
+        if self.scaling is None:
+            return ()
+        scale = _SCALE_DTYPES.get(self.scaling.scales, self.torch_dtype)
+        specs = [self._spec("weight_scale", scale, self._scale_shape(shape))]
+        if self.has_zero:
+            specs.append(self.zero_spec(shape))
+        if self.scaling.scales == "nvfp4":
+            specs.append(self._spec("weight_global_scale", torch.float32, (1,)))
+        return tuple(specs)
+
+    def zero_spec(self, shape: tuple[int, ...]) -> TensorSpec:
+        return self._spec("weight_zero_point", torch.int8, self._scale_shape(shape))
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        if self.scaling is not None:
+            self.scaling.check_shape(shape)
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """As `quantize_under`; stored scales of activations are 1 and their zeros 0 until calibration measures them."""
+        ones = {
+            spec.name: (torch.zeros if spec.name.endswith("zero_point") else torch.ones)(
+                spec.shape, dtype=spec.dtype, device=weight.device
+            )
+            for spec in self._activation_specs()
+        }
+        return {**self.quantize_under(weight), **ones}
+
+    def quantize_under(self, weight: Tensor, global_scale: Tensor | None = None) -> dict[str, Tensor]:
+        """The stored tensors of a weight but for those of activations.
+
+        global_scale: one for several weights (NVFP4), None for the weight's own.
+        """
+        if self.scaling is None:
+            return self.pack(weight.clone())
+        codes, scale, zero, global_scale = self.scaling.quantize(weight, global_scale)
+        tensors = {**self.pack(codes), **self.store_scales(scale, zero, tuple(weight.shape))}
+        if global_scale is not None:
+            tensors["weight_global_scale"] = global_scale
+        return tensors
+
+    def store_scales(self, scale: Tensor, zero: Tensor | None, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Scales and zeros [grid] as they are stored."""
+        tensors = {"weight_scale": scale.reshape(self._stored_shape("weight_scale", self._scale_shape(shape)))}
+        if self.has_zero:
+            zero = torch.zeros_like(scale, dtype=torch.int8) if zero is None else zero
+            tensors["weight_zero_point"] = self.pack_zero(zero, shape)
+        return tensors
+
+    def pack_zero(self, zero: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Zeros [grid] int8 as they are stored."""
+        return zero.reshape(self.zero_spec(shape).shape)
+
+    def unpack_zero(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Zeros [grid] int8; the inverse of `pack_zero`."""
+        assert self.scaling is not None
+        return stored.view(self.scaling.grid(shape))
+
+    def dequantize(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        codes = self.unpack(tensors, shape)
+        if self.scaling is None:
+            return codes if dtype is None else codes.to(dtype)
+        scale, zero = self.read_scales(tensors, shape)
+        dtype = dtype or (self.torch_dtype if self.scaling.scales == "float" else torch.bfloat16)
+        return self.scaling.dequantize(codes, scale, zero, tensors.get("weight_global_scale"), dtype)
+
+    def read_scales(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """Scales and zeros, [grid]."""
+        assert self.scaling is not None
+        scale = tensors["weight_scale"].view(self.scaling.grid(shape))
+        return scale, self.unpack_zero(tensors["weight_zero_point"], shape) if self.has_zero else None
+
+    # The layer
+
+    def linear(self, x: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        if self.input is None and self.output is None:
+            return super().linear(x, operands, bias, shape)
+        rounded = self._round(self.input, x, operands, "input")
+        dtype = x.dtype
+        if self.is_optimized:  # products in float32, of codes that are not rounded to the weight's dtype before
+            dtype, operands = torch.float32, {**operands, "weight_scale": operands["weight_scale"].float()}
+        weight = self.dequantize(operands, shape, dtype)
+        bias = None if bias is None else bias.to(dtype)
+        y = torch.nn.functional.linear(rounded.to(dtype), weight, bias).to(x.dtype)
+        return self._round(self.output, y, operands, "output")
+
+    @property
+    def is_optimized(self) -> bool:
+        """Whether the layer computes as upstream's fast path: scales of rows in float32, one rounding of the output."""
+        return self.input is not None and self.input.zero_scale == _OPTIMIZED_ZERO_SCALE
+
+    def optimized(self) -> CompressedWeight:
+        """The format whose layers compute as upstream's fast path: each row of x scaled by itself, in float32."""
+        tokens = Activation("e4m3", "token", scale="float32", zero_scale=_OPTIMIZED_ZERO_SCALE)
+        return dataclasses.replace(self, input=tokens)
+
+    def _round(self, activation: Activation | None, x: Tensor, operands: Mapping[str, Tensor], side: str) -> Tensor:
+        if activation is None:
+            return x
+        scale, zero = operands.get(f"{side}_scale"), operands.get(f"{side}_zero_point")
+        if not activation.is_static:
+            scale = zero = None
+        elif activation.strategy == "tensor":
+            scale = None if scale is None else scale.to(x.dtype)
+        outer = operands.get(f"{side}_global_scale")
+        if side == "input" and self.is_optimized:
+            return activation.fake_quantize(x.float())
+        return activation.fake_quantize(x, scale, zero, outer)
+
+    def _activation_specs(self) -> tuple[TensorSpec, ...]:
+        return (
+            *self._specs_of(self.input, "input"),
+            *self._specs_of(self.output, "output"),
+            *(TensorSpec(name, self.torch_dtype, (1,), metadata=True) for name in self.carried),
+        )
+
+    def _specs_of(self, activation: Activation | None, side: str) -> list[TensorSpec]:
+        if activation is None:
+            return []
+        specs = []
+        if activation.outer is not None:
+            specs.append(self._spec(f"{side}_global_scale", torch.float32, (1,)))
+        if activation.is_static or (side == "input" and self.is_optimized and self.input_dtype is not None):
+            dtype = self.torch_dtype if self.input_dtype is None else float_dtype(self.input_dtype, "input_dtype")
+            specs.append(self._spec(f"{side}_scale", dtype, (1,)))
+            if not activation.is_symmetric:
+                specs.append(self._spec(f"{side}_zero_point", torch.int8, (1,)))
+        return specs
+
+    # Shapes and dtypes
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)  # type: ignore[no-any-return]  # checked where it is read
+
+    def _spec(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], **kind: bool) -> TensorSpec:
+        return TensorSpec(name, dtype, self._stored_shape(name, shape), **kind)
+
+    def _stored_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[:-1] if name in self.flat else shape
+
+    def _scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        assert self.scaling is not None
+        return (1,) if self.scaling.rows == 0 and self.scaling.columns == 0 else self.scaling.grid(shape)
+
+    # Reading
+
+    @classmethod
+    def holds(cls, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether stored tensors are of this storage format."""
+        return False
+
+    def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
+        """The format that the names and dtypes of stored tensors show, whatever format the config names."""
+        kinds = [kind for kind in CompressedWeight.__subclasses__() if kind.holds(tensors)]
+        kind = kinds[0] if kinds else type(self)
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(CompressedWeight)}
+        found = self if kind is type(self) else kind(**shared)
+        return found.as_stored(tensors, shape)
+
+    def as_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> CompressedWeight:
+        """The format with the dtypes and shapes in which its tensors are stored."""
+        changes: dict[str, object] = {"has_zero": self.has_zero or "weight_zero_point" in tensors}
+        if self.scaling is not None and self.scaling.scales == "float":
+            changes["dtype"] = _float_name(tensors.get("weight_scale")) or self.dtype
+        if self.output is None:
+            changes["carried"] = tuple(name for name in self.may_carry if name in tensors)
+        changes["input_dtype"] = _float_name(tensors.get("input_scale")) or self.input_dtype
+        found = dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+        usual = {spec.name: spec.shape for spec in dataclasses.replace(found, flat=()).tensor_specs(shape)}
+        flat = (name for name, tensor in tensors.items() if _is_flat(tuple(tensor.shape), usual.get(name)))
+        return dataclasses.replace(found, flat=tuple(name for name in flat if name.endswith(_SCALES)))
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_SCALES = ("_scale", "_zero_point")
+
+
+def has_dtype(tensors: Mapping[str, Tensor], name: str, *dtypes: torch.dtype) -> bool:
+    """Whether there is a tensor of this name with one of the dtypes."""
+    return name in tensors and tensors[name].dtype in dtypes
+
+
+def _float_name(tensor: Tensor | None) -> str | None:
+    return dtype_name(tensor.dtype) if tensor is not None and tensor.dtype in FLOATS else None
+
+
+def _is_flat(stored: tuple[int, ...], usual: tuple[int, ...] | None) -> bool:
+    """Whether a stored shape is the usual one without its last dimension, which is 1."""
+    return usual is not None and usual[-1:] == (1,) and stored == usual[:-1]
