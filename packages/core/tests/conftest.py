@@ -58,6 +58,14 @@ def tiny() -> None:
     quantcore.register_quantizer("tiny-int8")(module.TinyInt8Quantizer)
 
 
+@pytest.fixture
+def tiny_calibrated() -> None:
+    """The method tiny-calibrated, registered as a program would register it."""
+    module = importlib.import_module("tiny_calibrated")
+    quantcore.register_quantization_config("tiny-calibrated")(module.TinyCalibratedConfig)
+    quantcore.register_quantizer("tiny-calibrated")(module.TinyCalibratedQuantizer)
+
+
 class TwoLayers(nn.Module):
     """The smallest model with a skip by name, a bias, a norm and two kinds of buffers."""
 

@@ -21,6 +21,7 @@ class TinyCalibratedConfig(QuantizationConfigMixin):
     quant_method = "tiny-calibrated"
 
     top: int = option(7, choices=(1, 7, 127))
+    shrinks: list[float] = option(default_factory=lambda: [1.0, 0.9, 0.8, 0.7, 0.5])
     sequential: bool = option(False)
     minimum_tokens: int = option(1, minimum=0, maximum=1 << 20)
     block_name_to_quantize: str | None = option(None)
@@ -46,7 +47,8 @@ class TinyCalibratedQuantizer(CalibratedQuantizer):
         if block.round_if_unseen(name, hessian, self.quantization_config.minimum_tokens):
             return
         weight = block.layers[name].dense.weight
-        found = [_rounded(weight, shrink, self.quantization_config.top) for shrink in (1.0, 0.9, 0.8, 0.7)]
+        config = self.quantization_config
+        found = [_rounded(weight, shrink, config.top) for shrink in config.shrinks]
         losses = [_error(weight - codes * scale, hessian.matrix()) for codes, scale in found]
         best = min(range(len(found)), key=losses.__getitem__)
         codes, scale = found[best]

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quantcore.calibration.datasets import DATASETS, named_texts
+
 if TYPE_CHECKING:
     from quantcore.calibration.progress import Progress
 
@@ -30,11 +32,13 @@ _BATCH_TOKENS = 2048  # tokens a forward pass where nothing else is asked for
 class Calibration:
     """Data to calibrate with, and how it is run. What is None is chosen by the method, else as said here.
 
-    data: texts (a string, a list of them, or a path of a UTF-8 file), token ids (a tensor [B, T], or a list of lists
-        or of tensors [T]), or dicts of model inputs, each one forward pass; any iterable of those.
-    tokenizer: needed for texts; called as those of transformers are.
+    data: texts (a string, a list of them, or a pathlib.Path of a UTF-8 file), token ids (a tensor [B, T], or a list of
+        lists or of tensors [T]), or dicts of model inputs, each one forward pass; any iterable of those. Also the name
+        of a data set that is customary: "wikitext2", "c4", "c4-new" or "pileval", which needs the package datasets.
+    tokenizer: for texts; called as those of transformers are, or a folder or hub id that holds one.
     samples: rows of tokens, or dicts, that are used (128).
-    seqlen: tokens of a row (2048, or what the model can read). Texts are joined and cut; rows of ids are shortened.
+    seqlen: tokens of a row (2048, or what the model can read). Texts are joined and cut, until there are enough rows;
+        of a longer text, rows are taken at even distances. Rows of ids are shortened.
     batch_size: rows of a forward pass; rows of different length are never joined.
     device: where blocks are run and solved; the model itself may stay on the CPU.
     resume_dir: a folder for finished blocks, from which an interrupted run goes on.
@@ -120,6 +124,8 @@ def padding_mask(inputs: ModelInputs) -> Tensor | None:
 def _items(data: Any) -> Iterator[Any]:
     if isinstance(data, os.PathLike):
         return iter([_read_text(Path(data))])
+    if isinstance(data, str) and data in DATASETS:
+        return named_texts(data)
     if isinstance(data, str | Mapping):
         return iter([data])
     if isinstance(data, Tensor):
@@ -155,23 +161,38 @@ def _seqlen(calibration: Calibration, model: nn.Module) -> int:
 
 
 def _text_rows(texts: Iterator[Any], calibration: Calibration, seqlen: int, limit: int) -> list[Tensor]:
-    """Rows of seqlen tokens, spread evenly over the joined texts."""
-    if calibration.tokenizer is None:
-        raise ValueError("calibration data is text, which needs a tokenizer; pass tokenizer=, or give token ids")
-    pieces = []
+    """Rows of seqlen tokens, spread evenly over as many joined texts as give enough."""
+    tokenizer = _tokenizer(calibration)
+    pieces: list[Tensor] = []
+    missing = limit * seqlen
     for text in texts:
         if not isinstance(text, str):
             raise TypeError(f"calibration data mixes texts with {type(text).__name__}; give one kind")
-        pieces.append(_encode(calibration.tokenizer, text))
+        pieces.append(_encode(tokenizer, text))
+        missing -= len(pieces[-1])
+        if missing <= 0:
+            break
     ids = torch.cat(pieces)
     whole = len(ids) // seqlen
     if not whole:
         raise ValueError(
-            f"calibration text has {len(ids)} tokens, less than one row of seqlen {seqlen}; "
-            f"give more text or a smaller seqlen"
+            f"calibration text has {len(ids)} tokens, less than one row of seqlen {seqlen}; give more text, or a "
+            "smaller seqlen"
         )
     rows = ids[: whole * seqlen].view(whole, seqlen)
     return [rows[index * whole // limit] for index in range(limit)] if whole > limit else list(rows)
+
+
+def _tokenizer(calibration: Calibration) -> Any:
+    tokenizer = calibration.tokenizer
+    if tokenizer is None:
+        raise ValueError("calibration data is text, which needs a tokenizer; pass tokenizer=, or give token ids")
+    if isinstance(tokenizer, str | os.PathLike):
+        from quantcore.checkpoints.read import resolve
+        from quantcore.integrations.transformers import load_tokenizer
+
+        return load_tokenizer(resolve(tokenizer))
+    return tokenizer
 
 
 def _encode(tokenizer: Any, text: str) -> Tensor:

@@ -68,6 +68,8 @@ def calibrate(
         raise ValueError(f"{solver.method} trains on its samples: run it in a single process, not in {team.size}")
     with _evaluating(model), _shelves(calibration.offload) as new_shelf, torch.no_grad():
         steps = find_steps(model, passes[0], list(formats), solver.blocks_name)
+        if solver.source != "quantized":
+            steps = _outside_last(steps)
         folder = _resume_folder(model, passes, solver, calibration)
         run = _Run(model, formats, solver, calibration, team, len(steps))
         run.all(steps, folder, team.share(passes), new_shelf)
@@ -75,6 +77,13 @@ def calibrate(
     report.samples, report.tokens = row_count(passes), token_count(passes)
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _outside_last(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """The steps with all layers outside of blocks in the last one: until then the blocks' inputs are float."""
+    inside = [step for step in steps if step.trunk is not None]
+    outside = tuple(layer for step in steps if step.trunk is None for layer in step.layers)
+    return (*inside, *([Step("", None, outside)] if outside else []))
 
 
 def _resume_folder(
@@ -195,13 +204,13 @@ def _shelves(offload: Any) -> Iterator[Callable[[], Shelf]]:
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """A block in which every module is in eval mode."""
-    training = [module for module in model.modules() if module.training]
+    training = {name for name, module in model.named_modules() if module.training}
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for name, module in model.named_modules():  # by name, for layers were replaced
+            module.training = name in training
 
 
 def _dense(model: nn.Module, name: str) -> DenseLinear:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -76,7 +77,7 @@ class ResumeFolder:
             raise CheckpointError(f"{path}: holds {entry['name']!r}, expected {step.name!r}; delete {self.directory}")
         try:
             tensors = load_file(path)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}; delete {self.directory}") from error
         for name in step.layers:
             _restore_layer(model, name, tensors, entry["formats"][name])

@@ -47,6 +47,11 @@ def quantize_checkpoint(
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     if not isinstance(quantizer, WeightQuantizer):
         raise TypeError(f"{type(quantizer).__name__} only loads checkpoints; it cannot quantize one")
+    if getattr(quantizer, "needs_data", False):
+        raise ValueError(
+            f"{quantizer._method()} quantizes with calibration data, which takes the whole model; load it and use "
+            "quantcore.quantize with calibration="
+        )
     wanted = quantizer.update_dtype(as_dtype(dtype, "dtype"))
     skeleton = build_skeleton(checkpoint.directory, model)
     fill_empty(skeleton, checkpoint, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import quantcore
+from quantcore.cli.calibration import calibrating_bar, calibration_from, calibration_options, report_text
 from quantcore.cli.folders import check_target
 from quantcore.cli.method_verb import DTYPES, MethodVerb, chosen_config
 from quantcore.cli.output import Output, in_bytes, output_options, plural
@@ -38,6 +40,7 @@ EXAMPLES = (
     "--dtype", type=click.Choice(DTYPES), help="Dtype to read the float weights in [default: that of the file]"
 )
 @click.option("--device", metavar="NAME", default="cpu", help="Where to quantize: cpu, cuda:0, auto [default: cpu]")
+@calibration_options
 @click.option("--max-shard-size", metavar="SIZE", default="5GB", help="Largest file to write [default: 5GB]")
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
 @output_options(brief="only the folder that was made")
@@ -70,25 +73,31 @@ def _quantize(
     start = time.perf_counter()
     check_target(target, source, options["force"])
     output.note(f"reading {source}")
+    from quantcore.calibration.report import report_of
     from quantcore.checkpoints.read import resolve
     from quantcore.checkpoints.write import parse_size
     from quantcore.cli.estimate import estimate, measure
-    from quantcore.cli.progress import quantizing_bar
 
     parse_size(options["max_shard_size"])  # before the work, for it is needed after it
     directory = resolve(source)
+    calibration = calibration_from(config, options, directory)
     expected = estimate(directory, config, options["dtype"])
     model = quantcore.load(directory, device_map=options["device"], dtype=options["dtype"])
     output.note(f"quantizing {plural(expected.layers, 'layer')} with {_name(config)}")
-    with quantizing_bar(expected.weights, output):
-        quantcore.quantize(model, config)
+    with calibrating_bar(calibration, expected.weights, output) as arguments:
+        quantcore.quantize(model, config, **arguments)
     output.note(f"writing {target}")
     quantcore.save(
         model, target, max_shard_size=options["max_shard_size"], overwrite=options["force"], companions_from=directory
     )
     sizes, seconds = measure(model, target, expected), time.perf_counter() - start
-    data = {"output": str(target), "method": _name(config), "seconds": seconds}
-    output.result(data | sizes.to_dict(), lambda: f"{_summary(sizes)}\n\n{_made(target, sizes, seconds)}", str(target))
+    data = {"output": str(target), "method": _name(config), "seconds": seconds, **sizes.to_dict()}
+    texts = [_summary(sizes), _made(target, sizes, seconds)]
+    report = report_of(model)
+    if report is not None:
+        data["calibration"] = dataclasses.asdict(report)
+        texts.insert(0, report_text(report))
+    output.result(data, lambda: "\n\n".join(texts), str(target))
 
 
 def _made(target: Path, sizes: Sizes, seconds: float) -> str:

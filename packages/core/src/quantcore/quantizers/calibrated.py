@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -43,9 +43,14 @@ class CalibratedQuantizer(WeightQuantizer):
         """Name of the list of blocks to calibrate in; None finds the lists of the model."""
         return getattr(self.quantization_config, "block_name_to_quantize", None)
 
+    @property
+    def default_data(self) -> Any:
+        """What to calibrate with when the user gives nothing: the `dataset` of the config, where it has one."""
+        return getattr(self.quantization_config, "dataset", None)
+
     def prepare_calibration(self, calibration: Calibration) -> Calibration:
-        """The settings to calibrate with: the user's, those left open filled by the config's."""
-        return calibration
+        """The settings to calibrate with: the user's, those left open filled from the config's."""
+        return calibration.filled(tokenizer=getattr(self.quantization_config, "tokenizer", None))
 
     def calibrate_model(self, model: nn.Module, calibration: Calibration) -> nn.Module:
         """Solve the planned layers in place. Every weight is checked before the first is changed."""

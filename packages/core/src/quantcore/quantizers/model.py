@@ -43,6 +43,7 @@ def quantize(model: nn.Module, config: Any, calibration: Any = None, **settings:
 def _calibration(quantizer: CalibratedQuantizer, data: Any, settings: Mapping[str, Any]) -> Calibration:
     from quantcore.calibration.data import Calibration
 
+    data = quantizer.default_data if data is None else data
     if data is None:
         raise ValueError(
             f"{quantizer._method()} quantizes with calibration data; pass calibration=, such as a list of texts with "
