@@ -43,6 +43,7 @@ FAULTS = [
     ("forgets-the-bias", "layer", "test_forward_is_that_of_the_dequantized_weight"),
     ("wrong-gradient", "layer", "test_gradient_of_the_input_is_that_of_the_dequantized_weight"),
     ("rounds-what-it-loads", "model", "test_loaded_model_gives_the_same_bits"),
+    ("mixes-its-rows", "kinds", "test_rows_are_those_of_the_dequantized_weight"),
     ("checks-no-tensors", "damage", "test_each_tensor_of_wrong_dtype_is_named"),
 ]
 

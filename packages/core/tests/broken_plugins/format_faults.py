@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from sound import Sound, SoundConfig, SoundQuantizer
@@ -206,3 +207,26 @@ class ChecksNoTensorsConfig(SoundConfig):
 
 class ChecksNoTensorsQuantizer(SoundQuantizer):
     format_class = ChecksNoTensors
+
+
+@dataclass(frozen=True)
+class MixesItsRows(Sound):
+    """Stores the last row first, and claims that rows are where their number says."""
+
+    rows_apart: ClassVar[bool] = True
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        return {name: tensor.flip(0) for name, tensor in super().quantize(weight).items()}
+
+    def dequantize(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        return super().dequantize(tensors, shape, dtype).flip(0)
+
+
+class MixesItsRowsConfig(SoundConfig):
+    quant_method = "mixes-its-rows"
+
+
+class MixesItsRowsQuantizer(SoundQuantizer):
+    format_class = MixesItsRows

@@ -108,6 +108,25 @@ class Bnb4Bit(WeightFormat):
         dtype = dtype or float_dtype(self.dtype, "dtype")
         return dequantize_blocks(packed, absmax, tensors["weight.quant_map"], self.blocksize, shape, dtype)
 
+    def dequantize_rows(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        columns = math.prod(shape[1:])
+        if columns % self.blocksize:  # a block may hold two rows
+            return super().dequantize_rows(tensors, shape, rows, dtype)
+        packed = tensors["weight"].view(torch.uint8).view(shape[0], -1).index_select(0, rows)
+        absmax = tensors["weight.absmax"].view(shape[0], -1).index_select(0, rows).view(-1)
+        if self.double_quant:
+            blocks = columns // self.blocksize
+            block = rows[:, None] * blocks + torch.arange(blocks, device=rows.device)
+            outer = tensors["weight.nested_absmax"].index_select(0, block.view(-1) // self.nested_blocksize)
+            absmax = dequantize_absmax(
+                absmax, outer, tensors["weight.nested_quant_map"], tensors["nested_offset"], nested_blocksize=1
+            )
+        dtype = dtype or float_dtype(self.dtype, "dtype")
+        found = (len(rows), *shape[1:])
+        return dequantize_blocks(packed, absmax, tensors["weight.quant_map"], self.blocksize, found, dtype)
+
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Bnb4Bit:
         key = _state_key(tensors)
         state = _parse_state(tensors[key], key)

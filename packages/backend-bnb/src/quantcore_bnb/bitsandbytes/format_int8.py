@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class Bnb8Bit(WeightFormat):
     dtype: of the weight that was quantized; files do not hold it. threshold: magnitude above which a column of the
     input stays float, 0 for none. has_layout: whether the tensor weight_format is stored; the oldest files lack it.
     """
+
+    rows_apart: ClassVar[bool] = True
 
     dtype: str = "float32"
     threshold: float = 6.0

@@ -18,7 +18,7 @@ from quantcore.formats.families import Affine, Family, Grouping
 from quantcore.quantization_config import matches_type
 from quantcore_hqq.hqq.config import BITS
 from quantcore_hqq.hqq.legacy import HqqLegacy
-from quantcore_hqq.hqq.packing import pack, packed_rows, packing_for, unpack, word_dtype
+from quantcore_hqq.hqq.packing import pack, packed_rows, packing_for, unpack, unpack_rows, word_dtype
 from quantcore_hqq.hqq.solver import group_length, grouped_shape, solve
 
 _UNSUPPORTED_FLAGS = ("quant_scale", "quant_zero", "offload_meta")
@@ -88,6 +88,18 @@ class Hqq(WeightFormat):
         values = self._codes(tensors["W_q"], shape).to(tensors["scale"].dtype)
         values = values.sub_(tensors["zero"]).mul_(tensors["scale"]).view(shape)
         return values if dtype is None else values.to(dtype)
+
+    def dequantize_rows(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        grouped = self._grouped(shape)[0]
+        each = grouped // shape[0]  # rows of the code matrix for one of the weight
+        if self.axis == 0 or not self.channel_wise or each * shape[0] != grouped:
+            return super().dequantize_rows(tensors, shape, rows, dtype)
+        own = (rows[:, None] * each + torch.arange(each, device=rows.device)).view(-1)
+        values = unpack_rows(self._words(tensors["W_q"]), self.packing, grouped, own).to(tensors["scale"].dtype)
+        values = values.sub_(tensors["zero"].index_select(0, own)).mul_(tensors["scale"].index_select(0, own))
+        return values.view(len(rows), *shape[1:]).to(dtype or values.dtype)
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
         if "nbits" not in tensors and any(name.startswith("meta.") for name in tensors):
@@ -166,8 +178,10 @@ class Hqq(WeightFormat):
         return Grouping(group_length(shape, self.group_size, self.axis), strided=self.axis == 0)
 
     def _codes(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
-        words = stored.view(word_dtype(self.packing)) if self.view_as_float else stored
-        return unpack(words, self.packing, self._grouped(shape)[0])
+        return unpack(self._words(stored), self.packing, self._grouped(shape)[0])
+
+    def _words(self, stored: Tensor) -> Tensor:
+        return stored.view(word_dtype(self.packing)) if self.view_as_float else stored
 
     def _stored(self, codes: Tensor, scale: Tensor, zero: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
         dtype = float_dtype(self.compute_dtype, "compute_dtype")

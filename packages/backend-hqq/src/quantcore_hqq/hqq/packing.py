@@ -116,6 +116,16 @@ def unpack(words: Tensor, packing: str, rows: int) -> Tensor:
     return codes
 
 
+def unpack_rows(words: Tensor, packing: str, rows: int, wanted: Tensor) -> Tensor:
+    """The wanted rows [R, C] of the codes that `unpack` gives, without unpacking the others. wanted: int64 [R]."""
+    layout = _layout(packing)
+    step = packed_rows(rows, packing)
+    shifts = torch.tensor(layout.shifts, dtype=layout.word_dtype, device=words.device)
+    shift = shifts.index_select(0, wanted // step)
+    codes = words.index_select(0, wanted % step).bitwise_right_shift_(shift[:, None])
+    return codes.bitwise_and_(2**layout.bits - 1).to(torch.uint8)
+
+
 def _layout(packing: str) -> Packing:
     if packing not in PACKINGS:
         raise ValueError(f"packing {packing!r} is not an HQQ packing; use one of {', '.join(PACKINGS)}")

@@ -57,6 +57,9 @@ class WeightFormat:
     """
 
     family: ClassVar[str | None] = None  # name of the family that `lower` gives, for kernels that serve families
+    rows_apart: ClassVar[bool] = (
+        False  # row n of every operand with N rows belongs to row n alone; others serve all rows
+    )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -78,6 +81,22 @@ class WeightFormat:
     ) -> Tensor:
         """The weight [N, K] in dtype (None: the dtype it was quantized from); reads only what `operands` gives."""
         raise NotImplementedError(f"{type(self).__name__} defines no dequantize")
+
+    def dequantize_rows(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The rows [R, K] of the weight that rows, int64 [R], number, in dtype (None: as for `dequantize`).
+
+        Reads the stored parts of those rows alone where `rows_apart`; otherwise the whole weight is dequantized, unless
+        a format overrides this. Raises IndexError for a row that does not exist.
+        """
+        if not self.rows_apart:
+            return self.dequantize(tensors, shape, dtype).index_select(0, rows)
+        parts = {
+            name: tensor.index_select(0, rows) if tensor.ndim and tensor.shape[0] == shape[0] else tensor
+            for name, tensor in tensors.items()
+        }
+        return self.dequantize(parts, (len(rows), *shape[1:]), dtype)
 
     def linear(self, x: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
         """x [..., K] times the weight [N, K], plus bias [N]: what every kernel of a linear layer must give.

@@ -2,6 +2,7 @@
 
 `quantcore::linear(x, tensors, bias, format, out_features)`: x [..., K] times a quantized weight [N, K].
 `quantcore::linear_input_grad(grad, tensors, format, in_features)`: grad [..., N] times the weight, its gradient for x.
+`quantcore::embedding(ids, tensors, format, shape, dtype)`: the rows [..., K] of a quantized weight that ids number.
 `format` is the repr of a weight format and `tensors` are its operands in `operand_names` order.
 """
 
@@ -19,6 +20,8 @@ from quantcore.kernels.dispatch import Problem, choose
 _LIBRARY = torch.library.Library("quantcore", "DEF")
 _LIBRARY.define("linear(Tensor x, Tensor[] tensors, Tensor? bias, str format, SymInt out_features) -> Tensor")
 _LIBRARY.define("linear_input_grad(Tensor grad, Tensor[] tensors, str format, SymInt in_features) -> Tensor")
+
+_LIBRARY.define("embedding(Tensor ids, Tensor[] tensors, str format, SymInt[] shape, ScalarType dtype) -> Tensor")
 
 
 def _linear(x: Tensor, tensors: list[Tensor], bias: Tensor | None, format: str, out_features: int) -> Tensor:
@@ -45,6 +48,17 @@ def _linear_fake(x: Tensor, tensors: list[Tensor], bias: Tensor | None, format: 
 
 def _linear_input_grad_fake(grad: Tensor, tensors: list[Tensor], format: str, in_features: int) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _embedding(ids: Tensor, tensors: list[Tensor], format: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    weight_format = format_from_key(format)
+    operands = dict(zip(weight_format.operand_names(tuple(shape)), tensors, strict=True))
+    rows = weight_format.dequantize_rows(operands, tuple(shape), ids.reshape(-1).long(), dtype)
+    return rows.reshape(*ids.shape, shape[1])
+
+
+def _embedding_fake(ids: Tensor, tensors: list[Tensor], format: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return ids.new_empty((*ids.shape, shape[1]), dtype=dtype)
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -82,6 +96,8 @@ def _linear_input_grad_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_input_grad", _linear_input_grad, "CompositeExplicitAutograd")
+_LIBRARY.impl("embedding", _embedding, "CompositeExplicitAutograd")
+torch.library.register_fake("quantcore::embedding", _embedding_fake, lib=_LIBRARY)
 torch.library.register_fake("quantcore::linear", _linear_fake, lib=_LIBRARY)
 torch.library.register_fake("quantcore::linear_input_grad", _linear_input_grad_fake, lib=_LIBRARY)
 torch.library.register_autograd("quantcore::linear", _linear_backward, setup_context=_save_linear, lib=_LIBRARY)
@@ -90,3 +106,4 @@ torch.library.register_autograd(
 )
 
 linear = torch.ops.quantcore.linear
+embedding = torch.ops.quantcore.embedding

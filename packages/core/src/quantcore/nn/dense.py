@@ -12,7 +12,7 @@ _PIECE = 1 << 20  # elements that are looked at together; torch casts a bfloat16
 
 @dataclass(frozen=True)
 class DenseLinear:
-    """A float linear layer. weight: [N, K], a view of the module's own (transposed for Conv1D); bias: [N] or None."""
+    """A float layer. weight: [N, K], a view of the module's own (transposed for Conv1D); bias: [N] or None."""
 
     weight: Tensor
     bias: Tensor | None

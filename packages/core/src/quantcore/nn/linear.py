@@ -54,7 +54,7 @@ class QuantizedLinear(QuantizedModule):
         elements, or does not fit the format.
         """
         dense = _dense(linear, name)
-        weight_format = _resolve_format(config_or_format, name, linear, stored=False)
+        weight_format = resolve_format(config_or_format, name, linear, stored=False)
         if calibration is not None:
             raise ValueError(
                 f"{name or 'layer'}: {type(weight_format).__name__} takes no calibration data; leave it out"
@@ -84,7 +84,7 @@ class QuantizedLinear(QuantizedModule):
         """
         with torch.device("meta"):
             linear = nn.Linear(in_features, out_features, bias="bias" in tensors)
-        weight_format = _resolve_format(config_or_format, name, linear, stored=True)
+        weight_format = resolve_format(config_or_format, name, linear, stored=True)
         return cls.from_stored(weight_format, tensors, _dense(linear, name), name)
 
     @classmethod
@@ -142,6 +142,31 @@ class QuantizedLinear(QuantizedModule):
         )
 
 
+def resolve_format(config_or_format: Any, name: str, module: nn.Module, *, stored: bool) -> WeightFormat:
+    """The format of one module by a format, a config, or a dict as found in config.json.
+
+    stored: whether the module's tensors are stored already, and may describe a format that the config does not give.
+    """
+    if isinstance(config_or_format, WeightFormat):
+        return config_or_format
+    from quantcore.quantizers.auto import AutoHfQuantizer
+    from quantcore.quantizers.weight import WeightQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(config_or_format, pre_quantized=stored)
+    if not isinstance(quantizer, WeightQuantizer):
+        raise TypeError(
+            f"{type(quantizer).__name__} has no weight format for single layers; quantize the model instead"
+        )
+    weight_format = quantizer.format_of(name, module)
+    if weight_format is None and stored:
+        return quantizer.fallback_format(name, module)
+    if weight_format is None:
+        raise ValueError(
+            f"{name or 'layer'}: the config leaves this layer unquantized; name another or change the config"
+        )
+    return weight_format
+
+
 def _dense(module: nn.Module, name: str) -> DenseLinear:
     dense = view_dense(module)
     if dense is None:
@@ -157,24 +182,3 @@ def _bias_fault(bias: Tensor | None, dense: DenseLinear) -> str | None:
     if bias.is_floating_point() and bias.shape == dense.bias.shape:
         return None
     return f"bias: expected {describe(dense.bias.dtype, dense.bias.shape)}, got {describe(bias.dtype, bias.shape)}"
-
-
-def _resolve_format(config_or_format: Any, name: str, module: nn.Module, *, stored: bool) -> WeightFormat:
-    if isinstance(config_or_format, WeightFormat):
-        return config_or_format
-    from quantcore.quantizers.auto import AutoHfQuantizer
-    from quantcore.quantizers.weight import WeightQuantizer
-
-    quantizer = AutoHfQuantizer.from_config(config_or_format, pre_quantized=stored)
-    if not isinstance(quantizer, WeightQuantizer):
-        raise TypeError(
-            f"{type(quantizer).__name__} has no weight format for single layers; quantize the model instead"
-        )
-    weight_format = quantizer.format_for(name, module)
-    if weight_format is None and stored:
-        return quantizer.fallback_format(name, module)
-    if weight_format is None:
-        raise ValueError(
-            f"{name or 'layer'}: the config leaves this layer unquantized; name another or change the config"
-        )
-    return weight_format

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,9 @@ from quantcore.checkpoints.stream import misfits
 from quantcore.errors import CheckpointError
 from quantcore.formats.base import WeightFormat
 from quantcore.nn.dense import DenseLinear, check_finite, view_dense
-from quantcore.nn.experts import QuantizedExperts, linear_layers, split_experts
-from quantcore.nn.linear import QuantizedLinear
+from quantcore.nn.embedding import QuantizedEmbedding
+from quantcore.nn.experts import QuantizedExperts, split_experts
+from quantcore.nn.kinds import QuantizedLayer, layer_of_stored, quantize_layer, view_layer, weight_layers
 from quantcore.nn.replace import quantized_modules, replace_module
 from quantcore.plugins.manager import plugins
 from quantcore.quantizers import selection
@@ -62,6 +64,24 @@ class WeightQuantizer(HfQuantizer):
         """
         raise NotImplementedError(f"{type(self).__name__} defines no format_for")
 
+    def embedding_format_for(self, name: str, embedding: nn.Embedding) -> WeightFormat | None:
+        """The format of an embedding to quantize, by its dtype, shape and name; None, the default, leaves it float.
+
+        For methods whose config has a way to ask for embeddings. Stored embeddings load whatever this says.
+        """
+        return None
+
+    def format_of(self, name: str, module: nn.Module) -> WeightFormat | None:
+        """The format of one module that is to be quantized, or is stored so; None where the config leaves it float.
+
+        An embedding of which the config says nothing gets the format of a linear layer.
+        """
+        if not isinstance(module, nn.Embedding):
+            return self.format_for(name, module)
+        out_features, in_features = module.weight.shape
+        linear = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=module.weight.dtype)
+        return self.embedding_format_for(name, module) or self.format_for(name, linear)
+
     @property
     def skip_patterns(self) -> list[str] | None:
         """The user's list of modules that stay float; None means the automatic list."""
@@ -83,11 +103,11 @@ class WeightQuantizer(HfQuantizer):
         patterns = self._patterns(model)
         tied = selection.tied_modules(model)
         layers, left, faults = [], {}, []
-        for name, module in linear_layers(model, part_names(model)):
-            dense = view_dense(module)
-            assert dense is not None
+        for name, module, dense in weight_layers(model, part_names(model)):
+            if isinstance(module, nn.Embedding) and self.embedding_format_for(name, module) is None:
+                continue  # nobody asked for it
             reason = self._reason_to_leave(name, patterns, tied)
-            weight_format = None if reason else self.format_for(name, module)
+            weight_format = None if reason else self.format_of(name, module)
             if weight_format is None:
                 left[name] = reason or "left float by the config"
                 continue
@@ -125,8 +145,8 @@ class WeightQuantizer(HfQuantizer):
 
     def _quantize_layer(self, model: nn.Module, name: str, weight_format: WeightFormat) -> None:
         module = model.get_submodule(name)
-        layer = QuantizedLinear.from_linear(module, weight_format, name=name)
-        dense = view_dense(module)
+        layer = quantize_layer(module, weight_format, name)
+        dense = view_layer(module)
         assert dense is not None
         plugins().hook.quantcore_weight_quantized(name=name, before=dense.weight, after=layer.quantized_weight)
         layer.train(module.training)
@@ -145,7 +165,7 @@ class WeightQuantizer(HfQuantizer):
         layers = {
             name: (module, dense)
             for name, module in model.named_modules()
-            if name in groups and (dense := view_dense(module)) is not None and self.is_quantized(dense, groups[name])
+            if name in groups and (dense := view_layer(module)) is not None and self.is_quantized(dense, groups[name])
         }
         metadata = checkpoint.read_metadata(f"{name}.{suffix}" for name in layers for suffix in groups[name])
         faults: dict[str, str] = {}
@@ -160,17 +180,20 @@ class WeightQuantizer(HfQuantizer):
             raise CheckpointError(f"{checkpoint.directory}: {len(faults)} layers do not fit\n" + "\n".join(lines))
 
     def is_quantized(self, dense: DenseLinear, stored: Mapping[str, Tensor]) -> bool:
-        """Whether stored tensors (on meta) of a linear layer are more than a float weight and bias."""
+        """Whether stored tensors (on meta) of a layer are more than a float weight and bias."""
         if set(stored) - {"weight", "bias"}:
             return True
         weight = stored.get("weight")
-        return weight is not None and not (weight.is_floating_point() and weight.dim() == 2)
+        if weight is None:
+            return False
+        is_float = weight.is_floating_point() and weight.itemsize > 1  # 8-bit floats are codes, which need a scale
+        return not (is_float and weight.dim() == 2)
 
     def _empty_layer(
         self, name: str, module: nn.Module, dense: DenseLinear, stored: Mapping[str, Tensor]
-    ) -> QuantizedLinear:
-        weight_format = self.format_for(name, module) or self.fallback_format(name, module)
-        return QuantizedLinear.from_stored(weight_format, stored, dense, name)
+    ) -> QuantizedLayer:
+        weight_format = self.format_of(name, module) or self.fallback_format(name, module)
+        return layer_of_stored(weight_format, stored, module, dense, name)
 
     def fallback_format(self, name: str, module: nn.Module) -> WeightFormat:
         """The format to read a layer with that the config leaves float, but that is quantized in the checkpoint."""
@@ -192,9 +215,12 @@ class WeightQuantizer(HfQuantizer):
         return None if shape is None else (weight_format.read(stored, shape), shape)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        dtype = _usual_dtype(model) if self.pre_quantized else None
         for _, module in quantized_modules(model):
             if not module.is_offloaded:  # else its operands were derived before
                 module.bind()
+            if isinstance(module, QuantizedEmbedding) and dtype is not None:
+                module.dtype = dtype
 
     # Properties of every weight format
 
@@ -236,9 +262,19 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.
         if isinstance(module, QuantizedExperts):
             replace_module(model, name, module.to_dense(dtype).train(module.training))
     for name, module in list(quantized_modules(model)):
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLayer):
             replace_module(model, name, module.to_dense(dtype).train(module.training))
     return model
+
+
+def _usual_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of most of a model's float values outside of quantized weights; None where it has none."""
+    stored = {id(tensor) for _, module in quantized_modules(model) for tensor in module.stored.values()}
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in stored:
+            counts[parameter.dtype] += parameter.numel()
+    return max(counts, key=lambda dtype: counts[dtype], default=None)
 
 
 def _nothing_to_do(model: nn.Module, left: Mapping[str, str]) -> str:

@@ -8,10 +8,10 @@ from torch.nn.functional import linear, silu
 
 from quantcore.testing.subjects import normal
 
-EXPERTS = 4
+EXPERTS = 3
 CHOSEN = 2  # experts a token
-HIDDEN = 128
-INNER = 64
+HIDDEN = 256
+INNER = 512
 TOKENS = 40
 
 
@@ -87,12 +87,25 @@ class Mixture(nn.Module):
         return y
 
 
+class Body(nn.Module):
+    """Embedding and mixture, with a residual connection."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(TOKENS, HIDDEN)
+        self.mlp = Mixture(experts)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.embed_tokens(ids)
+        return x + self.mlp(x)  # type: ignore[no-any-return]
+
+
 class SmallMixtureModel(nn.Module):
     """Token ids [T] to logits [T, TOKENS]; "model.mlp.experts" holds the experts."""
 
     def __init__(self, experts: type[nn.Module] = FusedExperts, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(TOKENS, HIDDEN), "mlp": Mixture(experts())})
+        self.model = Body(experts())
         self.lm_head = nn.Linear(HIDDEN, TOKENS, bias=False)
         with torch.no_grad():
             for seed, parameter in enumerate(self.parameters()):
@@ -100,5 +113,4 @@ class SmallMixtureModel(nn.Module):
         self.to(dtype).eval()
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.model["embed_tokens"](ids)
-        return self.lm_head(x + self.model["mlp"](x))  # type: ignore[no-any-return]
+        return self.lm_head(self.model(ids))  # type: ignore[no-any-return]

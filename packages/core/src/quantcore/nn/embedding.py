@@ -1,0 +1,159 @@
+"""An embedding over a quantized weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantcore.formats.base import WeightFormat, dtype_name
+from quantcore.kernels import ops
+from quantcore.nn.dense import DenseLinear, check_finite
+from quantcore.nn.linear import resolve_format
+from quantcore.nn.module import QuantizedModule
+
+
+class QuantizedEmbedding(QuantizedModule):
+    """Rows of a weight [num_embeddings, embedding_dim] stored in a weight format, by number.
+
+    ids: [...] int32 or int64; the result is [..., embedding_dim] in `dtype`. Only the rows asked for are dequantized,
+    where the format can tell rows apart. A cast of the module changes the dtype of what it gives, never what it stores.
+    """
+
+    def __init__(
+        self,
+        weight_format: WeightFormat,
+        tensors: Mapping[str, Tensor],
+        *,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        dtype: torch.dtype | None = None,
+        name: str = "",
+    ) -> None:
+        self.dtype = dtype  # of the result; None until the stored tensors have their values and say it
+        super().__init__(weight_format, tensors, (num_embeddings, embedding_dim), name)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        self._find_dtype()
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Module, config_or_format: Any, *, name: str = "") -> QuantizedEmbedding:
+        """The quantized form of an nn.Embedding, which is not changed.
+
+        config_or_format: a WeightFormat, a config, or a dict as found in config.json; of a config that says nothing of
+        embeddings, the format that it gives a linear layer. An output head that was tied to the embedding keeps the
+        float weight. Raises TypeError for other modules, ValueError naming the module for a weight that holds NaN or
+        inf, has no elements, or does not fit the format.
+        """
+        dense = view_embedding(embedding)
+        label = name or "embedding"
+        if dense is None:
+            raise TypeError(
+                f"{label}: expected nn.Embedding without max_norm, got {type(embedding).__name__}; a subclass may "
+                "compute something else"
+            )
+        weight_format = resolve_format(config_or_format, name, embedding, stored=False)
+        check_finite(dense.weight, label)
+        try:
+            weight_format.check_shape(dense.shape)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
+        tensors = weight_format.quantize(dense.weight)
+        return cls._in_place_of(embedding, weight_format, tensors, name, dense.weight.dtype)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        config_or_format: Any,
+        tensors: Mapping[str, Tensor],
+        *,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        dtype: torch.dtype | None = None,
+        name: str = "",
+    ) -> QuantizedEmbedding:
+        """An embedding of stored tensors as a checkpoint holds them; keys are suffixes such as "weight.absmax".
+
+        dtype: of the result; None takes the one that the weight was quantized from.
+        Raises CheckpointError listing every missing, surplus, wrong-shape and wrong-dtype tensor.
+        """
+        with torch.device("meta"):
+            embedding = nn.Embedding(num_embeddings, embedding_dim, padding_idx)
+        weight_format = resolve_format(config_or_format, name, embedding, stored=True)
+        return cls._in_place_of(embedding, weight_format, tensors, name, dtype)
+
+    @classmethod
+    def from_stored(
+        cls, weight_format: WeightFormat, tensors: Mapping[str, Tensor], embedding: nn.Module, name: str
+    ) -> QuantizedEmbedding:
+        """An embedding of stored tensors in place of a float one, which gives shape and settings."""
+        return cls._in_place_of(embedding, weight_format, tensors, name, None)
+
+    def bind(self) -> None:
+        super().bind()
+        self._find_dtype()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise TypeError(f"{self._label()}: expected integer ids, got {dtype_name(ids.dtype)}")
+        y: Tensor = ops.embedding(ids, self.operands, self._format_key, self.shape, self.dtype)
+        return y
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """The nn.Embedding with a float weight again, in dtype (None: that of the result)."""
+        with torch.device("meta"):
+            embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx)
+        embedding.weight = nn.Parameter(self.dequantize(dtype or self.dtype), requires_grad=False)
+        return embedding
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}, format={self.format!r}"
+
+    @classmethod
+    def _in_place_of(
+        cls,
+        embedding: nn.Module,
+        weight_format: WeightFormat,
+        tensors: Mapping[str, Tensor],
+        name: str,
+        dtype: torch.dtype | None,
+    ) -> QuantizedEmbedding:
+        assert isinstance(embedding, nn.Embedding)
+        return cls(
+            weight_format,
+            tensors,
+            num_embeddings=embedding.num_embeddings,
+            embedding_dim=embedding.embedding_dim,
+            padding_idx=embedding.padding_idx,
+            dtype=dtype,
+            name=name,
+        )
+
+    def _find_dtype(self) -> None:
+        if self.dtype is None and not any(tensor.is_meta for tensor in self.operands):
+            names = self.format.operand_names(self.shape)
+            first = torch.zeros(1, dtype=torch.int64, device=self.operands[0].device)
+            operands = dict(zip(names, self.operands, strict=True))
+            self.dtype = self.format.dequantize_rows(operands, self.shape, first).dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedEmbedding:
+        super()._apply(fn, recurse)
+        results = {fn(torch.empty(0, dtype=dtype)).dtype for dtype in (torch.float32, torch.float16)}
+        if len(results) == 1:  # a cast, not a move
+            self.dtype = results.pop()
+        return self
+
+
+def view_embedding(module: nn.Module) -> DenseLinear | None:
+    """The weight of an embedding as [num_embeddings, embedding_dim], or None for a module of another kind.
+
+    nn.Embedding exactly (a subclass may compute something else), without max_norm, which changes the weight in use.
+    """
+    if type(module) is not nn.Embedding or module.max_norm is not None:
+        return None
+    return DenseLinear(module.weight.detach(), None, nn.Embedding)
