@@ -22,7 +22,11 @@ DIST = Path("dist")
 THIRD_PARTY = Path("tests/third_party")
 
 # A backend per row: the folder packages/backend-<name>, the import quantcore_<name>, its methods.
-BACKENDS = {"bnb": ("bitsandbytes",), "hqq": ("hqq",)}
+BACKENDS = {
+    "bnb": ("bitsandbytes",),
+    "hqq": ("hqq",),
+    "misc": ("compressed-tensors",),
+}
 METHODS = [method for methods in BACKENDS.values() for method in methods]
 
 CORE = "packages/core"
@@ -112,14 +116,14 @@ def wheels(session: nox.Session) -> None:
 @nox.session
 def interop(session: nox.Session) -> None:
     """What is saved here loads in stock transformers with the upstream package, with the same outputs."""
-    install(session, *EVERYTHING, *TEST_TOOLS, pinned("bitsandbytes"))
+    install(session, *EVERYTHING, *TEST_TOOLS, pinned("bitsandbytes"), pinned("compressed-tensors"))
     run_pytest(session, "tests/interop")
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
     """Speed, memory and error against the upstream packages, in one process run after the other."""
-    install(session, *PACKAGES, pinned("bitsandbytes"), pinned("hqq"))
+    install(session, *PACKAGES, *map(pinned, ("bitsandbytes", "compressed-tensors", "hqq")))
     for script in sorted(Path("benchmarks").glob("*_vs_upstream.py")):
         session.run("python", script, *session.posargs)
 
