@@ -39,13 +39,16 @@ def block_abs_max(weight: Tensor, block: Block) -> Tensor:
 
 
 def quantize_blocks(
-    weight: Tensor, factor: Tensor, block: Block, element: MiniFloat, *, divide: bool = False
+    weight: Tensor, factor: Tensor, block: Block, element: MiniFloat, *, divide: bool = False, ties: str = "even"
 ) -> Tensor:
-    """Codes [N, K] of weight * factor, or of weight / factor, in float32. factor: float32, one for each block."""
+    """Codes [N, K] of weight * factor, or of weight / factor, in float32. factor: float32, one for each block.
+
+    ties: as in `encode`.
+    """
     codes = torch.empty(weight.shape, dtype=element.dtype or torch.uint8, device=weight.device)
     for rows in row_pieces(weight.shape):
         part = weight[rows].to(torch.float32, copy=True)
-        codes[rows] = encode(scale_rows_(part, factor, block, rows, divide=divide), element)
+        codes[rows] = encode(scale_rows_(part, factor, block, rows, divide=divide), element, ties)
     return codes
 
 

@@ -102,14 +102,16 @@ def test_every_parameter_is_frozen(example: Example) -> None:
 def test_linear_op_passes_opcheck(example: Example, device: torch.device) -> None:
     layer = example.layer(make_linear(device=device))
     x = _input((2, 3), torch.float32, device).requires_grad_()
-    torch.library.opcheck(torch.ops.quantcore.linear.default, (x, layer.operands, layer.bias, repr(layer.format), N))
+    arguments = (x, layer.operands, layer.bias, repr(layer.format), N)
+    torch.library.opcheck(torch.ops.quantcore.linear.default, arguments, test_utils=_checks(layer))
 
 
 @pytest.mark.slow  # loads the compiler
 def test_input_gradient_op_passes_opcheck(example: Example, device: torch.device) -> None:
     layer = example.layer(make_linear(device=device))
     grad = normal((2, 3, N)).to(device).requires_grad_()
-    torch.library.opcheck(torch.ops.quantcore.linear_input_grad.default, (grad, layer.operands, repr(layer.format), K))
+    arguments = (grad, layer.operands, repr(layer.format), K)
+    torch.library.opcheck(torch.ops.quantcore.linear_input_grad.default, arguments, test_utils=_checks(layer))
 
 
 @pytest.mark.slow  # loads the compiler
@@ -166,6 +168,13 @@ def test_linear_that_was_quantized_is_left_as_it_was(example: Example, dtype: to
     linear = make_linear(dtype=dtype)
     example.layer(linear)
     assert differences(linear.state_dict(), make_linear(dtype=dtype).state_dict()) == []
+
+
+def _checks(layer: QuantizedModule) -> tuple[str, ...]:
+    """The checks of opcheck that torch 2.13 can do: that of the schema compares arguments, and no float of 8 bits."""
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    has_float8 = any(operand.is_floating_point() and operand.itemsize == 1 for operand in layer.operands)
+    return checks[1:] if has_float8 else checks
 
 
 def _input(leading: tuple[int, ...], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
