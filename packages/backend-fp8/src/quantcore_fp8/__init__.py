@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from quantcore.plugins import Backend, hookimpl
+from quantcore_fp8 import fbgemm_fp8, fp8, mxfp8
+
+# A method per row.
+_METHODS = (fp8, mxfp8, fbgemm_fp8)
 
 
 @hookimpl
 def quantcore_backends() -> Iterable[Backend]:
-    return []
+    return [method.BACKEND for method in _METHODS]

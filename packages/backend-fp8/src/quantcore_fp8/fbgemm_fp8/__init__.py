@@ -1,0 +1,22 @@
+"""The method fbgemm_fp8: how quantcore finds its classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from quantcore.plugins import Backend, hookimpl
+
+_MODULE = "quantcore_fp8.fbgemm_fp8"
+
+BACKEND = Backend(
+    method="fbgemm_fp8",
+    config=f"{_MODULE}.config:FbgemmFp8Config",
+    quantizer=f"{_MODULE}.quantizer:FbgemmFp8Quantizer",
+    summary="E4M3 with one scale for each row, inputs in E4M3 per token below an upper bound",
+    example_configs=({}, {"activation_scale_ub": 50.0}),
+)
+
+
+@hookimpl
+def quantcore_backends() -> Iterable[Backend]:
+    return [BACKEND]

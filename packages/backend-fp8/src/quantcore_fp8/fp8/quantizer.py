@@ -1,0 +1,97 @@
+"""The quantizer of fp8 and mxfp8."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from quantcore.calibration.statistics import AbsMax
+from quantcore.formats.activation import Activation
+from quantcore.formats.base import WeightFormat, dtype_name
+from quantcore.quantizers.calibrated import CalibratedQuantizer
+from quantcore.quantizers.weight import dequantize_layers
+from quantcore_fp8.format import ROW_INPUT, STATIC_INPUT, TENSOR, Fp8
+from quantcore_fp8.format_fp4 import Fp4Expert
+from quantcore_fp8.fp8.config import MX_BLOCK, FineGrainedFP8Config
+
+if TYPE_CHECKING:
+    from quantcore.calibration.block import Block
+
+_ROUTED_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+_DEEPGEMM_INPUT = Activation("e4m3", "group", 128, floor=1e-4, quotient="multiply")
+_MX_INPUT = Activation("e4m3", "group", MX_BLOCK[1], scale="e8m0-rceil", quotient="multiply")
+
+
+class Fp8Quantizer(CalibratedQuantizer):
+    """E4M3 weights in blocks or per tensor. Only static input scales need calibration data."""
+
+    quantization_config: FineGrainedFP8Config
+
+    @property
+    def needs_data(self) -> bool:
+        return self.quantization_config.activation_scheme == "static"
+
+    def format_for(self, name: str, module: nn.Module) -> WeightFormat:
+        config, dtype = self.quantization_config, dtype_name(module.weight.dtype)  # type: ignore[arg-type]
+        if config.expert_dtype == "fp4" and _ROUTED_EXPERT.search(name):
+            return Fp4Expert(activation=_input_rounding(config), dtype=dtype)
+        is_vllm, has_exponents = config.dialect == "vllm", config.scale_fmt == "ue8m0"
+        scalar = 0 if is_vllm or self.needs_data else 2
+        return Fp8(
+            block=config.weight_block_size or TENSOR,
+            scale="weight_scale" if is_vllm else "weight_scale_inv",
+            scale_dtype="float8_e8m0fnu" if has_exponents else "uint8" if _is_mx(config) else "float32",
+            scale_rank=scalar if config.weight_block_size is None else 2,
+            writer="deepgemm" if config.dialect == "deepseek" and not _is_mx(config) else "transformers",
+            power_of_two=has_exponents or _is_mx(config),
+            activation=_input_rounding(config),
+            input_scale="input_scale" if is_vllm else "activation_scale",
+            dtype=dtype,
+        )
+
+    def solve_block(self, block: Block) -> None:
+        """Measure the range of each layer's input; weights are rounded by the format alone."""
+        ranges = block.collect(block.layers, lambda layer: AbsMax(layer.dense.shape[1]))
+        for name, seen in ranges.items():
+            if block.round_if_unseen(name, seen):
+                continue
+            layer = block.layers[name]
+            assert isinstance(layer.weight_format, Fp8)
+            tensors = layer.weight_format.quantize(layer.dense.weight)
+            block.replace(name, layer.weight_format.with_input_range(tensors, seen.largest.max()))
+
+    def preprocess_model(
+        self, model: nn.Module, dtype: torch.dtype | None = None, device_map: Any = None, **kwargs: Any
+    ) -> nn.Module:
+        self._load_dtype = dtype
+        return super().preprocess_model(model, dtype, device_map, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        super()._process_model_after_weight_loading(model, **kwargs)
+        if self.pre_quantized and self.quantization_config.dequantize:
+            dequantize_layers(model, self._load_dtype)
+
+
+def _is_mx(config: FineGrainedFP8Config) -> bool:
+    return config.weight_block_size == MX_BLOCK and (config.quant_method == "mxfp8" or config.scale_fmt == "ue8m0")
+
+
+def _input_rounding(config: FineGrainedFP8Config) -> Activation:
+    """How layers round their input: groups as wide as the blocks, tokens where there are none, or a stored scale.
+
+    Scales of groups are float32 in transformers' kernels whatever those of weights are; DeepSeek's follow scale_fmt.
+    Quark, whose configs have the key "export", divides in the input's dtype.
+    """
+    if config.activation_scheme == "static":
+        return replace(STATIC_INPUT, code_math="input") if "export" in config.extra_keys else STATIC_INPUT
+    if config.weight_block_size is None:
+        return ROW_INPUT
+    if _is_mx(config):
+        return _MX_INPUT
+    follows = config.dialect == "deepseek" and config.scale_fmt == "ue8m0"
+    group = replace(_DEEPGEMM_INPUT, group_size=config.weight_block_size[1])
+    return replace(group, scale="e8m0-round_up") if follows else group

@@ -1,0 +1,6 @@
+"""The suffixes under which tools store the scales of one layer."""
+
+from __future__ import annotations
+
+SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")  # transformers, vLLM, DeepSeek, Mistral
+INPUT_SCALE_NAMES = ("activation_scale", "input_scale", "qscale_act")
