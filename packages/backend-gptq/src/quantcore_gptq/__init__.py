@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantcore.plugins import Backend, hookimpl
-from quantcore_gptq import awq, gptq
+from quantcore_gptq import auto_round, awq, gptq
 
 # A method per row.
-_METHODS = (awq, gptq)
+_METHODS = (auto_round, awq, gptq)
 
 
 @hookimpl
