@@ -293,3 +293,23 @@ class TestStandIns:
         x, bias = torch.ones(2, INNER), torch.arange(HIDDEN).float()
         expected: Tensor = nn.functional.linear(x, down[0].dense(), bias)
         torch.testing.assert_close(nn.functional.linear(x, down[0], bias), expected)
+
+
+class TestFromFileToFile:
+    """Quantizing a folder without a model in memory."""
+
+    @pytest.mark.parametrize("apart", [False, True], ids=["fused", "one_by_one"])
+    def test_result_is_that_of_the_loaded_model(
+        self, tiny: None, kind: type[nn.Module], tmp_path: Path, apart: bool
+    ) -> None:
+        model = SmallMixtureModel(kind)
+        if apart:
+            split_experts(model, names_of_layers())
+        (tmp_path / "float").mkdir()
+        write_tensors({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "float")
+        (tmp_path / "float" / "config.json").write_text('{"architectures": ["SmallMixtureModel"]}')
+        config, build = {"quant_method": "tiny-int8"}, lambda: SmallMixtureModel(kind)
+        quantcore.quantize_checkpoint(tmp_path / "float", tmp_path / "q", config, model=build)
+        expected = quantcore.quantize(build(), config)
+        assert torch.equal(quantcore.load(tmp_path / "q", build)(IDS), expected(IDS))
+        assert set(Checkpoint(tmp_path / "q").headers) == set(expected.state_dict())

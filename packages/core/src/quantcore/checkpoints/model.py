@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from quantcore.checkpoints.devices import Placement, place
 from quantcore.checkpoints.files import copy_companions, write_json
-from quantcore.checkpoints.names import name_in_checkpoint, named_as, split_stored_experts
+from quantcore.checkpoints.names import fit_names, name_in_checkpoint
 from quantcore.checkpoints.read import CONFIG_KEYS, Checkpoint, quantization_dict, read_config
 from quantcore.checkpoints.stream import checked_slots, fill, slots
 from quantcore.checkpoints.write import atomic_directory, write_tensors
@@ -80,9 +80,8 @@ def load(
     if target_dtype is not None and not target_dtype.is_floating_point:
         raise ValueError(f"dtype must be a float dtype, got {target_dtype}; packed weights keep theirs in any case")
     skeleton = build_skeleton(checkpoint.directory, model)
-    checkpoint = named_as(skeleton, checkpoint)
     with _modules_kept_on_failure(skeleton):
-        split_stored_experts(skeleton, checkpoint)
+        checkpoint = fit_names(skeleton, checkpoint)
         if quantizer is not None:
             quantizer.validate_environment(device_map=device_map)
             device_map = quantizer.update_device_map(device_map)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from quantcore.checkpoints.files import copy_companions, with_quantization, write_json
 from quantcore.checkpoints.model import build_skeleton
+from quantcore.checkpoints.names import fit_names, name_in_checkpoint
 from quantcore.checkpoints.read import Checkpoint, quantization_dict, read_config
 from quantcore.checkpoints.shards import ShardWriter
 from quantcore.checkpoints.stream import fill_empty
 from quantcore.checkpoints.write import atomic_directory, parse_size
-from quantcore.nn.linear import QuantizedLinear
+from quantcore.nn.experts import QuantizedExperts
+from quantcore.nn.kinds import quantize_layer
 from quantcore.quantization_config import as_dtype
 from quantcore.quantizers.auto import AutoHfQuantizer
 from quantcore.quantizers.weight import PlannedLayer, WeightQuantizer
@@ -54,12 +56,15 @@ def quantize_checkpoint(
         )
     wanted = quantizer.update_dtype(as_dtype(dtype, "dtype"))
     skeleton = build_skeleton(checkpoint.directory, model)
+    checkpoint = fit_names(skeleton, checkpoint)
     fill_empty(skeleton, checkpoint, wanted)
     layers = {f"{layer.name}.weight": layer for layer in quantizer.plan(skeleton).layers}
+    quantizer.take_apart(skeleton, [layer.name for layer in layers.values()])
+    rename = name_in_checkpoint(skeleton)
     with atomic_directory(target, overwrite) as directory:
-        shards = ShardWriter(directory, parse_size(max_shard_size), _names(checkpoint, layers))
+        shards = ShardWriter(directory, parse_size(max_shard_size), map(rename, _names(checkpoint, skeleton, layers)))
         for name, tensor in _quantized(checkpoint, skeleton, layers, torch.device(device), wanted):
-            shards.add(name, tensor)
+            shards.add(rename(name), tensor)
         shards.finish()
         content = with_quantization(config_json, quantizer.quantization_config.to_dict(), wanted)
         write_json(content, directory / "config.json")
@@ -85,9 +90,9 @@ def _quantized(
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    for name, stored in checkpoint.stream():
-        tensor = stored.to(dtype) if dtype is not None and stored.is_floating_point() else stored
-        del stored
+    for name, tensor in _taken_apart(checkpoint.stream(), skeleton):
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
         if name not in layers:
             yield name, tensor
             continue
@@ -95,16 +100,34 @@ def _quantized(
         module = skeleton.get_submodule(layer.name)
         module.weight = nn.Parameter(tensor.to(device), requires_grad=False)
         del tensor
-        quantized = QuantizedLinear.from_linear(module, layer.weight_format, name=layer.name)
-        module.weight = nn.Parameter(layer.dense.weight, requires_grad=False)  # on the meta device
+        quantized = quantize_layer(module, layer.weight_format, layer.name)
+        module.weight = nn.Parameter(layer.dense.weight.detach().to("meta"), requires_grad=False)
         yield from ((f"{layer.name}.{suffix}", part) for suffix, part in quantized.stored.items())
 
 
-def _names(checkpoint: Checkpoint, layers: Mapping[str, PlannedLayer]) -> Iterator[str]:
-    for name in checkpoint.headers:
+def _names(checkpoint: Checkpoint, skeleton: nn.Module, layers: Mapping[str, PlannedLayer]) -> Iterator[str]:
+    headers = checkpoint.headers.items()
+    empty = ((name, torch.empty(header.shape, dtype=header.dtype, device="meta")) for name, header in headers)
+    for name, _ in _taken_apart(empty, skeleton):
         if name in layers:
             layer = layers[name]
             specs = layer.weight_format.tensor_specs(layer.dense.shape)
             yield from (f"{layer.name}.{spec.name}" for spec in specs)
         else:
             yield name
+
+
+def _taken_apart(tensors: Iterable[tuple[str, Tensor]], skeleton: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, and for a fused weight of experts that the model has taken apart, the weight of each layer."""
+    fused = {
+        f"{name}.{weight.name}": (name, weight)
+        for name, module in skeleton.named_modules()
+        if isinstance(module, QuantizedExperts)
+        for weight in module.fused
+    }
+    for name, tensor in tensors:
+        if name not in fused:
+            yield name, tensor
+            continue
+        module, weight = fused[name]
+        yield from ((f"{module}.{layer}.weight", matrix) for layer, matrix in weight.matrices(tensor))

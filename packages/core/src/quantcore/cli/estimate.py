@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from quantcore.checkpoints.model import build_skeleton
+from quantcore.checkpoints.names import fit_names
 from quantcore.checkpoints.quantize import check_float
 from quantcore.checkpoints.read import Checkpoint, read_config
 from quantcore.checkpoints.stream import fill_empty, slots
@@ -63,7 +64,7 @@ def estimate(directory: Path, config: QuantizationConfigMixin, dtype: str | None
     """
     check_float(directory, read_config(directory))
     model = build_skeleton(directory)
-    fill_empty(model, Checkpoint(directory), as_dtype(dtype, "dtype"))
+    fill_empty(model, fit_names(model, Checkpoint(directory)), as_dtype(dtype, "dtype"))
     quantizer = _quantizer(config)
     plan = quantizer.plan(model)
     tensors = {id(slot.tensor): slot.tensor for slot in slots(model).values()}.values()

@@ -42,6 +42,11 @@ class FusedWeight:
             return [rows[:, start::count] for start in range(count)]
         return list(rows.chunk(count, dim=1))
 
+    def matrices(self, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The weight [N, K] of each linear layer, a view, with the layer's name ("3.gate_proj")."""
+        for part, stacked in zip(self.parts, self.split(weight), strict=True):
+            yield from ((f"{expert}.{part}", matrix) for expert, matrix in enumerate(stacked))
+
     def join(self, outputs: Sequence[Tensor]) -> Tensor:
         """What the parts give, [..., N] each, in the order in which the fused weight gives it."""
         if len(outputs) == 1:
@@ -92,15 +97,20 @@ class QuantizedExperts(nn.Module):
         vars(self).update(_shallow(vars(fused)))
         self._architecture = type(fused)
         self._fused = {weight.name: weight for weight in weights}
-        layers: list[dict[str, nn.Module]] = [{} for _ in range(weights[0].shape[0])]
+        experts = [nn.ModuleDict() for _ in range(weights[0].shape[0])]
         for weight in weights:
             parameter = self._parameters.pop(weight.name)
             assert parameter is not None
-            for part, matrices in zip(weight.parts, weight.split(parameter.detach()), strict=True):
-                for expert, matrix in zip(layers, matrices, strict=True):
-                    expert[part] = build_dense(nn.Linear, matrix, None).requires_grad_(parameter.requires_grad)
-        for index, expert in enumerate(layers):
-            self.add_module(str(index), nn.ModuleDict(expert))
+            for name, matrix in weight.matrices(parameter.detach()):
+                index, _, part = name.partition(".")
+                experts[int(index)][part] = build_dense(nn.Linear, matrix, None).requires_grad_(parameter.requires_grad)
+        for number, expert in enumerate(experts):
+            self.add_module(str(number), expert)
+
+    @property
+    def fused(self) -> tuple[FusedWeight, ...]:
+        """The 3-D weights that were taken apart."""
+        return tuple(self._fused.values())
 
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """The linear layers of every expert, with their names in this module."""
