@@ -7,7 +7,7 @@ import torch
 import triton.language as tl
 
 from quantcore.kernels.triton import launch
-from quantcore.kernels.triton.checks import check_dequantize, check_input_grad, check_linear
+from quantcore.kernels.triton.checks import check_dequantize, check_grouped, check_input_grad, check_linear
 from quantcore_bnb.bitsandbytes.decode import decoder_for
 from quantcore_bnb.bitsandbytes.format import Bnb4Bit
 
@@ -87,8 +87,22 @@ def test_input_gradient_is_the_references(name: str, dtype: torch.dtype) -> None
 def test_tiles_match_reference(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     decoder = decoder_for(FORMATS[name])
     assert decoder.fits_tiles(*shape)
-    x, bias = torch.randn(2, shape[1], 2).to(dtype)[1:, :, 1], torch.randn(shape[0], dtype=dtype)
-    check_linear(launch.gemv, FORMATS[name], decoder, x, shape[0], bias)
+    check_dequantize(FORMATS[name], decoder, shape, dtype)
+    bias = torch.randn(shape[0], dtype=dtype)
+    for call, rows in ((launch.gemv, 1), (launch.gemv, 2), (launch.gemm, 17)):
+        x = torch.randn(rows + 1, shape[1], 2).to(dtype)[1:, :, 1]
+        check_linear(call, FORMATS[name], decoder, x, shape[0], bias)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_whole_blocks_fit_tiles(name: str) -> None:
+    blocksize = FORMATS[name].blocksize
+    assert decoder_for(FORMATS[name]).fits_tiles(3, 2 * blocksize)
+    check_dequantize(FORMATS[name], decoder_for(FORMATS[name]), (3, 2 * blocksize), torch.float32)
+
+
+def test_experts_match_reference() -> None:
+    check_grouped(FORMATS["nf4_nested"], decoder_for(FORMATS["nf4_nested"]), [5, 0, 3], (7, 128), torch.bfloat16)
 
 
 def test_blocks_that_cross_rows_are_gathered() -> None:

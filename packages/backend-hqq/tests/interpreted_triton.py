@@ -7,7 +7,7 @@ import torch
 import triton.language as tl
 
 from quantcore.kernels.triton import launch
-from quantcore.kernels.triton.checks import check_dequantize, check_input_grad, check_linear
+from quantcore.kernels.triton.checks import check_dequantize, check_grouped, check_input_grad, check_linear
 from quantcore_hqq.hqq.decode import decoder_for
 from quantcore_hqq.hqq.format import Hqq
 
@@ -111,8 +111,24 @@ def test_tiles_match_reference(shape: tuple[int, int], compute: str, dtype: torc
     weight_format = hqq(4, 1, compute, group_size=64)
     decoder = decoder_for(weight_format)
     assert decoder.fits_tiles(*shape)
-    x, bias = torch.randn(2, shape[1], 2).to(dtype)[1:, :, 1], torch.randn(shape[0], dtype=dtype)
-    check_linear(launch.gemv, weight_format, decoder, x, shape[0], bias)
+    bias = torch.randn(shape[0], dtype=dtype)
+    for call, rows in ((launch.gemv, 1), (launch.gemv, 2), (launch.gemm, 17)):
+        x = torch.randn(rows + 1, shape[1], 2).to(dtype)[1:, :, 1]
+        check_linear(call, weight_format, decoder, x, shape[0], bias)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+@pytest.mark.parametrize("group_size", [None, 16, 40])
+def test_every_width_of_whole_words_fits_tiles(bits: float, group_size: int | None) -> None:
+    weight_format = hqq(bits, 1, "float16", group_size=group_size)
+    decoder = decoder_for(weight_format)
+    assert decoder.fits_tiles(24, 80)
+    check_dequantize(weight_format, decoder, (24, 80), torch.float32)
+
+
+def test_experts_match_reference() -> None:
+    weight_format = hqq(4, 1, "bfloat16", group_size=64)
+    check_grouped(weight_format, decoder_for(weight_format), [5, 0, 3], (6, 128), torch.bfloat16)
 
 
 def test_an_odd_number_of_rows_is_gathered() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,14 @@ pytest.importorskip("triton", reason="triton has no build for this platform")
 
 from quantcore.formats.base import WeightFormat
 from quantcore.kernels.triton import launch
-from quantcore.kernels.triton.aot import TARGETS, compile_launches, count_instructions, spilled_bytes
+from quantcore.kernels.triton.aot import GLOBAL_LOADS, TARGETS, compile_launches, count_instructions, spilled_bytes
 from quantcore.kernels.triton.checks import quantized, run_in_interpreter
+from quantcore.kernels.triton.decoder import Decoder
 from quantcore_hqq.hqq.decode import decoder_for
 from quantcore_hqq.hqq.format import Hqq
 
 SHAPE = (128, 256)
+LINEAR = ((launch.gemv, 1), (launch.gemv, 5), (launch.gemm, 50))
 
 
 def hqq(bits: float, axis: int, compute: str = "bfloat16") -> Hqq:
@@ -27,7 +31,7 @@ def launch_all(weight_format: Hqq) -> None:
     dtype = weight_format.compute_torch_dtype
     operands, decoder = list(quantized(weight_format, SHAPE).values()), decoder_for(weight_format)
     launch.dequantize(operands, decoder, SHAPE, dtype)
-    for call, rows in ((launch.gemv, 1), (launch.gemv, 5), (launch.gemm, 50)):
+    for call, rows in LINEAR:
         call(torch.zeros(rows, SHAPE[1], dtype=dtype), operands, None, decoder, SHAPE[0], dtype)
 
 
@@ -42,8 +46,9 @@ def test_every_skeleton_compiles_without_spills(bits: float, axis: int, target: 
     assert {kernel.name: spilled_bytes(kernel) for kernel in kernels if spilled_bytes(kernel)} == {}
 
 
-def test_float32_compiles_without_spills() -> None:
-    kernels = compile_launches("sm_90", lambda: launch_all(hqq(4, 1, "float32")))
+@pytest.mark.parametrize("compute", ["float16", "float32"])
+def test_every_dtype_compiles_without_spills(compute: str) -> None:
+    kernels = compile_launches("sm_90", lambda: launch_all(hqq(4, 1, compute)))
     assert {kernel.name: spilled_bytes(kernel) for kernel in kernels if spilled_bytes(kernel)} == {}
 
 
@@ -57,16 +62,25 @@ def test_every_width_compiles(bits: int, axis: int) -> None:
     assert [spilled_bytes(kernel) for kernel in kernels] == [0]
 
 
-def test_tiles_load_less_than_gather() -> None:
-    N, K = 16, 1024
-    weight_format = hqq(4, 1)
+def loads(operands: list[torch.Tensor], decoder: Decoder, N: int, K: int) -> list[int]:
+    """Loads from global memory in the code for sm_90 of gemv of 1 row and of 5, and of gemm."""
+    inputs = {rows: torch.zeros(rows, K, dtype=torch.bfloat16) for _, rows in LINEAR}
+    calls = [partial(call, inputs[rows], operands, None, decoder, N) for call, rows in LINEAR]
+    return [count_instructions(compile_launches("sm_90", call)[0], GLOBAL_LOADS) for call in calls]
+
+
+@pytest.mark.parametrize(
+    ("bits", "most_loads"), [(8, (6, 16, 22)), (4, (6, 10, 16)), (2, (10, 12, 18)), (1, (18, 20, 26))]
+)
+def test_tiles_load_less_than_gather(bits: float, most_loads: tuple[int, ...]) -> None:
+    N, K = 256, 1024
+    weight_format = hqq(bits, 1)
     operands, decoder = list(quantized(weight_format, (N, K)).values()), decoder_for(weight_format)
-    x = torch.zeros(1, K, dtype=torch.bfloat16)
-    (tiles,) = compile_launches("sm_90", lambda: launch.gemv(x, operands, None, decoder, N))
-    (gather,) = compile_launches("sm_90", lambda: launch.gemv(x, operands, None, decoder, N, splits=1))
-    assert (tiles.name, gather.name) == ("gemv_tile_kernel", "gemv_kernel")
-    assert count_instructions(tiles, r"ld\.global") <= 6
-    assert count_instructions(gather, r"ld\.global") > 40
+    gather = dataclasses.replace(decoder, words=None)
+    tiles = loads(operands, decoder, N, K)
+    gather = loads(operands, dataclasses.replace(decoder, words=None), N, K)
+    assert all(found <= most for found, most in zip(tiles, most_loads, strict=True)), tiles
+    assert all(found < gathered / 2 for found, gathered in zip(tiles, gather, strict=True)), (tiles, gather)
 
 
 def test_steps_are_rounded_in_hardware_on_a_gpu() -> None:

@@ -15,8 +15,15 @@ from torch import Tensor
 
 from quantcore.formats.base import TensorSpec, WeightFormat
 from quantcore.kernels.triton import launch
-from quantcore.kernels.triton.checks import check_dequantize, check_input_grad, check_linear, poisoned_buffers
+from quantcore.kernels.triton.checks import (
+    check_dequantize,
+    check_grouped,
+    check_input_grad,
+    check_linear,
+    poisoned_buffers,
+)
 from quantcore.kernels.triton.decoder import Decoder
+from quantcore.kernels.triton.heuristics import DENSE, Launch
 from quantcore.kernels.triton.rounding import rounded
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -118,11 +125,37 @@ def test_gemm_computes_in_the_formats_dtype(rows: int, compute: str | None, dtyp
 
 
 @pytest.mark.parametrize("splits", [1, 8])
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(("rows", "BM"), [(1, 1), (5, 16)])
 @pytest.mark.parametrize("K", [1, 64, 700])
-def test_gemv_adds_up_its_splits(rows: int, K: int, splits: int) -> None:
+def test_gemv_adds_up_its_splits(rows: int, BM: int, K: int, splits: int) -> None:
     x, bias = torch.randn(rows, K), torch.randn(33)
-    check_linear(partial(launch.gemv, splits=splits), Plain(), plain(), x, 33, bias)
+    check_linear(partial(launch.gemv, launch=Launch(BM, 8, 64, splits)), Plain(), plain(), x, 33, bias)
+
+
+@DTYPES
+@pytest.mark.parametrize("compute", [None, "bfloat16"])
+def test_a_weight_dequantized_whole_computes_in_the_formats_dtype(compute: str | None, dtype: torch.dtype) -> None:
+    x, bias = torch.randn(2, 9, 77, dtype=dtype), torch.randn(35)
+    check_linear(partial(launch.gemm, launch=DENSE), Plain(compute), plain(), x, 35, bias)
+
+
+def test_many_rows_take_the_weight_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.skeletons, "gemm_kernel", None)
+    check_linear(launch.gemm, Plain(), plain(), torch.randn(1025, 7), 3, torch.randn(3))
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [[3], [0, 70, 1, 0, 33], [0, 0]], ids=str)
+def test_grouped_gives_each_row_its_expert(rows: list[int], dtype: torch.dtype) -> None:
+    check_grouped(Plain(), plain(), rows, (35, 77), dtype)
+
+
+@pytest.mark.parametrize("offsets_dtype", [torch.int32, torch.int64], ids=str)
+def test_grouped_rows_may_be_strided(offsets_dtype: torch.dtype) -> None:
+    weight, x = torch.randn(2, 9, 40), torch.randn(40, 6).T
+    y = launch.grouped(x, torch.tensor([0, 2, 6], dtype=offsets_dtype), [weight], None, plain(), 9)
+    expected = torch.cat([x[:2] @ weight[0].T, x[2:] @ weight[1].T])
+    assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5)  # 40 products in another order
 
 
 LAUNCHERS = pytest.mark.parametrize("call", [launch.gemv, launch.gemm], ids=["gemv", "gemm"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def plugin_modules() -> list[str]:
@@ -18,6 +19,18 @@ def disabled_plugins() -> frozenset[str]:
 def forced_kernel() -> str | None:
     """Name of the only kernel that may run, or None for the usual choice (QUANTCORE_KERNEL)."""
     return os.environ.get("QUANTCORE_KERNEL", "").strip() or None
+
+
+def autotune() -> bool:
+    """Whether Triton launches that are not known for this device are measured at first use (QUANTCORE_AUTOTUNE=1)."""
+    return os.environ.get("QUANTCORE_AUTOTUNE", "") not in ("", "0")
+
+
+def cache_folder() -> Path:
+    """Where measurements of this machine are kept (QUANTCORE_CACHE, else quantcore in XDG_CACHE_HOME or ~/.cache)."""
+    named = os.environ.get("QUANTCORE_CACHE", "").strip()
+    base = os.environ.get("XDG_CACHE_HOME", "").strip() or "~/.cache"
+    return Path(named or f"{base}/quantcore").expanduser()
 
 
 def golden_folder() -> str | None:

@@ -10,10 +10,9 @@ import triton
 import triton.language as tl
 
 from quantcore.formats.base import WeightFormat, float_dtype
-from quantcore.kernels.triton.decoder import Decoder
+from quantcore.kernels.triton.decoder import Decoder, Words, places
+from quantcore.kernels.triton.tiles import look_up
 from quantcore_bnb.bitsandbytes.format import Bnb4Bit
-
-_TILE_BLOCKSIZE = 64
 
 
 class Blocks(NamedTuple):
@@ -21,7 +20,6 @@ class Blocks(NamedTuple):
 
     group: int
     nested_blocksize: int
-    split_rows: bool = False
 
 
 @triton.jit
@@ -35,9 +33,11 @@ def decode_blocks(tensors, k, n, N, K, D: tl.constexpr):
 
 
 @triton.jit
-def scale_levels(tensors, codes, group, D: tl.constexpr):
-    """quant_map[code] * absmax[block] of codes that are already split."""
-    return tl.load(tensors[2] + codes) * load_absmax(tensors, group, D)[:, :, None]
+def scale_levels(tensors, codes, n, g, N, K, D: tl.constexpr):
+    """quant_map[code] * absmax[block] of codes that are already split; D.group divides K."""
+    block = n * (K // D.group) + g
+    levels = look_up(tl.load(tensors[2] + tl.arange(0, 16)), codes)
+    return levels * load_absmax(tensors, block, D)[:, :, None]
 
 
 @triton.jit
@@ -63,5 +63,6 @@ def decoder_for(weight_format: WeightFormat) -> Decoder | None:
         constants=Blocks(weight_format.blocksize, weight_format.nested_blocksize if nested else 0),
         views=(torch.uint8, None, None, *((None,) * 3 if nested else ())),
         dtype=torch.float32 if dtype == torch.float64 else dtype,  # values are float32 before they are cast
-        scale=scale_levels if weight_format.blocksize == _TILE_BLOCKSIZE else None,
+        words=Words(codes=2, bits=4, along="k", order=places(1, 0), group=weight_format.blocksize),
+        scale=scale_levels,
     )

@@ -10,14 +10,12 @@ import triton
 import triton.language as tl
 
 from quantcore.formats.base import WeightFormat
-from quantcore.kernels.triton.decoder import Decoder
+from quantcore.kernels.triton.decoder import Decoder, Words, places
 from quantcore.kernels.triton.rounding import rounded
 from quantcore_hqq.hqq.format import Hqq
-from quantcore_hqq.hqq.packing import PACKINGS
+from quantcore_hqq.hqq.packing import PACKINGS, Packing
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-_TILED = (4, 1, 64)  # bits, axis and group of the contract `tile`
 
 
 class Groups(NamedTuple):
@@ -31,7 +29,6 @@ class Groups(NamedTuple):
     bits: int
     codes_per_word: int
     dtype: Any
-    split_rows: bool = True
 
 
 @triton.jit
@@ -59,8 +56,11 @@ def decode_groups(tensors, k, n, N, K, D: tl.constexpr):
 
 
 @triton.jit
-def scale_codes(tensors, codes, group, D: tl.constexpr):
-    """(code - zero) * scale of codes that are already unpacked."""
+def scale_codes(tensors, codes, n, g, N, K, D: tl.constexpr):
+    """(code - zero) * scale of codes that are already unpacked, on axis 1; D.group divides K."""
+    group = n + g
+    if D.group > 0:
+        group = n * (K // D.group) + g
     scale = tl.load(tensors[1] + group).to(tl.float32)[:, :, None]
     return apply_scale(codes, scale, tl.load(tensors[2] + group).to(tl.float32)[:, :, None], D)
 
@@ -87,5 +87,13 @@ def decoder_for(weight_format: WeightFormat) -> Decoder | None:
         constants=Groups(length, axis, packing.bits, packing.codes_per_word, _DTYPES[dtype]),
         views=(packing.word_dtype, None, None),
         dtype=dtype,
-        scale=scale_codes if (packing.bits, axis, length) == _TILED else None,
+        words=_words(packing, length) if axis == 1 else None,
+        scale=scale_codes,
     )
+
+
+def _words(packing: Packing, group: int) -> Words | None:
+    """The words of rows of codes; None where no power of two of them makes a word."""
+    codes = packing.codes_per_word
+    order = places(*reversed(range(codes)))  # the first rows lie highest
+    return None if codes & (codes - 1) else Words(codes, packing.bits, "apart", order, group=group)

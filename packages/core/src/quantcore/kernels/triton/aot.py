@@ -18,7 +18,7 @@ from triton import JITFunction
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from quantcore.kernels.triton import skeletons, tiles
+from quantcore.kernels.triton import skeletons
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -26,6 +26,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+GLOBAL_LOADS = r"ld\.global|cp\.async\.c[ag]|global_load|buffer_load"
+TENSOR_CORES = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma"
 _SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a program
 _MOST_THREADS = 1024
 
@@ -36,8 +38,8 @@ def compile_launches(target: str, call: Callable[[], Any]) -> list[Any]:
     call: launches skeletons on CPU tensors; none of them runs, so its result holds garbage.
     Raises what a launch there would raise: a kernel that does not compile or asks for too much shared memory.
     """
-    named = {**vars(skeletons), **vars(tiles)}
-    kernels = [kernel for name, kernel in named.items() if name.endswith("_kernel") and isinstance(kernel, JITFunction)]
+    named = vars(skeletons).items()
+    kernels = [kernel for name, kernel in named if name.endswith("_kernel") and isinstance(kernel, JITFunction)]
     with _compiling_for(target):
         for kernel in kernels:
             kernel.device_caches.pop(target, None)

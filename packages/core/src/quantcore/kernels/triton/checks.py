@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -66,13 +67,26 @@ def check_linear(
     shape = (out_features, x.shape[-1])
     named = quantized(weight_format, shape)
     operands = list(named.values())
-    expected = reference.linear(x, operands, bias, weight_format, out_features)
     with poisoned_buffers():
         found = call(x, operands, bias, decoder, out_features, weight_format.compute_torch_dtype)
-    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    error = (found.double() - expected.double()).abs()
-    allowed = tolerance(weight_format, named, x, bias, shape)
-    assert bool((error <= allowed).all()), f"{decoder.name} {tuple(x.shape)}: {_difference(found, expected)}"
+    _check_near(found, weight_format, named, x, shape, bias, decoder.name)
+
+
+def check_grouped(
+    weight_format: WeightFormat, decoder: Any, rows: Sequence[int], shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Experts with these numbers of rows give each what `check_linear` asks of one, bias included."""
+    from quantcore.kernels.triton import launch
+
+    experts = [quantized(weight_format, shape, seed) for seed in range(len(rows))]
+    stacked = [torch.stack(operands) for operands in zip(*(named.values() for named in experts), strict=True)]
+    x, bias = torch.randn(sum(rows), shape[1]).to(dtype), torch.randn(len(rows), shape[0])
+    offsets = torch.tensor([0, *accumulate(rows)], dtype=torch.int32)
+    with poisoned_buffers():
+        found = launch.grouped(x, offsets, stacked, bias, decoder, shape[0], weight_format.compute_torch_dtype)
+    assert (found.shape, found.dtype) == ((sum(rows), shape[0]), dtype)
+    for named, part, own, added in zip(experts, x.split(list(rows)), found.split(list(rows)), bias, strict=True):
+        _check_near(own, weight_format, named, part, shape, added, decoder.name)
 
 
 def check_input_grad(weight_format: WeightFormat, decoder: Any, grad: Tensor, in_features: int) -> None:
@@ -88,10 +102,26 @@ def check_input_grad(weight_format: WeightFormat, decoder: Any, grad: Tensor, in
     assert torch.equal(found, expected), f"{decoder.name} {shape}: {_difference(found, expected)}"
 
 
-def quantized(weight_format: WeightFormat, shape: tuple[int, int]) -> dict[str, Tensor]:
+def quantized(weight_format: WeightFormat, shape: tuple[int, int], seed: int = 0) -> dict[str, Tensor]:
     """Operands of a random weight of this shape, the same at every call."""
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0] * 1009 + shape[1]))
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0] * 1009 + shape[1] + seed))
     return weight_format.operands(weight_format.quantize(weight), shape)
+
+
+def _check_near(
+    found: Tensor,
+    weight_format: WeightFormat,
+    named: Mapping[str, Tensor],
+    x: Tensor,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+    label: str,
+) -> None:
+    expected = reference.linear(x, list(named.values()), bias, weight_format, shape[0])
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    error = (found.double() - expected.double()).abs()
+    allowed = tolerance(weight_format, named, x, bias, shape)
+    assert bool((error <= allowed).all()), f"{label} {tuple(x.shape)}: {_difference(found, expected)}"
 
 
 def tolerance(

@@ -5,30 +5,65 @@ from __future__ import annotations
 from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Words(NamedTuple):
+    """Where the codes of a weight [N, K] lie in its first operand, a matrix of words.
+
+    codes: codes in a word, a power of two. bits: of a code.
+    along: what runs through a word: "k", neighbours along K, words [N, K / codes]; "n", neighbours along N, words
+    [N / codes, K]; "apart", rows i, i + N / codes, ... of one column, words [N / codes, K].
+    order: of each code in turn its place in the word, lowest bits first, as `places` writes it.
+    transposed: whether the words of a column, not those of a row, are neighbours in memory.
+    group: columns of a row for which `scale` loads once; 0 for all of them, 1 where each has its own.
+    """
+
+    codes: int
+    bits: int
+    along: str
+    order: int = 0
+    transposed: bool = False
+    group: int = 0
+
+    def fits(self, N: int, K: int) -> bool:
+        """Whether a weight of this shape is made of whole words and whole groups."""
+        return K > 0 and (K if self.along == "k" else N) % self.codes == 0 and K % max(1, self.group) == 0
+
+
+def places(*order: int) -> int:
+    """The field `order` of Words: code i of a word, of at most 16, stands in place order[i].
+
+    One signed 64-bit number, a hexadecimal digit a place: Triton 3.6 loses a tuple within D.
+    """
+    digits = sum(place << (4 * i) for i, place in enumerate(order))
+    return digits - (1 << 64) if digits >> 63 else digits
 
 
 @dataclass(frozen=True)
 class Decoder:
     """How the operands of one weight format become float32 values inside a skeleton.
 
-    The contract `gather` is decode, and serves every shape. The contract `tile` is scale, for formats of two 4-bit
-    codes a byte in groups along K: the skeleton loads and splits the bytes.
+    There are two contracts, both for every skeleton. `gather`, which each decoder keeps, is decode: it does its own
+    loads, and serves every layout and shape. `tile`, for formats whose speed matters, is words and scale: the skeletons
+    load each word once, side by side, and split it into codes; it serves the shapes that words fit, decode the rest.
 
     name: in errors. constants: a NamedTuple, whose fields are fields of D too.
     decode: a @triton.jit function `decode(tensors, k, n, N, K, D) -> values` that does its own loads. k: integers
     [1, BK] below K; n: integers [BN, 1] below N, int64 where N * K needs it. Returns float32 [BN, BK], the numbers that
     the format's `dequantize` gives before it rounds to the dtype asked for.
-    views: for each operand the dtype under which decode reads its bytes, None for its own.
+    views: for each operand the dtype under which decode and the skeletons read its bytes, None for its own.
     dtype: of the weight itself, what `dequantize` gives where no dtype is asked for.
-    scale: None, or a @triton.jit function `scale(tensors, codes, group, D) -> values`. codes: int32 [BN, BG, W]; group:
-    [BN, BG], the number of each group in the flattened weight (what is loaded by it is expanded afterwards: a load of
-    [BN, BG, 1] would be repeated in every register). constants then has group, the values in a group, and
-    split_rows, whether a byte holds one column of rows i (high) and i + N / 2 (low), or two neighbours of one row.
+    words: None, or the layout of the first operand, whose fields D holds as words_codes, words_bits, ...
+    scale: a @triton.jit function `scale(tensors, codes, n, g, N, K, D) -> values` beside words. codes: int32
+    [BN, BG, BW], or of the operand's own dtype where a word is one code; n: integers [BN, 1] below N as in decode; g:
+    integers [1, BG] below max(1, K / group), the groups of the columns, BW columns each. Returns float32 of codes'
+    shape, the same numbers as decode. Load what a group needs at [BN, BG] and widen it by [:, :, None] afterwards: a
+    load of [BN, BG, 1] would be repeated in every register.
     """
 
     name: str
@@ -36,24 +71,24 @@ class Decoder:
     constants: Any
     views: tuple[torch.dtype | None, ...]
     dtype: torch.dtype
+    words: Words | None = None
     scale: Any = None
 
     def fits_tiles(self, N: int, K: int) -> bool:
         """Whether the contract `tile` serves a weight of this shape."""
-        if self.scale is None or K % self.constants.group:
-            return False
-        return not (self.constants.split_rows and N % 2)
+        return self.words is not None and self.words.fits(N, K)
 
-    @property
+    @cached_property
     def on_device(self) -> Any:
-        """The NamedTuple constexpr that skeletons take as D: name, decode, scale, source, and the constants.
+        """The NamedTuple constexpr that skeletons take as D: name, decode, scale, source, the constants, the words.
 
         It is flat: Triton 3.6 loses a nested one. source: a digest of the functions' code, so that compiled kernels on
         disk are not taken for those of other code.
         """
         functions = (self.decode, self.scale)
         source = "".join(getattr(function, "cache_key", "") for function in functions)
-        return _record(self.constants._fields)(self.name, *functions, source, *self.constants)
+        words = self.words or Words(0, 0, "")
+        return _record(self.constants._fields)(self.name, *functions, source, *self.constants, *words)
 
     def arrange(self, operands: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The operands as decode reads them: contiguous, each under its view; nothing is copied where they are so.
@@ -68,4 +103,5 @@ class Decoder:
 
 @cache
 def _record(constants: tuple[str, ...]) -> Any:
-    return namedtuple("DeviceDecoder", ("name", "decode", "scale", "source", *constants))
+    words = (f"words_{field}" for field in Words._fields)
+    return namedtuple("DeviceDecoder", ("name", "decode", "scale", "source", *constants, *words))

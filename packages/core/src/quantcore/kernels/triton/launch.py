@@ -1,10 +1,14 @@
-"""Skeletons as functions on tensors: grids, tile sizes, and where an output lives."""
+"""Skeletons as functions on tensors: grids, launches, and where an output lives.
+
+Each function takes a launch, which tests and measurements name; None takes the best known, see `tuning`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -13,49 +17,38 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import InterpreterError
 
-from quantcore.kernels.triton import skeletons, tiles as tile_skeletons
+from quantcore.formats.base import dtype_name
+from quantcore.kernels.triton import skeletons
 from quantcore.kernels.triton.decoder import Decoder
+from quantcore.kernels.triton.heuristics import DENSE, GEMV_ROWS, Launch, Shape
+from quantcore.kernels.triton.tuning import best_launch
 
-GEMV_ROWS = 16  # the fewest rows that a tensor core takes, and so the most that gemv serves
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-class Tiles(NamedTuple):
-    """Tile sizes of one skeleton and how it is launched."""
-
-    BM: int
-    BN: int
-    BK: int
-    num_warps: int
-    num_stages: int = 2
-
-
-DEQUANTIZE = Tiles(BM=1, BN=8, BK=256, num_warps=4)
-GEMV_ONE_ROW = Tiles(BM=1, BN=8, BK=256, num_warps=4)
-GEMV = Tiles(BM=GEMV_ROWS, BN=32, BK=64, num_warps=4)
-GEMM = Tiles(BM=64, BN=64, BK=64, num_warps=4)
-GEMV_FLOAT32 = Tiles(
-    BM=GEMV_ROWS, BN=32, BK=32, num_warps=4
-)  # float32 tiles hold twice the registers: larger ones spill
-GEMM_FLOAT32 = Tiles(BM=32, BN=32, BK=32, num_warps=4)
 _SUM_COLUMNS = 128
-_TILE_ROWS, _TILE_GROUPS = 4, 8
-_ENOUGH_PROGRAMS = 512  # about four a multiprocessor; fewer rows of programs than this share K among splits
-_MOST_SPLITS = 8
 
 
-def dequantize(operands: Sequence[Tensor], decoder: Decoder, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def dequantize(
+    operands: Sequence[Tensor],
+    decoder: Decoder,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    launch: Launch | None = None,
+) -> Tensor:
     """The weight [N, K] in dtype: float32, bfloat16 or float16."""
     N, K = shape
     tensors = decoder.arrange(operands)
-    y = tensors[0].new_empty(shape, dtype=dtype)
-    if y.numel():
-        tiles = DEQUANTIZE
-        grid = (triton.cdiv(N, tiles.BN), triton.cdiv(K, tiles.BK))
-        options = {"BN": tiles.BN, "BK": tiles.BK, "num_warps": tiles.num_warps}
-        arguments = (tensors, y, N, K, decoder.on_device, _index_type(N, K))
+
+    def run(launch: Launch) -> Tensor:
+        y = tensors[0].new_empty(shape, dtype=dtype)
+        grid = (triton.cdiv(N, launch.BN), triton.cdiv(K, launch.BK))
+        arguments = (tensors, y, N, K, *_decoding(decoder, N, K, launch.BK))
+        options = {name: getattr(launch, name) for name in ("BN", "BK", "num_warps")}
         _launch(skeletons.dequantize_kernel, grid, decoder, y.device, arguments, options)
-    return y
+        return y
+
+    if N * K == 0:
+        return tensors[0].new_empty(shape, dtype=dtype)
+    return run(launch or _choose("dequantize", decoder, (1, N, K), dtype, tensors[0].device, run))
 
 
 def gemv(
@@ -65,49 +58,36 @@ def gemv(
     decoder: Decoder,
     out_features: int,
     compute_dtype: torch.dtype | None = None,
-    splits: int | None = None,
+    launch: Launch | None = None,
 ) -> Tensor:
-    """x [..., K] of at most 16 rows times the weight, plus bias [N].
-
-    One row of a weight that fits the contract `tile` goes there, unless splits says into how many parts K is cut.
-    """
-    rows, y = _rows(x), x.new_empty(*x.shape[:-1], out_features)
-    (M, K), N = rows.shape, out_features
+    """x [..., K] of at most 16 rows times the weight, plus bias [N]."""
+    rows = _rows(x)
+    (M, K), N, dtype = rows.shape, out_features, compute_dtype or x.dtype
     if M > GEMV_ROWS:
         raise ValueError(f"gemv serves at most {GEMV_ROWS} rows, got {M}; use gemm")
-    if y.numel() == 0:
+    tensors, bias = decoder.arrange(operands), _contiguous(bias)
+
+    def run(launch: Launch) -> Tensor:
+        y = x.new_empty(M, N)
+        shares, added = y, bias
+        if launch.SPLITS > 1:
+            shares, added = x.new_empty(launch.SPLITS, M, N, dtype=torch.float32), None
+        shared = (TRITON_DTYPES[dtype], *_decoding(decoder, N, K, launch.BK))
+        arguments = (tensors, rows, added, shares, M, N, K, *rows.stride(), *shared)
+        grid = (triton.cdiv(N, launch.BN), launch.SPLITS)
+        _launch(skeletons.gemv_kernel, grid, decoder, x.device, arguments, launch._asdict())
+        if launch.SPLITS > 1:
+            _sum_splits(shares, bias, y, decoder, launch.BM, dtype)
         return y
-    compute = TRITON_DTYPES[compute_dtype or x.dtype]
-    if M == 1 and splits is None and K and decoder.fits_tiles(N, K):
-        _gemv_tiles(rows, operands, bias, decoder, y, compute)
-        return y
-    several = GEMV_FLOAT32 if compute == tl.float32 else GEMV
-    tiles = GEMV_ONE_ROW if M == 1 else several
-    programs = triton.cdiv(N, tiles.BN)
-    splits = splits or _splits(programs, K, tiles.BK)
-    shares = y if splits == 1 else x.new_empty(splits, M, N, dtype=torch.float32)
-    arguments = _linear_arguments(rows, operands, bias if splits == 1 else None, decoder, shares, N, compute)
-    options = {**tiles._asdict(), "SPLITS": splits}
-    _launch(skeletons.gemv_kernel, (programs, splits), decoder, x.device, arguments, options)
-    if splits > 1:
-        options = {"BM": tiles.BM, "BN": _SUM_COLUMNS, "SPLITS": splits}
-        arguments = (shares, _contiguous(bias), y, M, N, compute)
-        grid = (triton.cdiv(N, _SUM_COLUMNS),)
-        _launch(skeletons.sum_splits_kernel, grid, decoder, x.device, arguments, options)
-    return y
+
+    return _result(x, N, lambda: launch or _choose("gemv", decoder, (M, N, K), dtype, x.device, run), run)
 
 
-def _gemv_tiles(
-    row: Tensor, operands: Sequence[Tensor], bias: Tensor | None, decoder: Decoder, y: Tensor, compute: Any
-) -> None:
-    K, N = row.shape[1], y.shape[-1]
-    word_rows = N // 2 if decoder.constants.split_rows else N
-    tensors = decoder.arrange(operands)
-    shared = (decoder.on_device, compute, _index_type(N, K))
-    arguments = (tensors, row, _contiguous(bias), y, N, K, row.stride(1), *shared)
-    options = {"BN": _TILE_ROWS, "BG": _TILE_GROUPS}
-    grid = (triton.cdiv(word_rows, _TILE_ROWS),)
-    _launch(tile_skeletons.gemv_tile_kernel, grid, decoder, row.device, arguments, options)
+def _sum_splits(shares: Tensor, bias: Tensor | None, y: Tensor, decoder: Decoder, BM: int, dtype: torch.dtype) -> None:
+    splits, M, N = shares.shape
+    options = {"BM": BM, "BN": _SUM_COLUMNS, "SPLITS": splits}
+    arguments = (shares, bias, y, M, N, TRITON_DTYPES[dtype])
+    _launch(skeletons.sum_splits_kernel, (triton.cdiv(N, _SUM_COLUMNS),), decoder, y.device, arguments, options)
 
 
 def gemm(
@@ -117,17 +97,61 @@ def gemm(
     decoder: Decoder,
     out_features: int,
     compute_dtype: torch.dtype | None = None,
+    launch: Launch | None = None,
 ) -> Tensor:
-    """x [..., K] of any number of rows times the weight, plus bias [N]."""
-    rows, y = _rows(x), x.new_empty(*x.shape[:-1], out_features)
-    if y.numel() == 0:
+    """x [..., K] of any number of rows times the weight, plus bias [N].
+
+    Under DENSE, which many rows take, the weight is dequantized whole for torch's own product.
+    """
+    rows = _rows(x)
+    (M, K), N, dtype = rows.shape, out_features, compute_dtype or x.dtype
+    tensors, bias = decoder.arrange(operands), _contiguous(bias)
+
+    def run(launch: Launch) -> Tensor:
+        if launch == DENSE:
+            weight, added = dequantize(operands, decoder, (N, K), dtype), None if bias is None else bias.to(dtype)
+            return torch.nn.functional.linear(rows.to(dtype), weight, added).to(x.dtype)
+        y = x.new_empty(M, N)
+        shared = (TRITON_DTYPES[dtype], *_decoding(decoder, N, K, launch.BK))
+        arguments = (tensors, rows, bias, y, M, N, K, *rows.stride(), *shared)
+        grid = (triton.cdiv(M, launch.BM) * triton.cdiv(N, launch.BN),)
+        _launch(skeletons.gemm_kernel, grid, decoder, x.device, arguments, _without_splits(launch))
         return y
-    compute = TRITON_DTYPES[compute_dtype or x.dtype]
-    tiles = GEMM_FLOAT32 if compute == tl.float32 else GEMM
-    grid = (triton.cdiv(rows.shape[0], tiles.BM) * triton.cdiv(out_features, tiles.BN),)
-    arguments = _linear_arguments(rows, operands, bias, decoder, y, out_features, compute)
-    _launch(skeletons.gemm_kernel, grid, decoder, x.device, arguments, tiles._asdict())
-    return y
+
+    return _result(x, N, lambda: launch or _choose("gemm", decoder, (M, N, K), dtype, x.device, run), run)
+
+
+def grouped(
+    x: Tensor,
+    offsets: Tensor,
+    operands: Sequence[Tensor],
+    bias: Tensor | None,
+    decoder: Decoder,
+    out_features: int,
+    compute_dtype: torch.dtype | None = None,
+    launch: Launch | None = None,
+) -> Tensor:
+    """Rows offsets[e] to offsets[e + 1] of x [M, K] times the weight of expert e, plus its row of bias [E, N].
+
+    operands: those of a weight, stacked over E. offsets: integers [E + 1] from 0 to M, which are not copied to the CPU.
+    """
+    (M, K), N, dtype = x.shape, out_features, compute_dtype or x.dtype
+    experts = offsets.numel() - 1
+    stacked = [operand.contiguous() for operand in operands]
+    tensors, bias = decoder.arrange(stacked), _contiguous(bias)
+    strides = tuple(tensor.numel() // max(1, experts) for tensor in tensors)
+
+    def run(launch: Launch) -> Tensor:
+        y = x.new_empty(M, N)
+        most_blocks = min(M, triton.cdiv(M, launch.BM) + experts)
+        shared = (TRITON_DTYPES[dtype], *_decoding(decoder, N, K, launch.BK), triton.next_power_of_2(experts))
+        arguments = (tensors, strides, x, offsets, bias, y, experts, N, K, *x.stride(), *shared)
+        grid = (most_blocks * triton.cdiv(N, launch.BN),)
+        _launch(skeletons.grouped_kernel, grid, decoder, x.device, arguments, _without_splits(launch))
+        return y
+
+    shape = (triton.cdiv(M, max(1, experts)), N, K)
+    return _result(x, N, lambda: launch or _choose("grouped", decoder, shape, dtype, x.device, run), run)
 
 
 def linear_input_grad(grad: Tensor, operands: Sequence[Tensor], decoder: Decoder, in_features: int) -> Tensor:
@@ -141,33 +165,44 @@ def _rows(x: Tensor) -> Tensor:
     return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
 
 
-def _linear_arguments(
-    rows: Tensor,
-    operands: Sequence[Tensor],
-    bias: Tensor | None,
-    decoder: Decoder,
-    y: Tensor,
-    N: int,
-    compute: Any,
-) -> tuple[Any, ...]:
-    M, K = rows.shape
-    tensors = decoder.arrange(operands)
-    shared = (decoder.on_device, compute, _index_type(N, K))
-    return (tensors, rows, _contiguous(bias), y, M, N, K, *rows.stride(), *shared)
+def _result(x: Tensor, N: int, choose: Callable[[], Launch], run: Callable[[Launch], Tensor]) -> Tensor:
+    """What run gives, with the leading dimensions of x [..., K]."""
+    shape = (*x.shape[:-1], N)
+    return run(choose()).view(shape) if math.prod(shape) else x.new_empty(shape)
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
+def _without_splits(launch: Launch) -> dict[str, int]:
+    return {name: value for name, value in launch._asdict().items() if name != "SPLITS"}
+
+
+def _decoding(decoder: Decoder, N: int, K: int, BK: int) -> tuple[Any, Any, int]:
+    """D, INDEX and RUN of the skeletons."""
+    run = 0
+    if decoder.words is not None and decoder.words.fits(N, K):
+        run = math.gcd(decoder.words.group, BK)  # of 0, all columns, it is BK
+    return decoder.on_device, _index_type(N, K), run
+
+
 def _index_type(N: int, K: int) -> Any:
     return tl.int64 if N * K >= 1 << 31 else tl.int32
 
 
-def _splits(programs: int, K: int, BK: int) -> int:
-    wanted: int = triton.next_power_of_2(max(1, _ENOUGH_PROGRAMS // programs))
-    possible: int = triton.next_power_of_2(max(1, K // BK))
-    return min(wanted, possible, _MOST_SPLITS)
+def _choose(
+    skeleton: str,
+    decoder: Decoder,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    run: Callable[[Launch], Tensor],
+) -> Launch:
+    M, N, K = shape
+    words = decoder.words if decoder.fits_tiles(N, K) else None
+    problem = Shape(skeleton, words, M, N, K, dtype.itemsize)
+    return best_launch(problem, decoder.name, dtype_name(dtype), device, run)
 
 
 def _launch(

@@ -1,8 +1,8 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="assignment, no-untyped-def, untyped-decorator"
 """The kernels whose decoder is a parameter. Decoders see only indices inside the weight; edges are masked here.
 
-D: what `Decoder.on_device` gives. COMPUTE: the dtype in which weight and x are multiplied; sums are float32. INDEX: the
-integer type that holds N * K.
+D: what `Decoder.on_device` gives. RUN and INDEX: see `tiles`. COMPUTE: the dtype in which weight and x are multiplied;
+sums are float32.
 """
 
 from __future__ import annotations
@@ -11,27 +11,7 @@ import triton
 import triton.language as tl
 
 from quantcore.kernels.triton.rounding import rounded
-
-
-@triton.jit
-def decode_tile(tensors, k, n, N, K, D: tl.constexpr, INDEX: tl.constexpr):
-    """float32 [BN, BK]: the weight at rows n [BN] and columns k [BK], whatever lies outside is some value of it."""
-    rows = tl.minimum(n, N - 1).to(INDEX)[:, None]
-    columns = tl.minimum(k, K - 1)[None, :]
-    values = D.decode(tensors, columns, rows, N, K, D)
-    tl.static_assert(values.dtype == tl.float32, "decoder " + D.name + " does not give float32 values")
-    tl.static_assert(
-        len(values.shape) == 2 and values.shape[0] == n.shape[0] and values.shape[1] == k.shape[0],
-        "decoder " + D.name + " does not give a tile [BN, BK]",
-    )
-    return values
-
-
-@triton.jit
-def weight_tile(tensors, k, n, N, K, D: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr):
-    """[BN, BK] rounded to COMPUTE, zero beyond column K, where x is zero too but the weight need not be finite."""
-    values = decode_tile(tensors, k, n, N, K, D, INDEX)
-    return rounded(tl.where((k < K)[None, :], values, 0.0), COMPUTE)
+from quantcore.kernels.triton.tiles import tile_rows, weight_tile
 
 
 @triton.jit
@@ -53,11 +33,22 @@ def store_result(y, bias, sums, m, n, M, N, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def dequantize_kernel(tensors, y, N, K, D: tl.constexpr, INDEX: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def dequantize_kernel(
+    tensors,
+    y,
+    N,
+    K,
+    D: tl.constexpr,
+    INDEX: tl.constexpr,
+    RUN: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """y [N, K], row-major: the weight, rounded once to y's dtype."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    n = tile_rows(tl.program_id(0), N, D, BN, RUN)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
-    values = rounded(decode_tile(tensors, k, n, N, K, D, INDEX), y.dtype.element_ty)
+    values = weight_tile(tensors, tl.program_id(0), tl.program_id(1) * BK, n, N, K, D, INDEX, BK, RUN)
+    values = rounded(values, y.dtype.element_ty)
     tl.store(y + n.to(INDEX)[:, None] * K + k[None, :], values, mask=(n < N)[:, None] & (k < K)[None, :])
 
 
@@ -72,9 +63,10 @@ def gemv_kernel(
     K,
     stride_xm,
     stride_xk,
-    D: tl.constexpr,
     COMPUTE: tl.constexpr,
+    D: tl.constexpr,
     INDEX: tl.constexpr,
+    RUN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -86,7 +78,7 @@ def gemv_kernel(
     [SPLITS, M, N], and `sum_splits_kernel` finishes.
     """
     m = tl.arange(0, BM)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    n = tile_rows(tl.program_id(0), N, D, BN, RUN)
     split = tl.program_id(1)
     if BM == 1:
         products = tl.zeros((BN, BK), tl.float32)
@@ -94,7 +86,7 @@ def gemv_kernel(
         sums = tl.zeros((BM, BN), tl.float32)
     for start in range(split * BK, K, SPLITS * BK):
         k = start + tl.arange(0, BK)
-        weight = weight_tile(tensors, k, n, N, K, D, COMPUTE, INDEX)
+        weight = rounded(weight_tile(tensors, tl.program_id(0), start, n, N, K, D, INDEX, BK, RUN), COMPUTE)
         values = x_tile(x, m, k, M, K, stride_xm, stride_xk, COMPUTE)
         if BM == 1:
             products += values.to(tl.float32) * weight.to(tl.float32)
@@ -134,9 +126,10 @@ def gemm_kernel(
     K,
     stride_xm,
     stride_xk,
-    D: tl.constexpr,
     COMPUTE: tl.constexpr,
+    D: tl.constexpr,
     INDEX: tl.constexpr,
+    RUN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -144,11 +137,78 @@ def gemm_kernel(
     """y [M, N]: x [M, K] times the weight, plus bias. Programs that run together share rows of the weight in L2."""
     blocks_m = tl.cdiv(M, BM)
     m = (tl.program_id(0) % blocks_m) * BM + tl.arange(0, BM)
-    n = (tl.program_id(0) // blocks_m) * BN + tl.arange(0, BN)
+    block = tl.program_id(0) // blocks_m
+    n = tile_rows(block, N, D, BN, RUN)
     sums = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
-        weight = weight_tile(tensors, k, n, N, K, D, COMPUTE, INDEX)
+        weight = rounded(weight_tile(tensors, block, start, n, N, K, D, INDEX, BK, RUN), COMPUTE)
         values = x_tile(x, m, k, M, K, stride_xm, stride_xk, COMPUTE)
         sums = tl.dot(values, tl.trans(weight), sums, input_precision="ieee")
     store_result(y, bias, sums, m, n, M, N, COMPUTE)
+
+
+@triton.jit
+def grouped_kernel(
+    tensors,
+    strides,
+    x,
+    offsets,
+    bias,
+    y,
+    E,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    COMPUTE: tl.constexpr,
+    D: tl.constexpr,
+    INDEX: tl.constexpr,
+    RUN: tl.constexpr,
+    BE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """y [M, N]: row m of x [M, K] times the weight of its expert e, plus bias [E, N]; offsets[e] <= m < offsets[e + 1].
+
+    strides: elements of each tensor from one expert to the next. There are as many programs as blocks of BM rows could
+    be needed; those that find no rows end.
+    """
+    block_m = tl.program_id(0) // tl.cdiv(N, BN)
+    block = tl.program_id(0) % tl.cdiv(N, BN)
+    expert, first, last = rows_of_block(offsets, block_m, E, BE, BM)
+    if expert < E:
+        m = first + tl.arange(0, BM)
+        n = tile_rows(block, N, D, BN, RUN)
+        own = expert_tensors(tensors, strides, expert)
+        sums = tl.zeros((BM, BN), tl.float32)
+        for start in range(0, K, BK):
+            k = start + tl.arange(0, BK)
+            weight = rounded(weight_tile(own, block, start, n, N, K, D, INDEX, BK, RUN), COMPUTE)
+            values = x_tile(x, m, k, last, K, stride_xm, stride_xk, COMPUTE)
+            sums = tl.dot(values, tl.trans(weight), sums, input_precision="ieee")
+        own_bias = bias if bias is None else bias + expert.to(tl.int64) * N
+        store_result(y, own_bias, sums, m, n, last, N, COMPUTE)
+
+
+@triton.jit
+def rows_of_block(offsets, block_m, E, BE: tl.constexpr, BM: tl.constexpr):
+    """The expert of a block of rows, E for none, and its rows: the first of the block, and the end of the expert."""
+    e = tl.arange(0, BE)
+    begins = tl.load(offsets + e, mask=e < E, other=0).to(tl.int32)
+    ends = tl.load(offsets + e + 1, mask=e < E, other=0).to(tl.int32)
+    blocks = tl.cdiv(ends - begins, BM)
+    expert = tl.sum(((tl.cumsum(blocks, 0) <= block_m) & (e < E)).to(tl.int32), 0)
+    before = tl.sum(tl.where(e < expert, blocks, 0), 0)
+    begin = tl.sum(tl.where(e == expert, begins, 0), 0)
+    return expert, begin + (block_m - before) * BM, tl.sum(tl.where(e == expert, ends, 0), 0)
+
+
+@triton.jit
+def expert_tensors(tensors, strides, expert):
+    """The tensors of one expert."""
+    own = ()
+    for i in tl.static_range(len(tensors)):
+        own = own + (tensors[i] + expert.to(tl.int64) * strides[i],)  # noqa: RUF005 - what Triton compiles
+    return own

@@ -1,0 +1,149 @@
+"""Launches of the skeletons: the one that is taken unmeasured, and those that are worth measuring."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from quantcore.kernels.triton.decoder import Words
+
+GEMV_ROWS = 16  # the fewest rows that a tensor core takes, and so the most that gemv serves
+_ENOUGH_PROGRAMS = 512  # about four a multiprocessor; fewer rows of programs than this share K among splits
+_MOST_SPLITS = 8
+_MOST_VALUES = 4096  # of a tile in the registers of four warps: 32 a thread
+_BYTES = 2048  # of words that four warps load at once, 16 a thread
+
+
+class Launch(NamedTuple):
+    """Tile sizes of a skeleton and how it is launched.
+
+    SPLITS: how many programs share K, of gemv alone. BM = 0 is the whole: the weight is dequantized, and torch
+    multiplies.
+    """
+
+    BM: int
+    BN: int
+    BK: int
+    SPLITS: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+# To decode a weight once for all rows moves 4.5 bytes for each value: 4 bits read, 16 written and read again. To decode
+# it for each 64 rows anew costs some 8 operations a value beside the tensor cores, and keeps these from full speed.
+# By the data sheets both take as long at about 500 rows on an A100, 800 on an H100 and 1400 on an L40S.
+DENSE = Launch(0, 0, 0)
+DENSE_ROWS = 1024
+
+
+def is_launch(launch: Launch) -> bool:
+    """Whether a launch that was read from a file is one: whole numbers, and tiles that Triton can make."""
+    if not all(type(value) is int and value > 0 for value in launch):
+        return launch == DENSE
+    return all(size & (size - 1) == 0 for size in (launch.BM, launch.BN, launch.BK, launch.num_warps))
+
+
+class Shape(NamedTuple):
+    """What a launch is chosen for. words: None where the decoder gathers. itemsize: bytes of the compute dtype."""
+
+    skeleton: str
+    words: Words | None
+    M: int
+    N: int
+    K: int
+    itemsize: int
+
+
+def default(shape: Shape) -> Launch:
+    """The launch of an unmeasured shape."""
+    return _DEFAULTS[shape.skeleton](shape)
+
+
+def candidates(shape: Shape) -> list[Launch]:
+    """The launches worth measuring, at most 24, the default first."""
+    found = [default(shape), *_CANDIDATES[shape.skeleton](shape)]
+    return list(dict.fromkeys(launch for launch in found if _holds_words(launch, shape.words)))[:24]
+
+
+def _holds_words(launch: Launch, words: Words | None) -> bool:
+    """Whether a tile is made of whole words."""
+    if words is None or launch == DENSE:
+        return True
+    return (launch.BK if words.along == "k" else launch.BN) >= words.codes
+
+
+def _dequantize(shape: Shape) -> Launch:
+    return Launch(1, *_one_row_tile(shape.words))
+
+
+def _gemv(shape: Shape) -> Launch:
+    BN, BK = _one_row_tile(shape.words) if shape.M == 1 else _several_rows_tile(shape)
+    return Launch(1 if shape.M == 1 else GEMV_ROWS, BN, BK, _splits(shape, BN, BK))
+
+
+def _gemm(shape: Shape) -> Launch:
+    return DENSE if shape.M > DENSE_ROWS else _grouped(shape)
+
+
+def _grouped(shape: Shape) -> Launch:
+    if shape.itemsize > 2:  # float32 tiles hold twice the registers: larger ones spill
+        return Launch(32, 32, 32)
+    return Launch(64, 64, 64)
+
+
+def _one_row_tile(words: Words | None) -> tuple[int, int]:
+    """[BN, BK] of a tile whose words are neighbours in memory as far as they go."""
+    if words is None:
+        return 8, 256
+    values = min(_MOST_VALUES, 8 * _BYTES // words.bits)
+    if words.along == "n":
+        return 16 * words.codes, values // (16 * words.codes)
+    if words.transposed:
+        return 64, values // 64
+    return max(8, words.codes), values // max(8, words.codes)
+
+
+def _several_rows_tile(shape: Shape) -> tuple[int, int]:
+    if shape.itemsize > 2:
+        return 32, 32
+    return (32, 64) if shape.words is None else (64, 64)
+
+
+def _splits(shape: Shape, BN: int, BK: int) -> int:
+    programs = -(-shape.N // BN)
+    wanted = _next_power_of_2(max(1, _ENOUGH_PROGRAMS // max(1, programs)))
+    possible = _next_power_of_2(max(1, shape.K // BK))
+    return min(wanted, possible, _MOST_SPLITS)
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _more_dequantize(shape: Shape) -> list[Launch]:
+    BN, BK = _one_row_tile(shape.words)
+    sizes = ((BN, BK // 2), (2 * BN, BK // 2), (BN // 2, BK), (2 * BN, BK))
+    return [Launch(1, *size, num_warps=warps) for size in sizes for warps in (4, 8)]
+
+
+def _more_gemv(shape: Shape) -> list[Launch]:
+    first = _gemv(shape)
+    sizes = ((first.BN, first.BK), (2 * first.BN, first.BK // 2), (first.BN // 2, first.BK), (first.BN, first.BK // 2))
+    stages = (2,) if first.BM == 1 else (2, 4)  # a loop without tensor cores is not pipelined
+    splits = sorted({1, first.SPLITS, max(1, first.SPLITS // 2)})
+    return [Launch(first.BM, *size, split, 4, stage) for size in sizes for split in splits for stage in stages]
+
+
+def _more_gemm(shape: Shape) -> list[Launch]:
+    return [*([DENSE] if shape.M >= 64 else []), *_more_grouped(shape)]
+
+
+def _more_grouped(shape: Shape) -> list[Launch]:
+    if shape.itemsize > 2:
+        return [Launch(32, 64, 32), Launch(64, 32, 32), Launch(64, 64, 32, num_warps=8)]
+    sizes = ((16, 128, 64), (32, 64, 128), (32, 128, 64), (64, 64, 64), (64, 128, 64), (128, 64, 64), (128, 128, 64))
+    fitting = [size for size in sizes if size[0] <= max(16, 2 * shape.M)]
+    return [Launch(*size, 1, 8 if size[0] == 128 else 4, stages) for size in fitting for stages in (3, 4)]
+
+
+_DEFAULTS = {"dequantize": _dequantize, "gemv": _gemv, "gemm": _gemm, "grouped": _grouped}
+_CANDIDATES = {"dequantize": _more_dequantize, "gemv": _more_gemv, "gemm": _more_gemm, "grouped": _more_grouped}

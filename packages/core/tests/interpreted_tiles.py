@@ -1,0 +1,117 @@
+"""The contract `tile` in every skeleton and every layout of words, in Triton's interpreter: TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from coded import LAYOUTS, Coded, coded_decoder
+
+from quantcore.kernels.triton import launch
+from quantcore.kernels.triton.checks import check_dequantize, check_grouped, check_linear, quantized
+from quantcore.kernels.triton.heuristics import Launch
+
+LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
+SHAPES = {  # the smallest of whole words and groups; several tiles each way, none full
+    "bytes_of_neighbours": [(1, 16), (73, 560)],
+    "bytes_of_rows_apart": [(2, 16), (74, 560)],
+    "bits_of_rows_apart": [(8, 8), (152, 520)],
+    "int32_along_k": [(1, 8), (73, 568)],
+    "int32_along_k_transposed": [(1, 16), (73, 560)],
+    "int32_two_bits_transposed": [(1, 48), (73, 528)],
+    "int32_interleaved_along_n": [(8, 16), (136, 560)],
+    "one_code_a_byte": [(1, 24), (73, 552)],
+    "columns_in_any_order": [(1, 8), (73, 568)],
+}
+CASES = pytest.mark.parametrize(
+    ("layout", "shape"),
+    [pytest.param(layout, shape, id=f"{layout}-{shape}") for layout in LAYOUTS for shape in SHAPES[layout]],
+)
+
+
+@CASES
+def test_dequantize_gives_the_formats_own_numbers(layout: str, shape: tuple[int, int]) -> None:
+    assert coded_decoder(layout).fits_tiles(*shape)
+    check_dequantize(Coded(layout), coded_decoder(layout), shape, torch.float32)
+
+
+@LAYOUT
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dequantize_rounds_once(layout: str, dtype: torch.dtype) -> None:
+    check_dequantize(Coded(layout), coded_decoder(layout), SHAPES[layout][1], dtype)
+
+
+@CASES
+@pytest.mark.parametrize("rows", [1, 5])
+def test_gemv_matches_reference(layout: str, shape: tuple[int, int], rows: int) -> None:
+    x, bias = torch.randn(2, shape[1], rows)[1].T, torch.randn(shape[0])
+    check_linear(launch.gemv, Coded(layout), coded_decoder(layout), x, shape[0], bias)
+
+
+@CASES
+def test_gemm_matches_reference(layout: str, shape: tuple[int, int]) -> None:
+    x, bias = torch.randn(37, shape[1], dtype=torch.bfloat16), torch.randn(shape[0])
+    check_linear(launch.gemm, Coded(layout), coded_decoder(layout), x, shape[0], bias)
+
+
+@LAYOUT
+def test_grouped_gives_each_row_its_expert(layout: str) -> None:
+    check_grouped(Coded(layout, "float32"), coded_decoder(layout), [2, 0, 19], SHAPES[layout][0], torch.float16)
+
+
+@pytest.mark.parametrize("layout", ["bytes_of_rows_apart", "int32_interleaved_along_n", "columns_in_any_order"])
+def test_wide_indices_decode_the_same(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_index_type", lambda N, K: tl.int64)
+    check_dequantize(Coded(layout), coded_decoder(layout), SHAPES[layout][1], torch.float32)
+
+
+@LAYOUT
+def test_tiles_smaller_than_a_group_and_larger_agree(layout: str) -> None:
+    shape = SHAPES[layout][0]
+    for BK in (16, 128):
+        call = partial(launch.gemv, launch=Launch(16, 64, BK, SPLITS=2))
+        check_linear(call, Coded(layout), coded_decoder(layout), torch.randn(3, shape[1]), shape[0])
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        ("bytes_of_neighbours", (5, 17)),
+        ("bytes_of_rows_apart", (5, 32)),
+        ("int32_along_k_transposed", (5, 40)),
+        ("int32_interleaved_along_n", (12, 32)),
+    ],
+)
+def test_parts_of_words_and_groups_are_gathered(layout: str, shape: tuple[int, int]) -> None:
+    assert not coded_decoder(layout).fits_tiles(*shape)
+    check_dequantize(Coded(layout), coded_decoder(layout), shape, torch.float32)
+    check_linear(launch.gemv, Coded(layout), coded_decoder(layout), torch.randn(2, shape[1]), shape[0])
+
+
+@triton.jit
+def scale_to_float16(tensors, codes, n, g, N, K, D: tl.constexpr):
+    return codes.to(tl.float16)
+
+
+@triton.jit
+def scale_groups_only(tensors, codes, n, g, N, K, D: tl.constexpr):
+    return tl.load(tensors[1] + g * N + n)
+
+
+@pytest.mark.parametrize(
+    ("scale", "reason"),
+    [
+        (scale_to_float16, "decoder coded bytes_of_neighbours does not give float32 values"),
+        (scale_groups_only, r"decoder coded bytes_of_neighbours does not give a tile"),
+    ],
+)
+def test_a_scale_that_does_not_fit_names_its_decoder(scale: Any, reason: str) -> None:
+    decoder = replace(coded_decoder("bytes_of_neighbours"), scale=scale)
+    operands = list(quantized(Coded("bytes_of_neighbours"), (5, 32)).values())
+    with pytest.raises(TypeError, match=reason):
+        launch.gemv(torch.randn(1, 32), operands, None, decoder, 5)

@@ -1,0 +1,114 @@
+"""A weight format for every layout of words that the skeletons know, with a decoder of both contracts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantcore.formats.base import TensorSpec, WeightFormat
+from quantcore.kernels.triton.decoder import Decoder, Words, places
+
+_IN_ORDER = places(*range(8))
+
+LAYOUTS = {
+    "bytes_of_neighbours": Words(2, 4, "k", places(1, 0), group=16),
+    "bytes_of_rows_apart": Words(2, 4, "apart", places(1, 0), group=16),
+    "bits_of_rows_apart": Words(8, 1, "apart", places(*reversed(range(8))), group=8),
+    "int32_along_k": Words(8, 4, "k", _IN_ORDER, group=0),
+    "int32_along_k_transposed": Words(8, 4, "k", _IN_ORDER, transposed=True, group=16),
+    "int32_two_bits_transposed": Words(16, 2, "k", places(*range(16)), transposed=True, group=48),
+    "int32_interleaved_along_n": Words(8, 4, "n", places(0, 4, 1, 5, 2, 6, 3, 7), transposed=True, group=16),
+    "one_code_a_byte": Words(1, 8, "k", group=24),
+    "columns_in_any_order": Words(8, 4, "k", _IN_ORDER, transposed=True, group=1),
+}
+
+
+class Nothing(NamedTuple):
+    """The constants of a decoder that needs none."""
+
+
+@dataclass(frozen=True)
+class Coded(WeightFormat):
+    """Codes in words, unsigned, times a scale for each group. columns [K] int32: the group of each column."""
+
+    layout: str
+    compute: str | None = None
+
+    @property
+    def words(self) -> Words:
+        return LAYOUTS[self.layout]
+
+    @property
+    def compute_torch_dtype(self) -> torch.dtype | None:
+        return None if self.compute is None else getattr(torch, self.compute)
+
+    def operand_names(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        return ("words", "scale", "columns", "codes")
+
+    def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        raise NotImplementedError("its tensors are made by quantize alone")
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        (N, K), words = weight.shape, self.words
+        codes = (weight * 5).round().to(torch.int32) & ((1 << words.bits) - 1)
+        size = {0: K, 1: 16}.get(words.group, words.group)
+        columns = torch.arange(K, dtype=torch.int32) // max(1, size)
+        if words.group == 1:
+            columns = columns[torch.randperm(K, generator=torch.Generator().manual_seed(K))]
+        scale = weight[:, : -(-K // max(1, size))].abs().T.contiguous() + 0.1  # [G, N]
+        packed = pack(codes, words) if words.fits(N, K) else torch.empty(0, dtype=torch.int32)
+        return {"words": packed, "scale": scale, "columns": columns, "codes": codes}
+
+    def dequantize(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        values = tensors["codes"].float() * tensors["scale"].T[:, tensors["columns"].long()]
+        return values.to(dtype or torch.float32)
+
+
+def pack(codes: Tensor, words: Words) -> Tensor:
+    """codes [N, K] as a matrix of words, in the memory order that the layout names."""
+    N, K = codes.shape
+    C = words.codes
+    split = {
+        "k": lambda: codes.view(N, K // C, C),
+        "n": lambda: codes.view(N // C, C, K).transpose(1, 2),
+        "apart": lambda: codes.view(C, N // C, K).permute(1, 2, 0),
+    }[words.along]()
+    place = torch.tensor([words.order >> (4 * i) & 0xF for i in range(C)])
+    packed = (split.long() << (place * words.bits)).sum(-1)
+    dtype = torch.uint8 if words.bits * C == 8 else torch.int32
+    packed = packed.to(dtype)
+    return packed.T.contiguous() if words.transposed else packed.contiguous()
+
+
+@triton.jit
+def decode_codes(tensors, k, n, N, K, D: tl.constexpr):
+    scale = tl.load(tensors[1] + tl.load(tensors[2] + k) * N + n)
+    return tl.load(tensors[3] + n * K + k).to(tl.float32) * scale
+
+
+@triton.jit
+def scale_codes(tensors, codes, n, g, N, K, D: tl.constexpr):
+    if D.words_group == 1:
+        g = tl.load(tensors[2] + g)
+    return codes.to(tl.float32) * tl.load(tensors[1] + g * N + n)[:, :, None]
+
+
+def coded_decoder(layout: str, words: bool = True) -> Decoder:
+    """The decoder of `Coded(layout)`; without words it gathers."""
+    return Decoder(
+        name=f"coded {layout}",
+        decode=decode_codes,
+        constants=Nothing(),
+        views=(None, None, None, None),
+        dtype=torch.float32,
+        words=LAYOUTS[layout] if words else None,
+        scale=scale_codes,
+    )
