@@ -78,38 +78,39 @@ def minifloat(name: str) -> MiniFloat:
 
 
 def round_values(values: Tensor, element: MiniFloat, ties: str = "even") -> Tensor:
-    """values on the grid of an element, saturated at its maximum; the sign of zero and NaN are kept.
+    """values on the grid of an element, saturated at its maximum, as float32 of any shape.
 
-    values: float32, float16 or bfloat16 of any shape; the result is float32. ties: "even", or "away" from or toward
-    "zero".
+    ties: "even", or "away" from or toward "zero" for elements below 8 bits. What rounds to zero keeps its sign, but for
+    -0 itself in elements below 8 bits. NaN stays NaN in 8 bits; the others have none, and give any level.
     """
+    if element.bits < 8:
+        _, rounded = _nearest(element, ties, values.device)
+        return rounded.index_select(0, _cells(values, element)).view(values.shape)
+    _check_even(element, ties)
     clamped = values.float().clamp(-element.maximum if element.is_signed else 0.0, element.maximum)
-    if element.dtype is not None and ties == "even":
+    if element.dtype is not None:
         return decode(clamped.to(element.dtype), element)
     # The power of two of each value, no less than that of the smallest normal, gives the spacing of its grid.
     quantum = clamped.view(torch.int32).bitwise_and(_EXPONENT_MASK).view(torch.float32)
     quantum.clamp_(min=element.smallest_normal).mul_(2.0**-element.mantissa_bits)
-    steps = _round(clamped / quantum, ties)
-    return steps.mul_(quantum).copysign_(clamped) if element.is_signed else steps.mul_(quantum)
+    return (clamped / quantum).round_().mul_(quantum)
 
 
 def encode(values: Tensor, element: MiniFloat, ties: str = "even") -> Tensor:
     """Codes of values: of the element's dtype, or uint8 with the code in the low bits. Rounds as `round_values`."""
-    if element.dtype is not None and ties == "even":
-        return values.clamp(-element.maximum, element.maximum).to(element.dtype)
-    rounded = round_values(values, element, ties)
+    if element.bits < 8:
+        codes, _ = _nearest(element, ties, values.device)
+        return codes.index_select(0, _cells(values, element)).view(values.shape)
+    _check_even(element, ties)
     if element.dtype is not None:
-        return rounded.to(element.dtype)
+        return values.clamp(-element.maximum, element.maximum).to(element.dtype)
     # Adding the smallest normal to a subnormal lines its mantissa up with the field of a normal one.
-    magnitude = rounded.abs()
-    subnormal = magnitude < element.smallest_normal
-    bits = torch.where(subnormal, magnitude + element.smallest_normal, magnitude).view(torch.int32)
+    rounded = round_values(values, element)
+    subnormal = rounded < element.smallest_normal
+    bits = torch.where(subnormal, rounded + element.smallest_normal, rounded).view(torch.int32)
     lowest = (_E8M0_BIAS - element.bias) << element.mantissa_bits
     codes = (bits >> (_FLOAT32_MANTISSA - element.mantissa_bits)).sub_(lowest)
-    codes -= subnormal.to(torch.int32) << element.mantissa_bits
-    if element.is_signed:
-        codes += rounded.signbit().to(torch.int32) * element.sign_bit
-    return codes.to(torch.uint8)
+    return codes.sub_(subnormal.to(torch.int32) << element.mantissa_bits).to(torch.uint8)
 
 
 def decode(codes: Tensor, element: MiniFloat, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -234,16 +235,41 @@ def _exponents(amax: Tensor, element: MiniFloat, rule: str) -> Tensor:
     return ((amax.view(torch.int32) + bumps[rule]) >> _FLOAT32_MANTISSA).sub_(element.largest_exponent)
 
 
-def _round(steps: Tensor, ties: str) -> Tensor:
-    if ties == "even":
-        return steps.round_()
+def _check_even(element: MiniFloat, ties: str) -> None:
+    if ties != "even":
+        raise ValueError(f"{element.name} rounds ties to even only, not {ties!r:.40}")
+
+
+def _halves(element: MiniFloat) -> float:
+    """Halves of the finest step between levels, in one: every level and every boundary is a whole number of them."""
+    return 2 * 2.0**element.mantissa_bits / element.smallest_normal
+
+
+def _cells(values: Tensor, element: MiniFloat) -> Tensor:
+    """Which entry of `_nearest` each value belongs to, int32, flat."""
+    farthest = element.maximum * _halves(element)
+    halves = (values.reshape(-1).float() * _halves(element)).clamp_(-farthest, farthest)
+    # Twice the value where it is whole, and the odd number between its neighbours where it is not.
+    cells = (halves.floor() + halves.ceil_()).to(torch.int32)
+    return cells.add_(2 * int(farthest)).clamp_(0, 4 * int(farthest))
+
+
+@cache
+def _nearest(element: MiniFloat, ties: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Code (uint8) and level (float32) of every boundary, level, and open interval between two of them."""
     if ties not in TIES:
         raise ValueError(f"ties {ties!r:.40} is none of {', '.join(TIES)}")
-    magnitude = steps.abs()
-    whole = magnitude.floor()
-    rest = magnitude.sub_(whole)
-    up = rest >= 0.5 if ties == "away" else rest > 0.5
-    return (whole + up).copysign_(steps)
+    farthest = int(element.maximum * _halves(element))
+    values = torch.arange(-2 * farthest, 2 * farthest + 1).double() / 2 / _halves(element)
+    positive = levels(element)[: 1 << (element.bits - 1)].double()
+    above = torch.searchsorted(positive, values.abs())
+    below = (above - 1).clamp_(min=0)
+    rest = (positive[above] - values.abs()) - (values.abs() - positive[below])  # of the way up, less of the way down
+    on_tie = {"even": above % 2 == 0, "away": torch.ones_like(above).bool(), "zero": torch.zeros_like(above).bool()}
+    codes = torch.where((rest < 0) | ((rest == 0) & on_tie[ties]), above, below)
+    codes = torch.where(values.abs() == positive[above], above, codes)
+    codes = codes + element.sign_bit * (values < 0)
+    return codes.to(device, torch.uint8), levels(element)[codes].to(device)
 
 
 @cache
