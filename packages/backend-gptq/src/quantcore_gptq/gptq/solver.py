@@ -120,7 +120,7 @@ def inverse_factor(hessian: Tensor, damp: float, step: float) -> tuple[Tensor, f
         added = wanted
         factor, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if int(info) == 0:
-            eye = torch.eye(len(factor), device=factor.device)
+            eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
             return torch.linalg.solve_triangular(factor, eye, upper=False).flip(0, 1), share
         logger.info("the Hessian is not positive definite with damp %.3f; raising it", share)
     raise HessianError(
