@@ -1,0 +1,128 @@
+"""The search over one block: scales for each input, then limits for each group, then rounding by the format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quantcore.calibration.block import ROUND_TO_NEAREST
+from quantcore.calibration.statistics import Hessian, MeanAbs, Reduction, Statistic
+from quantcore_gptq.awq.folding import divide, multiply_columns, row_index
+from quantcore_gptq.awq.grid import Grid
+from quantcore_gptq.awq.solver import (
+    Reading,
+    clip,
+    diagonal_blocks,
+    output_error,
+    search_clip,
+    search_scales,
+)
+
+if TYPE_CHECKING:
+    from quantcore.calibration.block import Block
+    from quantcore_gptq.awq.folding import Fold
+
+# Layers whose outputs are multiplied with each other: limits on their values cost more than their own error shows.
+_NOT_CLIPPED = ("q_", "k_", "query", "key", "Wqkv")
+
+
+class InputStatistics(Statistic):
+    """What the search reads of a layer's inputs: H and the mean of |x| per channel."""
+
+    def __init__(self, columns: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self._squares, self._size = Hessian(columns, device), MeanAbs(columns, device)
+
+    def update(self, x: Tensor) -> None:
+        self._squares.update(x)
+        self._size.update(x)
+        self.tokens += x.shape[0]
+
+    def parts(self) -> list[tuple[Tensor, Reduction]]:
+        return [*self._squares.parts(), *self._size.parts()]
+
+    @property
+    def is_finite(self) -> bool:
+        return self._squares.is_finite
+
+    @cached_property
+    def hessian(self) -> Tensor:
+        """Mean of x x^T over tokens, [K, K]; read once all inputs are in."""
+        self._squares.tokens = self.tokens
+        return self._squares.matrix().div_(2)
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """Mean of |x| per channel, [K]."""
+        self._size.tokens = self.tokens
+        return self._size.mean()
+
+
+class BlockSolver:
+    """A block while it is solved. Weights are scaled in float32 copies, so that the model's dtype rounds nothing."""
+
+    def __init__(self, block: Block, measured: Mapping[str, InputStatistics]) -> None:
+        self.block = block
+        self.measured = measured
+        self.weights = {name: layer.dense.weight.float() for name, layer in block.layers.items()}
+        self.scales = {name: torch.ones(layer.dense.shape[1]) for name, layer in block.layers.items()}
+
+    def solve(self, folds: Sequence[Fold]) -> None:
+        """Scale inputs as the folds allow, then replace every layer."""
+        for fold in folds:
+            self._scale(fold)
+        for name in self.block.layers:
+            self._round(name)
+
+    def _scale(self, fold: Fold) -> None:
+        names = [f"{self.block.name}.{name}" for name in fold.layers]
+        reached = [name for name in names if self.measured[name].tokens]
+        if not reached:
+            return
+        module = self.block.module
+        index = row_index(module, fold, self.weights[names[0]].shape[1])
+        scales = search_scales(self._readings(reached), self._mean_abs(reached), self._grid(names[0]), index=index).best
+        producer = f"{self.block.name}.{fold.producer}"
+        scales = divide(module, fold, scales, self.weights.get(producer))
+        for other in fold.others:
+            multiply_columns(module, other, scales)
+        for name in names:
+            self.weights[name].mul_(scales)
+            self.scales[name] = scales
+
+    def _round(self, name: str) -> None:
+        layer, statistic, grid = self.block.layers[name], self.measured[name], self._grid(name)
+        weight, scales = self.weights.pop(name), self.scales[name]
+        if not statistic.tokens:
+            tensors = layer.weight_format.fit(weight)
+            self.block.replace(name, tensors, method=ROUND_TO_NEAREST, reason="no calibration token reaches it")
+            return
+        limited = weight
+        if not any(part in name.rpartition(".")[2] for part in _NOT_CLIPPED):
+            limited = clip(weight, search_clip(weight, diagonal_blocks(statistic.hessian, scales, grid.group), grid))
+        tensors = layer.weight_format.fit(limited)
+        found = layer.weight_format.dequantize(tensors, layer.dense.shape, torch.float32)
+        error = found.sub_(weight).div_(scales)
+        self.block.replace(name, tensors, loss=float(output_error(error, statistic.hessian)))
+
+    def _readings(self, names: Sequence[str]) -> list[Reading]:
+        most = max(self.measured[name].tokens for name in names)
+        return [
+            Reading(self.weights[name], statistic.hessian, statistic.tokens / most)
+            for name in names
+            for statistic in (self.measured[name],)
+        ]
+
+    def _mean_abs(self, names: Sequence[str]) -> Tensor:
+        """Mean of |x| per channel over the tokens of all layers named, those of a shared input once."""
+        statistics = list({id(self.measured[name]): self.measured[name] for name in names}.values())
+        tokens = sum(statistic.tokens for statistic in statistics)
+        return torch.stack([statistic.mean_abs * (statistic.tokens / tokens) for statistic in statistics]).sum(0)
+
+    def _grid(self, name: str) -> Grid:
+        layer = self.block.layers[name]
+        return layer.weight_format.grid(layer.dense.shape)
