@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +43,14 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What quantizing a model will do: the layers it takes, and the linear layers it leaves, each with the reason."""
+    """What quantizing a model will do: the layers it takes, and the linear layers it leaves, each with the reason.
+
+    misfits: names of those among left whose shape their format cannot store.
+    """
 
     layers: tuple[PlannedLayer, ...]
     left: Mapping[str, str]
+    misfits: tuple[str, ...] = ()
 
     @property
     def quantized_weights(self) -> int:
@@ -55,7 +59,12 @@ class Plan:
 
 
 class WeightQuantizer(HfQuantizer):
-    """A quantizer whose layers are independent of each other. Subclasses define `format_for`."""
+    """A quantizer whose layers are independent of each other. Subclasses define `format_for`.
+
+    leaves_misfits: whether a layer whose shape the format cannot store is left float; else it is an error.
+    """
+
+    leaves_misfits: ClassVar[bool] = False
 
     def format_for(self, name: str, module: nn.Module) -> WeightFormat | None:
         """The format of a linear layer to quantize, by its dtype, shape and name; None leaves it float.
@@ -102,7 +111,7 @@ class WeightQuantizer(HfQuantizer):
             raise ValueError("the model is itself a single layer; use quantcore.nn.QuantizedLinear.from_linear")
         patterns = self._patterns(model)
         tied = selection.tied_modules(model)
-        layers, left, faults = [], {}, []
+        layers, left, misfits = [], {}, {}
         for name, module, dense in weight_layers(model, part_names(model)):
             if isinstance(module, nn.Embedding) and self.embedding_format_for(name, module) is None:
                 continue  # nobody asked for it
@@ -114,13 +123,14 @@ class WeightQuantizer(HfQuantizer):
             try:
                 weight_format.check_shape(dense.shape)
             except ValueError as error:
-                faults.append(f"{name}: {error}")
+                misfits[name] = left[name] = str(error)
+                continue
             layers.append(PlannedLayer(name, dense, weight_format))
-        if faults:
-            raise ValueError("\n".join(faults))
+        if misfits and not self.leaves_misfits:
+            raise ValueError("\n".join(f"{name}: {error}" for name, error in misfits.items()))
         if not layers:
             raise ValueError(_nothing_to_do(model, left))
-        return Plan(tuple(layers), left)
+        return Plan(tuple(layers), left, tuple(misfits))
 
     def quantize_model(self, model: nn.Module) -> nn.Module:
         """Quantize the planned layers in place, one at a time; each float weight is freed before the next.
@@ -247,7 +257,7 @@ class WeightQuantizer(HfQuantizer):
         missed = [pattern for pattern in missed if pattern != _USUAL_HEAD]
         if missed:
             logger.warning("no module matches the skip patterns %s; check them for renamed modules", missed)
-        return given + selection.kept_in_float32(model)
+        return given + selection.kept_by_architecture(model)
 
     def _reason_to_leave(self, name: str, patterns: list[str], tied: Mapping[str, str]) -> str | None:
         if name in tied:
