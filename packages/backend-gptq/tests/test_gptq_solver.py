@@ -180,7 +180,7 @@ def test_factor_is_that_of_the_damped_inverse() -> None:
     _, x = problem()
     matrix = hessian(x.double())
     factor, damp = inverse_factor(matrix.clone(), 0.05, 0.01)
-    damped = matrix + 0.05 * matrix.diagonal().mean() * torch.eye(96)
+    damped = matrix + 0.05 * matrix.diagonal().mean() * torch.eye(96, dtype=torch.float64)
     assert damp == 0.05
     assert torch.equal(factor, factor.triu())
     assert torch.allclose(factor.t() @ factor @ damped, torch.eye(96, dtype=torch.float64), atol=1e-9)
