@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-_PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}  # widths of the bit planes, low bits first
+PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}  # bits -> widths of the bit planes, low bits first
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def planar_layout(bits: int, word_bits: int = 32) -> Layout:
     """Blocks of word_bits codes whose bits are split into planes, low first, each packed as codes of its width."""
     pieces: list[Piece] = []
     low = 0
-    for width in _PLANES.get(bits, (bits,)):
+    for width in PLANES.get(bits, (bits,)):
         per_word, first = word_bits // width, low  # a plane of `width` bits takes as many words
         pieces += [
             Piece(code, first + code // per_word, low, code % per_word * width, width) for code in range(word_bits)

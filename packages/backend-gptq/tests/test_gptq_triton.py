@@ -1,0 +1,53 @@
+"""The GPTQ decoder compiled ahead of time for GPUs that are not here, and the run of the interpreter's tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton has no build for this platform")
+
+from quantcore.formats.base import WeightFormat
+from quantcore.kernels.triton import launch
+from quantcore.kernels.triton.aot import compile_launches, spilled_bytes
+from quantcore.kernels.triton.checks import quantized, run_in_interpreter
+from quantcore_gptq.gptq.decode import decoder_for
+from quantcore_gptq.gptq.format import Gptq
+
+SHAPE = (128, 256)
+
+
+def test_decoders_pass_in_the_interpreter() -> None:
+    run_in_interpreter(str(Path(__file__).with_name("interpreted_gptq.py")))
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_skeleton_compiles_without_spills(target: str) -> None:
+    weight_format = Gptq(bits=4, group_size=128)
+    operands, decoder = list(quantized(weight_format, SHAPE).values()), decoder_for(weight_format)
+
+    def launch_all() -> None:
+        for call, rows in ((launch.gemv, 1), (launch.gemm, 50)):
+            call(torch.zeros(rows, SHAPE[1], dtype=torch.bfloat16), operands, None, decoder, SHAPE[0])
+
+    kernels = compile_launches(target, launch_all)
+    assert {kernel.name for kernel in kernels} >= {"gemv_kernel", "gemm_kernel"}
+    assert {kernel.name: spilled_bytes(kernel) for kernel in kernels if spilled_bytes(kernel)} == {}
+
+
+@pytest.mark.parametrize(
+    "weight_format",
+    [Gptq(bits=3, group_size=64), Gptq(bits=7, group_size=-1, planar=True, zeros="v2"), Gptq(bits=3, word="int64")],
+    ids=["stream", "planar", "wide words"],
+)
+def test_every_layout_compiles(weight_format: Gptq) -> None:
+    operands, decoder = list(quantized(weight_format, SHAPE).values()), decoder_for(weight_format)
+    kernels = compile_launches("sm_90", lambda: launch.dequantize(operands, decoder, SHAPE, torch.bfloat16))
+    assert [spilled_bytes(kernel) for kernel in kernels] == [0]
+
+
+def test_other_formats_have_no_decoder() -> None:
+    assert decoder_for(WeightFormat()) is None
+    assert decoder_for(Gptq(scale_dtype="float64")) is None
