@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
+import quantcore
 
 GOLDEN = Path(os.environ.get("QUANTCORE_GOLDEN") or Path(__file__).parent / "golden")
 
@@ -58,6 +61,23 @@ def golden_checkpoints() -> list[Path]:
 @pytest.fixture(params=CHECKPOINTS, ids=checkpoint_id)
 def golden_checkpoint(request: pytest.FixtureRequest) -> Path:
     """One of them, each in turn."""
+    return Path(request.param)
+
+
+def _installed_checkpoints() -> list[Path]:
+    """Checkpoints of every method that is installed here and names itself in config.json."""
+    installed = {info.method for info in quantcore.methods() if info.installed}
+    found = []
+    for config in sorted(GOLDEN.glob("*/checkpoint-*/config.json")):
+        quantization = json.loads(config.read_text()).get("quantization_config") or {}
+        if quantization.get("quant_method") in installed:
+            found.append(config.parent)
+    return found
+
+
+@pytest.fixture(params=_installed_checkpoints(), ids=checkpoint_id)
+def installed_checkpoint(request: pytest.FixtureRequest) -> Path:
+    """A checkpoint that an upstream tool wrote for any method that is installed, each in turn."""
     return Path(request.param)
 
 
@@ -167,7 +187,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: make_causal("Qwen3", head_dim=32),
     "gemma": lambda: make_causal("Gemma", head_dim=32),
     "mixtral": lambda: make_causal("Mixtral", num_local_experts=4),
-    "qwen3-moe": lambda: make_causal("Qwen3Moe", head_dim=32, num_experts=4, moe_intermediate_size=64),
+    "qwen3-moe": lambda: make_causal(
+        "Qwen3Moe", head_dim=32, num_experts=4, moe_intermediate_size=64, num_experts_per_tok=2
+    ),
     "mamba": lambda: make_causal("Mamba", state_size=8),
     "t5": make_t5,
     "llava": make_llava,

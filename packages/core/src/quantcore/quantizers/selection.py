@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 
 from torch import nn
@@ -58,7 +60,34 @@ def default_skips(model: nn.Module) -> list[str]:
         parameters = [name for name, _ in model.named_parameters()]
         skips += [parameters[-1].removesuffix(".weight")] if parameters else []
     skips += [name for name in names.values() if name.rpartition(".")[2] == "lm_head"]
-    return list(dict.fromkeys(skips)) + kept_in_float32(model)
+    return list(dict.fromkeys(skips)) + kept_by_architecture(model)
+
+
+def kept_by_architecture(model: nn.Module) -> list[str]:
+    """Modules that must stay float whatever the user lists: what the model keeps in float32, or multiplies itself."""
+    return kept_in_float32(model) + multiplied_in_place(model)
+
+
+def multiplied_in_place(model: nn.Module) -> list[str]:
+    """Names of linear layers whose weight the model's own code multiplies (`self.dt_proj.weight @ x`, as Mamba does).
+
+    Such code would multiply packed bytes.
+    """
+    return [
+        f"{name}.{child}" if name else child
+        for name, module in model.named_modules()
+        for child in _multiplied(type(module))
+        if child in module._modules
+    ]
+
+
+@functools.lru_cache(maxsize=1024)
+def _multiplied(cls: type[nn.Module]) -> frozenset[str]:
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):  # made in a shell, or without its source
+        return frozenset()
+    return frozenset(re.findall(r"\bself\.(\w+)\.weight\s*@", source))
 
 
 def kept_in_float32(model: nn.Module) -> list[str]:
