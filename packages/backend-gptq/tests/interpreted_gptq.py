@@ -49,14 +49,29 @@ def test_wide_indices_decode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     check_dequantize(gptq(3), decoder_for(gptq(3)), SHAPE, torch.float32)
 
 
-def test_columns_find_their_group_in_any_order() -> None:
-    weight_format = gptq(4, g_idx="any")
-    tensors = gptq(4).quantize(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)))
+@pytest.mark.parametrize("bits", [3, 4], ids=["gathered", "in tiles"])
+def test_columns_find_their_group_in_any_order(bits: int) -> None:
+    weight_format = gptq(bits, g_idx="any")
+    tensors = gptq(bits).quantize(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)))
     tensors["g_idx"] = torch.randint(0, 3, (SHAPE[1],), dtype=torch.int32)
     operands = weight_format.operands(tensors, SHAPE)
     with poisoned_buffers():
         found = launch.dequantize(list(operands.values()), decoder_for(weight_format), SHAPE, torch.float32)
     assert torch.equal(found, weight_format.dequantize(operands, SHAPE, torch.float32))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_tiles_match_reference(bits: int, group_size: int) -> None:
+    weight_format = gptq(bits, group_size=group_size)
+    decoder = decoder_for(weight_format)
+    assert decoder.fits_tiles(24, 96)
+    check_dequantize(weight_format, decoder, (24, 96), torch.float32)
+    check_linear(launch.gemv, weight_format, decoder, torch.randn(1, 96), 24)
+
+
+def test_a_short_group_is_gathered() -> None:
+    assert not decoder_for(gptq(4)).fits_tiles(*SHAPE)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

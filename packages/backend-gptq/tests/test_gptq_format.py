@@ -186,9 +186,10 @@ def test_group_longer_than_the_row_is_the_row() -> None:
     assert long.bits_per_weight((32, 48)) == whole.bits_per_weight((32, 48))
 
 
-def test_planar_codes_of_odd_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match="use the format gptq"):
-        Gptq(planar=True, zeros="v2").check_shape((33, 64))
+@pytest.mark.parametrize("shape", [(33, 64), (64, 40)])
+def test_shape_that_other_tools_cannot_read_is_not_written(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="leave it float"):
+        QuantizedLinear.from_linear(nn.Linear(shape[1], shape[0]), Gptq(group_size=32))
 
 
 def test_shape_is_known_from_the_stored_tensors() -> None:

@@ -145,6 +145,13 @@ def test_only_listed_layers_of_the_named_blocks_are_quantized() -> None:
     assert names_of(solved) == {f"layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("up", "down")}
 
 
+def test_layers_that_other_tools_cannot_read_stay_float() -> None:
+    changed = model()
+    changed.lm_head = nn.Linear(HIDDEN, 40, bias=False)
+    solved = quantcore.quantize(changed, config(lm_head=True), calibration=ids())
+    assert type(solved.lm_head) is nn.Linear
+
+
 def test_report_has_the_loss_of_every_layer() -> None:
     report = quantized().hf_quantizer.calibration_report
     assert {line.name for line in report.layers} == names_of(quantized())

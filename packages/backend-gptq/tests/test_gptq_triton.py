@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton has no build for this platform")
 
 from quantcore.formats.base import WeightFormat
 from quantcore.kernels.triton import launch
-from quantcore.kernels.triton.aot import compile_launches, spilled_bytes
+from quantcore.kernels.triton.aot import compile_launches, count_instructions, spilled_bytes
 from quantcore.kernels.triton.checks import quantized, run_in_interpreter
 from quantcore_gptq.gptq.decode import decoder_for
 from quantcore_gptq.gptq.format import Gptq
@@ -46,6 +46,17 @@ def test_every_layout_compiles(weight_format: Gptq) -> None:
     operands, decoder = list(quantized(weight_format, SHAPE).values()), decoder_for(weight_format)
     kernels = compile_launches("sm_90", lambda: launch.dequantize(operands, decoder, SHAPE, torch.bfloat16))
     assert [spilled_bytes(kernel) for kernel in kernels] == [0]
+
+
+def test_tiles_load_less_than_gather() -> None:
+    shape = (16, 1024)
+    tiled, gathered = Gptq(bits=4, group_size=128), Gptq(bits=4, group_size=128, word="int64")
+    x, loads = torch.zeros(1, shape[1], dtype=torch.bfloat16), []
+    for weight_format in (tiled, gathered):
+        operands, decoder = list(quantized(weight_format, shape).values()), decoder_for(weight_format)
+        kernel = compile_launches("sm_90", lambda o=operands, d=decoder: launch.gemv(x, o, None, d, shape[0]))[0]
+        loads.append(count_instructions(kernel, r"ld\.global"))
+    assert loads[0] * 2 <= loads[1]
 
 
 def test_other_formats_have_no_decoder() -> None:

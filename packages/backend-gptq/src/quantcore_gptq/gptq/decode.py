@@ -12,10 +12,11 @@ import triton.language as tl
 
 from quantcore.formats.base import WeightFormat, float_dtype
 from quantcore.formats.packing import PLANES
-from quantcore.kernels.triton.decoder import Decoder
+from quantcore.kernels.triton.decoder import Decoder, Words, places
 from quantcore.kernels.triton.rounding import rounded
 from quantcore_gptq.gptq.format import Gptq
 
+_MOST_CODES = 16  # that a word's order can say
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -23,7 +24,7 @@ class Columns(NamedTuple):
     """How a code is found in the words of its row, and which group it belongs to.
 
     word: bits of one. group: columns of a group, 0 where a row is one; looked_up: the group of each column is stored.
-    plane0, plane1, plane2: widths of the bit planes, low first; plane1 is 0 where codes are one stream.
+    plane0, plane1, plane2: widths of the bit planes, low first; 0 where codes are one stream.
     """
 
     bits: int
@@ -47,9 +48,21 @@ def decode_columns(tensors, k, n, N, K, D: tl.constexpr):
     else:
         group = k // D.group
     place = group * N + n
-    zero = tl.load(tensors[1] + place).to(tl.int32)
-    scale = tl.load(tensors[2] + place).to(tl.float32)
-    return rounded((code - zero).to(tl.float32) * scale, D.dtype).to(tl.float32)
+    return apply_scale(code, tl.load(tensors[1] + place), tl.load(tensors[2] + place), D)
+
+
+@triton.jit
+def scale_columns(tensors, codes, n, g, N, K, D: tl.constexpr):
+    """The same numbers of codes that are already unpacked."""
+    group = tl.load(tensors[3] + g) if D.looked_up else g
+    place = group * N + n
+    zero, scale = tl.load(tensors[1] + place), tl.load(tensors[2] + place)
+    return apply_scale(codes, zero[:, :, None], scale[:, :, None], D)
+
+
+@triton.jit
+def apply_scale(code, zero, scale, D: tl.constexpr):
+    return rounded((code - zero.to(tl.int32)).to(tl.float32) * scale.to(tl.float32), D.dtype).to(tl.float32)
 
 
 @triton.jit
@@ -115,4 +128,16 @@ def decoder_for(weight_format: WeightFormat) -> Decoder | None:
         constants=Columns(layout.bits, layout.word_bits, group, looked_up, first, second, third, _DTYPES[dtype]),
         views=(None, None, None, None) if looked_up else (None, None, None),
         dtype=dtype,
+        words=_words(layout.bits, layout.word_bits, 1 if looked_up else group, is_plain=first == 0),
+        scale=scale_columns,
+    )
+
+
+def _words(bits: int, word: int, group: int, is_plain: bool) -> Words | None:
+    """Words of 32 bits that hold whole codes; None for others, which are gathered."""
+    if word != 32 or word % bits or not is_plain:
+        return None
+    codes = word // bits
+    return (
+        Words(codes, bits, "k", places(*range(codes)), transposed=True, group=group) if codes <= _MOST_CODES else None
     )

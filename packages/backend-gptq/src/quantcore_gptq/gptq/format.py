@@ -19,6 +19,7 @@ from quantcore_gptq.gptq.zeros import read_zeros, write_zeros, zero_range
 from quantcore_gptq.rounding import Grid, fit_grid
 
 _WORDS = {torch.uint8: 8, torch.int8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
+_UNIT = 32  # what other tools wrote in other shapes is read all the same
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,11 @@ class Gptq(WeightFormat):
         return -(-columns // self.run(columns))
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
-        if self.planar and (shape[0] % 32 or shape[1] % 32):
-            raise ValueError(f"planar codes come in blocks of 32, the weight is {list(shape)}; use the format gptq")
+        if any(size % _UNIT for size in shape):
+            raise ValueError(
+                f"GPTQ kernels of other tools read weights in blocks of {_UNIT}, the weight is {list(shape)}; leave it "
+                "float, or use a method without blocks"
+            )
 
     def _codes(self, qweight: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Codes [N, K] uint8, contiguous."""

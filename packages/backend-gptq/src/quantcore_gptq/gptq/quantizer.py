@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quantcore.calibration.statistics import Hessian
 from quantcore.formats.base import WeightFormat
-from quantcore.nn.dense import DenseLinear, view_dense
+from quantcore.nn.dense import DenseLinear
 from quantcore.nn.embedding import QuantizedEmbedding
 from quantcore.nn.linear import QuantizedLinear
 from quantcore.quantizers.calibrated import CalibratedQuantizer
@@ -34,19 +34,19 @@ _HEAD_OVERRIDE = {"bits": 8, "group_size": 32, "sym": True, "desc_act": False, "
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # last parts of names; they choose experts
 _LEAST_SHARE = 0.005  # of the tokens of a block; an expert that saw fewer is rounded to nearest
 _DAMP_STEP = 0.01
-_UNIT = 32  # kernels of other tools read codes and zero points in blocks of this many
 
 
 class GptqQuantizer(CalibratedQuantizer):
     """Loads GPTQ models of every layout, and makes those with packed words."""
 
     quantization_config: GPTQConfig
+    leaves_misfits = True
 
     # Formats
 
     def format_for(self, name: str, module: nn.Module) -> WeightFormat | None:
         settings = self.quantization_config.for_layer(name)
-        if settings is None or not (self.pre_quantized or _is_divisible(module)):
+        if settings is None:
             return None
         return self._format_with(settings)
 
@@ -146,11 +146,6 @@ class GptqQuantizer(CalibratedQuantizer):
 
 def _ends_with(name: str, suffixes: Sequence[str]) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
-
-
-def _is_divisible(module: nn.Module) -> bool:
-    dense = view_dense(module)
-    return dense is None or not any(size % _UNIT for size in dense.shape)
 
 
 def _marlin(settings: LayerSettings) -> Marlin:
