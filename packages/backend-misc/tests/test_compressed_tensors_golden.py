@@ -15,6 +15,7 @@ from quantcore.formats.minifloat import decode
 from quantcore.nn import QuantizedLinear
 from quantcore.testing.compare import differences, same_bytes
 from quantcore.testing.golden import golden_facts, golden_folder
+from quantcore_misc.compressed_tensors.static import range_tensors
 
 GOLDEN = golden_folder("compressed-tensors", Path(__file__).parents[3] / "tests" / "golden")
 FILES = sorted(GOLDEN.glob("*.safetensors"))
@@ -136,3 +137,11 @@ def test_integers_lower_to_their_family_and_back(case: Case) -> None:
     assert torch.equal(family.dequantize(), layer.dequantize())
     codes = {name for name in layer.stored if name.startswith("weight")}
     assert differences(layer.format.raise_(family), {name: layer.stored[name] for name in codes}) == []
+
+
+@pytest.mark.parametrize("name", ["float-fp8-static", "int8-w8a8-asym-static-input", "nvfp4"])
+def test_range_of_the_calibration_inputs_gives_the_golden_scales(name: str) -> None:
+    case = Case(GOLDEN / f"{name}.safetensors")
+    low, high = torch.aminmax(case.tensors["input.calibration"])
+    found = range_tensors(case.layer().format.input, low, high, "input")
+    assert differences(found, {key: t for key, t in case.stored.items() if key.startswith("input_")}) == []

@@ -35,6 +35,8 @@ class Marlin24Weight(CompressedWeight):
 
     dtype: str = "float16"  # the only one that the kernel has
 
+    rows_apart = False
+
     @classmethod
     def holds(cls, tensors: Mapping[str, Tensor]) -> bool:
         return "weight_packed" in tensors and "meta" in tensors

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantcore.formats.base import TensorSpec
 from quantcore.formats.families import Affine, Family
-from quantcore.formats.minifloat import pack_fp4, pack_fp6, unpack_fp4, unpack_fp6
+from quantcore.formats.minifloat import pack_fp6, unpack_fp6
 from quantcore.formats.packing import Layout, pack_words, padded_layout, stream_layout, unpack_words
 from quantcore_misc.compressed_tensors.lowering import lower_integers, raise_integers
 from quantcore_misc.compressed_tensors.presets import version_tuple
@@ -36,6 +36,10 @@ class PackedWeight(CompressedWeight):
     plain_zero: bool = False
     has_index: bool = False
     version: str | None = None
+
+    @property
+    def rows_apart(self) -> bool:
+        return super().rows_apart and not self.has_index
 
     @property
     def layout(self) -> Layout:
@@ -172,10 +176,11 @@ class SmallFloatWeight(CompressedWeight):
         return (TensorSpec("weight_packed", torch.uint8, (shape[0], shape[1] * self.scaling.bits // 8)),)
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
-        return {"weight_packed": (pack_fp4 if self._is_fp4 else pack_fp6)(codes)}
+        return {"weight_packed": codes if self._is_fp4 else pack_fp6(codes)}
 
     def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        return (unpack_fp4 if self._is_fp4 else unpack_fp6)(tensors["weight_packed"])
+        packed = tensors["weight_packed"]
+        return packed if self._is_fp4 else unpack_fp6(packed)
 
     @classmethod
     def holds(cls, tensors: Mapping[str, Tensor]) -> bool:

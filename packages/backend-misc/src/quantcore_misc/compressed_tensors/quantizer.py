@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ from torch import nn
 from quantcore.formats.base import dtype_name
 from quantcore.nn.replace import quantized_modules
 from quantcore.quantizers import selection
-from quantcore.quantizers.weight import Plan, WeightQuantizer, dequantize_layers
-from quantcore_misc.compressed_tensors import kv_cache, rotations
+from quantcore.quantizers.calibrated import CalibratedQuantizer
+from quantcore.quantizers.weight import Plan, dequantize_layers
+from quantcore_misc.compressed_tensors import kv_cache, rotations, static
 from quantcore_misc.compressed_tensors.config import CompressedTensorsConfig
 from quantcore_misc.compressed_tensors.matching import is_named, matches_class, matches_name, scheme_of
 from quantcore_misc.compressed_tensors.schemes import QuantizationArgs, Scheme
@@ -23,6 +25,7 @@ from quantcore_misc.compressed_tensors.transform_config import Transform, online
 from quantcore_misc.compressed_tensors.weight import CompressedWeight
 
 if TYPE_CHECKING:
+    from quantcore.calibration.block import Block
     from quantcore.checkpoints.read import Checkpoint
 
 WRITTEN_VERSION = "0.20.0"  # whose spelling and packing is written
@@ -30,7 +33,7 @@ _NO_FORMAT = ("dense", "mixed-precision")  # at the top of a config these say no
 _KEY_VALUE = ("k_proj", "v_proj")
 
 
-class CompressedTensorsQuantizer(WeightQuantizer):
+class CompressedTensorsQuantizer(CalibratedQuantizer):
     """Formats by the first scheme whose target hits a module; rotations and cache scales around the layers."""
 
     quantization_config: CompressedTensorsConfig
@@ -69,7 +72,24 @@ class CompressedTensorsQuantizer(WeightQuantizer):
             return found.replace(may_carry=kv_cache.OLD_SUFFIXES)  # type: ignore[return-value]
         return found
 
+    def embedding_format_for(self, name: str, embedding: nn.Embedding) -> CompressedWeight | None:
+        """The format of an embedding that a target hits; nothing is rounded but its weight."""
+        if is_named(name, embedding, self.quantization_config.ignore or ()):
+            return None
+        scheme = scheme_of(name, embedding, self._schemes)
+        found = None if scheme is None or scheme.weights is None else self.format_for(name, embedding)
+        return None if found is None else dataclasses.replace(found, input=None, output=None)
+
     # Quantizing
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a scheme stores something of the range of its layers' inputs."""
+        rounded = (scheme.input_activations for scheme in self._schemes if scheme.weights is not None)
+        return any(static.needs_range(activation_of(args)) for args in rounded if args is not None)
+
+    def solve_block(self, block: Block) -> None:
+        static.solve_block(block)
 
     def plan(self, model: nn.Module) -> Plan:
         """As for every method; the config, which is this quantizer's own, then names all that stays float."""
@@ -158,6 +178,7 @@ class CompressedTensorsQuantizer(WeightQuantizer):
 
 def _for_quantizing(config: CompressedTensorsConfig) -> CompressedTensorsConfig:
     """The config with which a model is saved that is quantized by a user's: what is left open there is settled."""
+    _check_quantizable(config)
     config = copy.deepcopy(config)
     config._read = {}
     formats = {scheme.group: _storage(scheme, config.format) for scheme in config.schemes()}
@@ -172,6 +193,20 @@ def _for_quantizing(config: CompressedTensorsConfig) -> CompressedTensorsConfig:
         version=WRITTEN_VERSION,
     )
     return config
+
+
+def _check_quantizable(config: CompressedTensorsConfig) -> None:
+    """Raise ValueError for what is read, but not made, here."""
+    if config.kv_cache_scheme is not None:
+        raise ValueError("kv_cache_scheme is read from checkpoints, but not calibrated here; leave it out")
+    if online_transforms(config.transform_config):
+        raise ValueError("transform_config is read from checkpoints, but weights are not rotated here; leave it out")
+    for scheme in config.schemes():
+        if scheme.output_activations is not None and scheme.output_activations.dynamic is False:
+            raise ValueError(
+                f"config_groups[{scheme.group!r}].output_activations is static, and outputs are not calibrated here; "
+                "make it dynamic or leave it out"
+            )
 
 
 def _storage(scheme: Scheme, top: str) -> str | None:

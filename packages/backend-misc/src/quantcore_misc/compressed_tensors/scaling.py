@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 from quantcore.formats.base import Description
-from quantcore.formats.blocks import PIECE, grid, row_pieces
+from quantcore.formats.blocks import PIECE, block_abs_max, grid, row_pieces
 from quantcore.formats.minifloat import (
     E4M3,
     MiniFloat,
     decode,
+    decode_fp4,
     e4m3_scale,
     e8m0_codes,
     e8m0_values,
     encode,
     minifloat,
+    pack_fp4,
 )
+from quantcore.threads import one_cpu_thread
 
 NVFP4_RANGE = 6.0 * E4M3.maximum
 _SMALLEST_E4M3_SCALE = 0.125  # float8's eps, which stands in for a scale of 0
@@ -87,17 +90,17 @@ class Scaling(Description):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Codes [N, K], scales and zeros [grid], and the global scale [1] of a weight [N, K] of any float dtype.
 
-        global_scale: one to use instead of the weight's own.
-
-        Codes are int8, float8, or uint8 with the bits of a smaller float. Zeros are int8, None when symmetric.
+        Codes are int8, float8, or uint8 with the bits of a smaller float; 4-bit floats are packed, [N, K / 2]. Zeros
+        are int8, None when symmetric. global_scale: one to use instead of the weight's own.
         """
-        low, high = self._ranges(weight)
-        scale, zero, global_scale = self._scales(low, high, global_scale)
-        return self.encode(weight, scale, zero, global_scale), scale, zero, global_scale
+        with one_cpu_thread():
+            scale, zero, global_scale = self._scales(weight, global_scale)
+            return self.encode(weight, scale, zero, global_scale), scale, zero, global_scale
 
     def encode(self, weight: Tensor, scale: Tensor, zero: Tensor | None, global_scale: Tensor | None) -> Tensor:
-        """Codes [N, K] of a weight under given scales."""
-        codes = torch.empty(weight.shape, dtype=self.code_dtype, device=weight.device)
+        """Codes [N, K] of a weight under given scales; 4-bit floats two in a byte, [N, K / 2]."""
+        columns = weight.shape[1] // 2 if self.element == "e2m1" else weight.shape[1]
+        codes = torch.empty((weight.shape[0], columns), dtype=self.code_dtype, device=weight.device)
         factors = self.factors(scale, global_scale, self.work_dtype(weight.dtype))
         for rows, blocks in self._tiles(weight.shape):
             tile = weight[rows].to(factors.dtype)
@@ -115,12 +118,16 @@ class Scaling(Description):
         global_scale: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Values [N, K] of codes in dtype. Steps are rounded to the dtype of float scales, else to float32."""
-        work = self.work_dtype(scale.dtype)
+        """Values [N, K] of codes, each step rounded to the dtype of float scales, else to float32, then to dtype.
+
+        codes: [N, K]; 4-bit floats two in a byte, [N, K / 2].
+        """
+        work, is_packed = self.work_dtype(scale.dtype), self.element == "e2m1"
         factors = self.factors(scale, global_scale, work)
-        weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-        for rows, blocks in self._tiles(codes.shape):
-            values = self._values(codes[rows], work)
+        shape = torch.Size((codes.shape[0], codes.shape[1] * (2 if is_packed else 1)))
+        weight = torch.empty(shape, dtype=dtype, device=codes.device)
+        for rows, blocks in self._tiles(shape):
+            values = decode_fp4(codes[rows], work) if is_packed else self._values(codes[rows], work)
             if zero is not None:
                 values = self._each(torch.sub, values, zero[blocks].to(work))
             weight[rows] = self._each(torch.mul, values, factors[blocks])
@@ -146,35 +153,37 @@ class Scaling(Description):
 
     def _round(self, values: Tensor) -> Tensor:
         values = values.clamp_(*self.bounds)
-        return values.round_() if self.is_integer else encode(values, self.minifloat)
+        if self.is_integer:
+            return values.round_()
+        codes = encode(values, self.minifloat)
+        return pack_fp4(codes) if self.element == "e2m1" else codes
 
-    def _ranges(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Least and largest value of each block, and of 0; [grid], of weight's dtype."""
-        low, high = (weight.new_empty(self.grid(weight.shape)) for _ in range(2))
-        if self.rows == 0:
-            least, largest = torch.aminmax(weight)
-            return low.fill_(least.clamp(max=0)), high.fill_(largest.clamp(min=0))
-        for rows, blocks in self._tiles(weight.shape):
-            parts = self._split(weight[rows])
-            low[blocks], high[blocks] = parts.amin((1, 3)), parts.amax((1, 3))
-        return low.clamp_(max=0), high.clamp_(min=0)
-
-    def _scales(
-        self, low: Tensor, high: Tensor, global_scale: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        least, largest = self.bounds
-        zero = None
+    def _scales(self, weight: Tensor, global_scale: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Scales, zeros and global scale for a weight."""
+        if not self.is_symmetric:
+            return (*self._asymmetric_scales(weight), None)
+        amax = block_abs_max(weight, self.block(tuple(weight.shape)))
         if self.scales == "e8m0":
             rule = "even_fp4" if self.minifloat is E4M3 else "even"
-            return e8m0_codes(torch.maximum(-low, high), self.minifloat, rule), None, None
+            return e8m0_codes(amax, self.minifloat, rule), None, None
         if self.scales == "nvfp4":
-            return self._nvfp4_scales(torch.maximum(-low, high), global_scale)
-        if self.is_symmetric:
-            scale = torch.maximum(-low, high) / ((largest - least) / 2)
+            return self._nvfp4_scales(amax, global_scale)
+        least, largest = self.bounds
+        return _no_zeros(amax / ((largest - least) / 2)), None, None
+
+    def _asymmetric_scales(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = (weight.new_empty(self.grid(tuple(weight.shape))) for _ in range(2))
+        if self.rows == 0:
+            low[0, 0], high[0, 0] = torch.aminmax(weight)
         else:
-            scale = (high - low) / (largest - least)
-            zero = torch.nan_to_num(least - low / scale, 0.0, 0.0, 0.0).clamp_(least, largest).round_().to(torch.int8)
-        return scale.masked_fill_(scale == 0, torch.finfo(scale.dtype).eps), zero, None
+            for rows, blocks in self._tiles(weight.shape):
+                parts = self._split(weight[rows]).transpose(1, 2).flatten(2)
+                torch.aminmax(parts, dim=2, out=(low[blocks], high[blocks]))
+        low, high = low.clamp_(max=0), high.clamp_(min=0)
+        least, largest = self.bounds
+        scale = (high - low) / (largest - least)
+        zero = torch.nan_to_num(least - low / scale, 0.0, 0.0, 0.0).clamp_(least, largest).round_().to(torch.int8)
+        return _no_zeros(scale), zero
 
     def _nvfp4_scales(self, amax: Tensor, global_scale: Tensor | None) -> tuple[Tensor, None, Tensor]:
         global_scale = nvfp4_global_scale(amax.max()) if global_scale is None else global_scale
@@ -203,6 +212,10 @@ class Scaling(Description):
         """operation(tile [T, K], the number of each value's block), per_block: [blocks down, blocks across]."""
         parts = operation(self._split(tile), per_block[:, None, :, None])  # type: ignore[operator]
         return parts.flatten(2).flatten(0, 1)[: tile.shape[0], : tile.shape[1]]
+
+
+def _no_zeros(scale: Tensor) -> Tensor:
+    return scale.masked_fill_(scale == 0, torch.finfo(scale.dtype).eps)
 
 
 def nvfp4_global_scale(amax: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ class SparseWeight(CompressedWeight):
     value_dtype: str | None = None
     is_structured: bool = True
 
+    rows_apart = False
+
     @classmethod
     def holds(cls, tensors: Mapping[str, Tensor]) -> bool:
         return "compressed" in tensors and "bitmask" in tensors

@@ -44,14 +44,19 @@ class CompressedWeight(WeightFormat):
         raise NotImplementedError(f"{type(self).__name__} defines no code_specs")
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
-        """The tensors of `code_specs` that hold codes [N, K]."""
+        """The tensors of `code_specs` that hold codes as `Scaling.quantize` gives them."""
         raise NotImplementedError(f"{type(self).__name__} defines no pack")
 
     def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        """Codes [N, K] of stored tensors; the inverse of `pack`."""
+        """Codes of stored tensors; the inverse of `pack`."""
         raise NotImplementedError(f"{type(self).__name__} defines no unpack")
 
     # The weight
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether the stored parts of a row are its own: no block spans rows, and zeros are not packed across them."""
+        return self.scaling is not None and self.scaling.rows < 2 and not self.has_zero
 
     def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         return (*self.code_specs(shape), *self.scale_specs(shape), *self._activation_specs())
