@@ -213,7 +213,10 @@ def test_float_checkpoint_with_a_tensor_for_each_expert_loads(tmp_path: Path) ->
     expected = model(IDS)
     split_experts(model, names_of_layers())
     write_tensors({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path)
-    torch.testing.assert_close(quantcore.load(tmp_path, SmallMixtureModel)(IDS), expected)
+    loaded = quantcore.load(tmp_path, SmallMixtureModel)
+    torch.testing.assert_close(loaded(IDS), expected)
+    assert type(loaded.get_submodule(EXPERTS_NAME)) is FusedExperts
+    assert loaded.get_parameter(f"{EXPERTS_NAME}.down_proj").requires_grad
 
 
 def test_weight_with_nan_is_named_by_expert_and_the_model_is_left(tiny: None) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from quantcore.nn.dense import build_dense, view_dense
 from quantcore.nn.linear import QuantizedLinear
-from quantcore.nn.replace import replace_module
+from quantcore.nn.replace import quantized_modules, replace_module
 
 PartNames = Mapping[str, Sequence[str]]  # parameter -> the linear layers of one expert that it holds
 NamesByModule = Mapping[str, PartNames]  # experts module -> its part names
@@ -127,7 +127,10 @@ class QuantizedExperts(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # transformers chooses between implementations there that need whole float weights; the plain one is wrapped.
         forward = inspect.getattr_static(self._architecture, "forward")
-        return getattr(forward, "__wrapped__", forward)(self, *args, **kwargs)
+        forward = getattr(forward, "__wrapped__", forward)
+        if torch.compiler.is_compiling():  # which experts run depends on values: there is nothing to trace
+            forward = torch.compiler.disable(forward)
+        return forward(self, *args, **kwargs)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The fused module again, with float weights (dtype None: the one that each had)."""
@@ -136,7 +139,8 @@ class QuantizedExperts(nn.Module):
         for attribute in ("_architecture", "_fused"):
             del vars(fused)[attribute]
         for weight in self._fused.values():
-            fused._parameters[weight.name] = nn.Parameter(self.dense_weight(weight.name, dtype), requires_grad=False)
+            trained = any(each.requires_grad for each in self.layers(0, weight.name)[0].parameters())
+            fused._parameters[weight.name] = nn.Parameter(self.dense_weight(weight.name, dtype), requires_grad=trained)
         for index in range(next(iter(self._fused.values())).shape[0]):
             del fused._modules[str(index)]
         return fused
@@ -288,6 +292,14 @@ def split_experts(model: nn.Module, layers: Iterable[str], names: NamesByModule 
         split = QuantizedExperts(module, (names or {}).get(name))
         if any((f"{name}.{inner}" if name else inner) in wanted for inner, _ in split.named_layers()):
             replace_module(model, name, split)
+
+
+def fuse_float_experts(model: nn.Module) -> None:
+    """Put experts together again of which none is quantized; one module at a time is copied."""
+    for name, module in list(model.named_modules()):
+        is_away = any(parameter.is_meta for parameter in module.parameters())  # read layer by layer when it is needed
+        if isinstance(module, QuantizedExperts) and not is_away and not any(quantized_modules(module)):
+            replace_module(model, name, module.to_dense().train(module.training))
 
 
 def _is_transposed(module: nn.Module, weights: Sequence[Tensor]) -> bool:
