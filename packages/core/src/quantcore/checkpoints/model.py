@@ -16,7 +16,6 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from quantcore.checkpoints.devices import Placement, place
 from quantcore.checkpoints.files import copy_companions, write_json
 from quantcore.checkpoints.names import fit_names, name_in_checkpoint
-from quantcore.checkpoints.offload import derive_operands, dispatch, find_on_disk, offloaded_state_dict
 from quantcore.checkpoints.read import CONFIG_KEYS, Checkpoint, quantization_dict, read_config
 from quantcore.checkpoints.stream import checked_slots, fill, slots
 from quantcore.checkpoints.write import atomic_directory, write_tensors
@@ -70,9 +69,8 @@ def load(
 
     path: a folder, or a hub id. model: a module or a function that builds one; it is built without memory for its
     weights. None builds the architecture that config.json names and needs quantcore[transformers]. device_map: None
-    (the CPU), a device, "auto", or a dict of module names to devices; what is mapped to "disk" is read from the
-    checkpoint in each forward. dtype: of float tensors outside quantized weights; None keeps the file's. Peak memory is
-    the loaded model plus its largest tensor.
+    (the CPU), a device, "auto", or a dict of module names to devices. dtype: of float tensors outside quantized
+    weights; None keeps the file's. Peak memory is the loaded model plus its largest tensor.
     Raises CheckpointError listing every tensor that does not fit, before any is read.
     """
     checkpoint = Checkpoint(path)
@@ -95,7 +93,7 @@ def load(
         checked_slots(skeleton, checkpoint)
     # Nothing but a failing disk can stop it now, so the replaced modules of a model that was handed in are let go.
     fill(skeleton, checkpoint, placement.device_of, target_dtype)
-    _finish(skeleton, quantizer, placement, checkpoint)
+    _finish(skeleton, quantizer, placement)
     return skeleton.eval()
 
 
@@ -114,23 +112,20 @@ def _modules_kept_on_failure(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _finish(model: nn.Module, quantizer: HfQuantizer | None, placement: Placement, checkpoint: Checkpoint) -> None:
+def _finish(model: nn.Module, quantizer: HfQuantizer | None, placement: Placement) -> None:
     placement.materialize_rest(model)
-    on_disk = find_on_disk(model, checkpoint, placement.is_on_disk)
     if quantizer is not None:
         quantizer.postprocess_model(model)  # derives operands, which are on the meta device until then
-        derive_operands(model, on_disk)
-    _check_materialized(model, placement)
+    _check_materialized(model)
     fuse_float_experts(model)
     if quantizer is not None:
         plugins().hook.quantcore_after_weight_loading(quantizer=quantizer, model=model)
-    if placement.is_split:
-        dispatch(model, placement.devices, on_disk)
+    placement.dispatch(model)
 
 
-def _check_materialized(model: nn.Module, placement: Placement) -> None:
+def _check_materialized(model: nn.Module) -> None:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    empty = [name for name, tensor in tensors.items() if tensor.is_meta and not placement.is_on_disk(name)]
+    empty = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
     if empty:
         raise ValueError(
             f"{', '.join(empty[:5])}: {len(empty)} tensors are left on the meta device, for the checkpoint does not "
@@ -170,7 +165,7 @@ def _empty_parameters() -> Iterator[None]:
 
 def _tensors_to_save(model: nn.Module, quantizer: HfQuantizer | None) -> dict[str, Tensor]:
     own = quantizer.get_state_dict_and_metadata(model)[0] if quantizer is not None else None
-    tensors: Mapping[str, Tensor] = own or offloaded_state_dict(model) or model.state_dict()
+    tensors: Mapping[str, Tensor] = model.state_dict() if own is None else own
     tied = _tied_to_drop(model)
     unloaded = [name for name, tensor in tensors.items() if tensor.device.type == "meta" and name not in tied]
     if unloaded:
