@@ -101,4 +101,5 @@ def candidates() -> tuple[Kernel, ...]:
 
 @functools.lru_cache(maxsize=1)
 def _candidates(loaded: Plugins, generation: int) -> tuple[Kernel, ...]:
-    return tuple(sorted([REFERENCE, *loaded.kernels()], key=lambda kernel: -kernel.priority))
+    found = dict.fromkeys([REFERENCE, *loaded.kernels()])  # methods of one distribution may share a kernel
+    return tuple(sorted(found, key=lambda kernel: -kernel.priority))

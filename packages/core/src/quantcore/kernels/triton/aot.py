@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from triton import JITFunction
@@ -32,13 +32,13 @@ _SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "
 _MOST_THREADS = 1024
 
 
-def compile_launches(target: str, call: Callable[[], Any]) -> list[Any]:
+def compile_launches(target: str, call: Callable[[], Any], module: ModuleType = skeletons) -> list[Any]:
     """The compiled kernels that call would launch on a device of that target, in the order in which they compile.
 
-    call: launches skeletons on CPU tensors; none of them runs, so its result holds garbage.
+    call: launches kernels of the module on CPU tensors; none of them runs, so its result holds garbage.
     Raises what a launch there would raise: a kernel that does not compile or asks for too much shared memory.
     """
-    named = vars(skeletons).items()
+    named = vars(module).items()
     kernels = [kernel for name, kernel in named if name.endswith("_kernel") and isinstance(kernel, JITFunction)]
     with _compiling_for(target):
         for kernel in kernels:
