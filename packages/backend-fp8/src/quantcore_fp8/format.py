@@ -28,7 +28,7 @@ SCALE_DTYPES: dict[str, torch.dtype] = {
     dtype_name(dtype): dtype
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
 }
-_EXPONENTS = ("float8_e8m0fnu", "uint8")  # scales that are bytes b for 2**(b - 127)
+EXPONENTS = ("float8_e8m0fnu", "uint8")  # scales that are bytes b for 2**(b - 127)
 
 ROW_INPUT = Activation("e4m3", "token", zero_scale=1.0)
 STATIC_INPUT = Activation("e4m3", "tensor", is_static=True)
@@ -106,15 +106,15 @@ class Fp8(WeightFormat):
     ) -> Tensor:
         rounding, codes, scale = self.activation, operands["weight"], self.scales(operands, shape)
         block, input_scale = self.sides(shape), operands[self.input_scale] if self.is_static else None
-        if rounding is not None and rounding.code_math == "input":  # an emulation: values in that dtype are multiplied
-            return super().linear(rounding.fake_quantize(x, input_scale), operands, bias, shape)
-        if rounding is not None:
-            quantized = rounding.quantize(x, input_scale)
-            if self.block in (TENSOR, ROW) and rounding.strategy != "group":
-                return linear_codes(quantized, codes, scale.flatten(), bias, x.dtype)
-            inputs = rounding.dequantize(quantized, torch.float32)
-        else:
-            inputs = x
+        if (
+            rounding is None or rounding.code_math == "input"
+        ):  # that is an emulation, and multiplies values in x's dtype
+            values = x if rounding is None else rounding.fake_quantize(x, input_scale)
+            return super().linear(values, operands, bias, shape)
+        quantized = rounding.quantize(x, input_scale)
+        if self.block in (TENSOR, ROW) and rounding.strategy != "group":
+            return linear_codes(quantized, codes, scale.flatten(), bias, x.dtype)
+        inputs = rounding.dequantize(quantized, torch.float32)
         return linear_rows(
             inputs, lambda rows: scale_rows_(decode(codes[rows], E4M3), scale, block, rows), shape, bias, x.dtype
         )
@@ -149,7 +149,7 @@ class Fp8(WeightFormat):
     def scales(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """The multiplier of each block, float32 [ceil(N/rows), ceil(K/columns)]."""
         stored = tensors[self.scale]
-        values = e8m0_values(stored) if self.scale_dtype in _EXPONENTS else stored.float()
+        values = e8m0_values(stored) if self.scale_dtype in EXPONENTS else stored.float()
         return values.view(grid(shape, self.sides(shape)))
 
     def _scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -165,7 +165,7 @@ class Fp8(WeightFormat):
         return ROW if tuple(scale.shape) in ((shape[0],), (shape[0], 1)) else self.block
 
     def _store_scale(self, scale: Tensor) -> Tensor:
-        if self.scale_dtype not in _EXPONENTS:
+        if self.scale_dtype not in EXPONENTS:
             return scale.to(SCALE_DTYPES[self.scale_dtype])
         exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)  # of a power of two the bits above the mantissa
         return exponents.view(SCALE_DTYPES[self.scale_dtype])

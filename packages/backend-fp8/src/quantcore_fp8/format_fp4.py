@@ -63,8 +63,10 @@ class Fp4Expert(WeightFormat):
     def linear(self, x: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
         """As the layers of E4M3: the input rounded, the product in float32, the bias after one rounding."""
         rounding, scale = self.activation, e8m0_values(operands[self.scale])
-        rounded = x if rounding is None else rounding.dequantize(rounding.quantize(x), torch.float32)
-        y = linear_rows(rounded, lambda rows: _values(operands["weight"], scale, rows), shape, None, x.dtype)
+        if rounding is None:
+            return super().linear(x, operands, bias, shape)
+        inputs = rounding.dequantize(rounding.quantize(x), torch.float32)
+        y = linear_rows(inputs, lambda rows: _values(operands["weight"], scale, rows), shape, None, x.dtype)
         return y if bias is None else y.add_(bias)
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:

@@ -12,6 +12,7 @@ BACKEND = Backend(
     method="fbgemm_fp8",
     config=f"{_MODULE}.config:FbgemmFp8Config",
     quantizer=f"{_MODULE}.quantizer:FbgemmFp8Quantizer",
+    kernels=("quantcore_fp8.kernels:fp8_kernels",),
     summary="E4M3 with one scale for each row, inputs in E4M3 per token below an upper bound",
     example_configs=({}, {"activation_scale_ub": 50.0}),
 )

@@ -12,6 +12,7 @@ BACKEND = Backend(
     method="fp8",
     config=f"{_MODULE}.config:FineGrainedFP8Config",
     quantizer=f"{_MODULE}.quantizer:Fp8Quantizer",
+    kernels=("quantcore_fp8.kernels:fp8_kernels",),
     summary="E4M3 in 128 x 128 blocks (DeepSeek, Qwen) or per tensor (Mistral, vLLM), inputs in E4M3 too",
     example_configs=(
         {"weight_block_size": [128, 128]},

@@ -12,6 +12,7 @@ BACKEND = Backend(
     method="mxfp8",
     config=f"{_MODULE}.config:FineGrainedFP8Config",
     quantizer=f"{_MODULE}.quantizer:Fp8Quantizer",
+    kernels=("quantcore_fp8.kernels:fp8_kernels",),
     summary="E4M3 with one power-of-two scale for 32 weights (OCP MX), inputs the same",
     example_configs=(
         {"weight_block_size": [1, 32], "scale_fmt": "ue8m0"},

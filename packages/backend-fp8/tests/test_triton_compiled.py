@@ -1,0 +1,93 @@
+"""Kernels compiled ahead of time for GPUs that are not here, the run of the interpreter's tests, and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton has no build for this platform")
+
+from quantcore.formats.activation import Activation
+from quantcore.formats.base import WeightFormat
+from quantcore.kernels.dispatch import Problem
+from quantcore.kernels.triton import launch
+from quantcore.kernels.triton.aot import compile_launches, count_instructions, spilled_bytes
+from quantcore.kernels.triton.checks import quantized, run_in_interpreter
+from quantcore_fp8 import block_matmul
+from quantcore_fp8.decode import decoder_for
+from quantcore_fp8.format import ROW, ROW_INPUT, Fp8
+from quantcore_fp8.format_fp4 import Fp4Expert
+from quantcore_fp8.fp8.config import FineGrainedFP8Config
+from quantcore_fp8.fp8.quantizer import Fp8Quantizer
+from quantcore_fp8.kernels import fp8_kernels, refuse_blocks, refuse_scaled_mm
+
+SHAPE = (128, 256)
+FORMATS = {"blocks": Fp8(), "fp4": Fp4Expert()}
+
+
+def test_kernels_pass_in_the_interpreter() -> None:
+    run_in_interpreter(str(Path(__file__).with_name("interpreted_triton.py")))
+
+
+@pytest.mark.parametrize(("name", "target"), [("blocks", "sm_80"), ("blocks", "gfx942"), ("fp4", "sm_90")])
+def test_skeletons_compile_without_spills(name: str, target: str) -> None:
+    operands, decoder = list(quantized(FORMATS[name], SHAPE).values()), decoder_for(FORMATS[name])
+
+    def launch_both() -> None:
+        for call, rows in ((launch.gemv, 1), (launch.gemm, 50)):
+            call(torch.zeros(rows, SHAPE[1], dtype=torch.bfloat16), operands, None, decoder, SHAPE[0])
+
+    kernels = compile_launches(target, launch_both)
+    assert {kernel.name for kernel in kernels} >= {"gemv_kernel", "gemm_kernel"}
+    assert {kernel.name: spilled_bytes(kernel) for kernel in kernels if spilled_bytes(kernel)} == {}
+
+
+@pytest.mark.parametrize(
+    ("target", "units"), [("sm_90", r"wgmma\.mma_async.*e4m3\.e4m3"), ("sm_100", r"tcgen05\.mma.*kind::f8f6f4")]
+)
+def test_product_of_blocks_uses_the_units_for_8_bit_floats(target: str, units: str) -> None:
+    rounding = Activation("e4m3", "group", 128)
+    operands, x = quantized(Fp8(activation=rounding), SHAPE), rounding.quantize(torch.ones(70, SHAPE[1]))
+    scale = operands["weight_scale_inv"]
+
+    def multiply() -> None:
+        block_matmul.block_matmul(x, operands["weight"], scale, (128, 128), torch.bfloat16)
+
+    (kernel,) = compile_launches(target, multiply, block_matmul)
+    assert count_instructions(kernel, units) > 0
+    assert spilled_bytes(kernel) == 0
+
+
+def test_every_kernel_refuses_a_cpu_and_says_why() -> None:
+    quantizer = Fp8Quantizer(FineGrainedFP8Config(), pre_quantized=True)
+    weight_format = quantizer.format_for("q_proj", torch.nn.Linear(256, 128, dtype=torch.bfloat16))
+    problem = Problem("linear", weight_format, "cpu", torch.bfloat16, 4, *SHAPE)
+    reasons = {kernel.name: kernel.refuse(problem) for kernel in fp8_kernels()}
+    assert all(reasons.values())
+    assert "not on cpu" in str(reasons["blocks_fp8"])
+    assert "one for each row" in str(reasons["scaled_mm_fp8"])
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "dtype", "N", "words"),
+    [
+        (Fp8(), torch.bfloat16, 128, "one for each row"),
+        (Fp8(block=ROW), torch.bfloat16, 128, "one scale for each token"),
+        (Fp8(block=ROW, activation=ROW_INPUT), torch.float32, 128, "gives bfloat16"),
+        (Fp8(block=ROW, activation=ROW_INPUT), torch.bfloat16, 120, "multiples of 16"),
+    ],
+    ids=["blocks", "float-input", "dtype", "shape"],
+)
+def test_scaled_product_says_what_it_cannot(weight_format: Fp8, dtype: torch.dtype, N: int, words: str) -> None:
+    assert words in str(refuse_scaled_mm(Problem("linear", weight_format, "cuda", dtype, 4, N, 256)))
+
+
+def test_product_of_blocks_says_what_it_cannot() -> None:
+    problem = Problem("linear", Fp8(), "cuda", torch.bfloat16, 4, *SHAPE)
+    assert "in groups of columns" in str(refuse_blocks(problem))
+
+
+def test_other_formats_have_no_decoder() -> None:
+    assert decoder_for(WeightFormat()) is None
