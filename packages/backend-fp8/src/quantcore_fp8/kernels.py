@@ -79,9 +79,9 @@ def scaled_mm(
     assert rounding is not None
     rows = x.reshape(-1, x.shape[-1])
     quantized = rounding.quantize(rows, named.get(weight_format.input_scale))
-    x_scale = quantized.scale.float().expand(rows.shape[0], 1).contiguous()
-    w_scale = weight_format.scales(named, (out_features, rows.shape[1])).reshape(1, -1).expand(1, out_features)
-    y = torch._scaled_mm(quantized.codes, named["weight"].t(), x_scale, w_scale.contiguous(), out_dtype=x.dtype)
+    w_scale = weight_format.scales(named, (out_features, rows.shape[1]))
+    scales = _expanded(quantized.scale, rows.shape[0])[:, None], _expanded(w_scale, out_features)[None]
+    y = torch._scaled_mm(quantized.codes, named["weight"].t(), *scales, out_dtype=x.dtype)
     return _finish(y if bias is None else y.add_(bias), x)
 
 
@@ -125,6 +125,11 @@ def _rounded(x: Tensor, operands: Sequence[Tensor], weight_format: Fp8 | Fp4Expe
 
 def _named(weight_format: Fp8, operands: Sequence[Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
     return dict(zip(weight_format.operand_names(shape), operands, strict=True))
+
+
+def _expanded(scale: Tensor, count: int) -> Tensor:
+    """One float32 scale for each of count rows, in memory of its own: torch asks for strides that views lack."""
+    return scale.float().reshape(-1).expand(count).clone(memory_format=torch.contiguous_format)
 
 
 def _finish(y: Tensor, x: Tensor) -> Tensor:
