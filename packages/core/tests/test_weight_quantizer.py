@@ -215,8 +215,16 @@ def test_quantized_model_is_marked(build_model: Callable[[], nn.Module]) -> None
 def test_counts_and_reasons_are_logged(build_model: Callable[[], nn.Module], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "quantcore"):
         quantcore.quantize(build_model(), "tiny-int8")
-    assert "quantizing 2 layers" in caplog.text
+    assert "quantizing 2 layers: 1024 of 1171 weights (87.4 %), stored in 1216 bytes" in caplog.text
     assert "lm_head stays float: skipped by 'lm_head'" in caplog.text
+    assert "only" not in caplog.text
+
+
+def test_model_of_which_most_stays_float_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ModuleDict({"tokens": nn.Embedding(100, 8), "up": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
+    quantcore.quantize(model, "tiny-int8")
+    expected = "only 7 % of the weights are quantized; most of the others: tokens.weight (90 %), up.bias"
+    assert expected in caplog.text
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)

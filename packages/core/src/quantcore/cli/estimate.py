@@ -70,9 +70,7 @@ def estimate(directory: Path, config: QuantizationConfigMixin, dtype: str | None
     tensors = {id(slot.tensor): slot.tensor for slot in slots(model).values()}.values()
     before = sum(tensor.nbytes for tensor in tensors)
     dense = sum(layer.dense.weight.nbytes for layer in plan.layers)
-    quantized = sum(
-        spec.nbytes for layer in plan.layers for spec in layer.weight_format.tensor_specs(layer.dense.shape)
-    )
+    quantized = plan.quantized_bytes
     return Sizes(
         config=quantizer.quantization_config.to_dict(),
         layers=len(plan.layers),

@@ -57,6 +57,12 @@ class Plan:
         """Number of weights that will be quantized."""
         return sum(layer.dense.weight.numel() for layer in self.layers)
 
+    @property
+    def quantized_bytes(self) -> int:
+        """Number of bytes in which they will be stored."""
+        specs = (layer.weight_format.tensor_specs(layer.dense.shape) for layer in self.layers)
+        return sum(spec.nbytes for each in specs for spec in each)
+
 
 class WeightQuantizer(HfQuantizer):
     """A quantizer whose layers are independent of each other. Subclasses define `format_for`.
@@ -295,9 +301,21 @@ def _nothing_to_do(model: nn.Module, left: Mapping[str, str]) -> str:
 
 
 def _report(plan: Plan, model: nn.Module) -> None:
-    total = sum(parameter.numel() for parameter in model.parameters())
+    count, total = plan.quantized_weights, sum(parameter.numel() for parameter in model.parameters())
     logger.info(
-        "quantizing %d layers, %.1f %% of %d parameters", len(plan.layers), 100 * plan.quantized_weights / total, total
+        "quantizing %d layers: %d of %d weights (%.1f %%), stored in %d bytes",
+        *(len(plan.layers), count, total, 100 * count / total, plan.quantized_bytes),
     )
     for name, reason in plan.left.items():
         logger.info("%s stays float: %s", name, reason)
+    if 2 * count < total:
+        largest = sorted(_float_weights(plan, model), key=lambda item: -item[1])[:3]
+        named = ", ".join(f"{name} ({100 * size / total:.0f} %)" for name, size in largest)
+        logger.warning("only %.0f %% of the weights are quantized; most of the others: %s", 100 * count / total, named)
+
+
+def _float_weights(plan: Plan, model: nn.Module) -> list[tuple[str, int]]:
+    """Name and size of every parameter of which the plan quantizes nothing."""
+    taken = {layer.dense.weight.untyped_storage()._cdata for layer in plan.layers}
+    parameters = model.named_parameters()
+    return [(name, each.numel()) for name, each in parameters if each.untyped_storage()._cdata not in taken]
