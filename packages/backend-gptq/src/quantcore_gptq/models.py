@@ -7,6 +7,8 @@ from torch import nn
 
 from quantcore.checkpoints.stream import slots
 
+ROUTERS = ("gate", "router", "shared_expert_gate")  # last parts of names of layers that choose experts; they stay float
+
 
 def float_dtype_of(model: nn.Module) -> torch.dtype | None:
     """The dtype of what is not quantized, None where all is: stored scales are float16 whatever the model was."""

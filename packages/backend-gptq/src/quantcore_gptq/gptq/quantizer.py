@@ -22,7 +22,7 @@ from quantcore_gptq.gptq.blocks import solve_together
 from quantcore_gptq.gptq.config import GPTQConfig, LayerSettings
 from quantcore_gptq.gptq.format import Gptq
 from quantcore_gptq.marlin import Marlin
-from quantcore_gptq.models import float_dtype_of
+from quantcore_gptq.models import ROUTERS, float_dtype_of
 
 if TYPE_CHECKING:
     from quantcore.calibration.block import Block
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 _HEAD = "lm_head"
 # What gptqmodel does with an output head, which loses more by few bits than other layers.
 _HEAD_OVERRIDE = {"bits": 8, "group_size": 32, "sym": True, "desc_act": False, "mse": 2.4}
-_ROUTERS = ("gate", "router", "shared_expert_gate")  # last parts of names; they choose experts
 _LEAST_SHARE = 0.005  # of the tokens of a block; an expert that saw fewer is rounded to nearest
 _DAMP_STEP = 0.01
 
@@ -135,7 +134,7 @@ class GptqQuantizer(CalibratedQuantizer):
     def _reason_to_leave(self, name: str, patterns: list[str], tied: Mapping[str, str]) -> str | None:
         config = self.quantization_config
         blocks, listed = config.block_name_to_quantize, config.modules_in_block_to_quantize
-        if name.rpartition(".")[2] in _ROUTERS:
+        if name.rpartition(".")[2] in ROUTERS:
             return "it chooses experts"
         if blocks is not None and not name.startswith(f"{blocks}.") and name != _HEAD:
             return f"outside of {blocks}"
