@@ -7,7 +7,6 @@ a division there makes up for the multiplication here is tried on the block, wit
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,7 +47,8 @@ class Fold:
     def pattern(self) -> tuple[Any, ...]:
         """The same for folds of like layers, in other blocks and in other experts of a block."""
         layers, others = (frozenset(map(_without_numbers, names)) for names in (self.layers, self.others))
-        return layers, others, _without_numbers(self.producer), self.how, self.repeat, self.width
+        of_one_expert = _numbers(self.producer) == _numbers(self.layers[0])
+        return layers, others, _without_numbers(self.producer), of_one_expert, self.how, self.repeat, self.width
 
 
 class Folds:
@@ -157,40 +157,59 @@ def row_index(block: nn.Module, fold: Fold, columns: int) -> Tensor | None:
 def _candidates(block: Block, group: InputGroup, can_wrap: bool) -> Iterator[Fold]:
     columns = block.layers[group.layers[0]].dense.shape[1]
     source = None if group.source is None else block.model.get_submodule(group.source)
+    inside = tuple(f"{name}." for name in group.readers)
     if group.source is not None and _is_norm(source, columns):
-        (name,) = _relative(block, [group.source])
-        for layers, others in _readers(block, group, columns):
-            yield Fold(layers, others, name, "norm")
-            yield Fold(layers, others, name, "offset norm")
+        for modules in (group.readers, (*group.readers, *_modules(block, inside))):
+            yield from _of_norm(block, group.source, modules, columns)
         return
-    layers, others = next(_readers(block, group, columns))
+    layers, others = _readers(block, group.readers, columns)
     for before in _before(block, group.layers[0]):
         for repeat, width in _repeats(block.model, before, columns):
             yield Fold(layers, others, *_relative(block, [before]), "rows", repeat, width)
-    if can_wrap and source is not None and next(source.parameters(), None) is None:
+    if source is None:
+        yield from _of_routed(block, group.layers[0], columns)
+    elif can_wrap and next(source.parameters(), None) is None:
         yield Fold(layers, others, *_relative(block, [group.source or ""]), "activation")
 
 
-def _readers(block: Block, group: InputGroup, columns: int) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """What may be all that reads an input: the modules seen to get it; then all of its width inside of those too, for
-    routed experts get copies of some rows."""
-    inside = tuple(f"{name}." for name in group.readers)
-    seen = [*group.readers]
-    parts = [name for name, _ in block.model.named_modules() if name.startswith(inside)]
-    for modules in (seen, [*seen, *parts]):
-        layers = [name for name in block.layers if name in modules and block.layers[name].dense.shape[1] == columns]
-        others = [name for module in modules if module not in layers for name in _weights(block, module, columns)]
-        yield _relative(block, layers), _relative(block, list(dict.fromkeys(others)))
+def _of_norm(block: Block, norm: str, modules: Sequence[str], columns: int) -> Iterator[Fold]:
+    layers, others = _readers(block, modules, columns)
+    for how in ("norm", "offset norm"):
+        yield Fold(layers, others, *_relative(block, [norm]), how)
+
+
+def _of_routed(block: Block, layer: str, columns: int) -> Iterator[Fold]:
+    """The norm before a mixture of experts, which get copies of some of its rows: read by all of its width in the
+    branch of the block that the layer stands in."""
+    order = block.trace().order
+    norms = (name for name in order[: order.index(layer)] if _is_norm(block.model.get_submodule(name), columns))
+    norm = next(reversed(list(norms)), None)
+    branch = f"{block.name}.{_relative(block, [layer])[0].partition('.')[0]}."
+    if norm is not None and not norm.startswith(branch):
+        yield from _of_norm(block, norm, _modules(block, (branch,)), columns)
+
+
+def _readers(block: Block, modules: Sequence[str], columns: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of modules, the layers to solve and the other weights that have this many columns."""
+    layers = [name for name in block.layers if name in modules and block.layers[name].dense.shape[1] == columns]
+    others = [weight for name in modules if name not in layers for weight in _weights(block, name, columns)]
+    return _relative(block, layers), _relative(block, list(dict.fromkeys(others)))
 
 
 def _weights(block: Block, name: str, columns: int) -> list[str]:
     """Parameters of a module itself that may be weights with this many columns."""
     module = block.model.get_submodule(name)
-    if view_dense(module) is not None:
-        own = [("weight", view_dense(module).weight)]
-    else:
-        own = list(module.named_parameters(recurse=False))
-    return [f"{name}.{key}" for key, value in own if value.ndim > 1 and columns in value.shape[-2:]]
+    dense = view_dense(module)
+    if dense is not None:
+        return [f"{name}.weight"] if dense.shape[1] == columns else []
+    own = module.named_parameters(recurse=False)
+    return [
+        f"{name}.{key}" for key, value in own if value.ndim > 1 and columns in (value.shape[-1], value.shape[1:][0])
+    ]
+
+
+def _modules(block: Block, prefixes: tuple[str, ...]) -> list[str]:
+    return [name for name, _ in block.model.named_modules() if name.startswith(prefixes)]
 
 
 def _before(block: Block, layer: str) -> list[str]:
@@ -218,9 +237,9 @@ def _unreached(block: Block, folds: Sequence[Fold]) -> Iterator[Fold]:
     for layer in _relative(block, [name for name in block.layers if name not in reached]):
         fold = like.get(_without_numbers(layer))
         if fold is not None:
-            numbers = iter(re.findall(r"\d+", layer))
-            producer = re.sub(r"\d+", lambda _, numbers=numbers: next(numbers), fold.producer)
-            yield Fold((layer,), fold.others, producer, "rows", fold.repeat, fold.width)
+            numbers = iter(_numbers(layer))
+            parts = (next(numbers) if part.isdigit() else part for part in fold.producer.split("."))
+            yield Fold((layer,), fold.others, ".".join(parts), "rows", fold.repeat, fold.width)
 
 
 def _is_norm(module: nn.Module | None, columns: int) -> bool:
@@ -233,8 +252,13 @@ def _relative(block: Block, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name[len(block.name) + 1 :] for name in names)
 
 
+def _numbers(name: str) -> list[str]:
+    """The places in lists of modules that a name goes through."""
+    return [part for part in name.split(".") if part.isdigit()]
+
+
 def _without_numbers(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 # Trying one

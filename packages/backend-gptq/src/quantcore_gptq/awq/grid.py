@@ -35,6 +35,7 @@ def ranges(groups: Tensor, bits: int, zero_point: bool) -> tuple[Tensor, Tensor]
     low, high = (edge.unsqueeze(-1) for edge in torch.aminmax(groups, dim=-1))
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low).clamp_(min=LEAST_RANGE) / top
+    scale = torch.where(scale.isinf(), high / top - low / top, scale)  # the range of float16 is 65504
     return scale, (low / scale).round_().neg_().clamp_(0, top)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,14 +13,17 @@ from quantcore.formats.base import dtype_name
 from quantcore.nn.replace import replace_module
 from quantcore.quantizers import selection
 from quantcore.quantizers.calibrated import CalibratedQuantizer
+from quantcore.quantizers.weight import dequantize_layers
 from quantcore_gptq.awq.activation import ScaledActivation
 from quantcore_gptq.awq.blocks import BlockSolver, InputStatistics
 from quantcore_gptq.awq.config import AwqConfig
 from quantcore_gptq.awq.folding import Folds
 from quantcore_gptq.awq.format import Awq, AwqMarlin
+from quantcore_gptq.models import ROUTERS, float_dtype_of
 
 if TYPE_CHECKING:
     from quantcore.calibration.block import Block
+    from quantcore.calibration.data import Calibration
     from quantcore.checkpoints.read import Checkpoint
     from quantcore.quantizers.weight import Plan
 
@@ -62,6 +66,11 @@ class AwqQuantizer(CalibratedQuantizer):
         given = super()._patterns(model)
         return [*given, *selection.default_skips(model)]
 
+    def _reason_to_leave(self, name: str, patterns: list[str], tied: Mapping[str, str]) -> str | None:
+        if name.rpartition(".")[2] in ROUTERS:
+            return "it chooses experts"
+        return super()._reason_to_leave(name, patterns, tied)
+
     # Quantizing
 
     def plan(self, model: nn.Module) -> Plan:
@@ -77,6 +86,15 @@ class AwqQuantizer(CalibratedQuantizer):
             listed = self.quantization_config.modules_to_not_convert or []
             self.quantization_config.modules_to_not_convert = [*listed, *self._misfits]
         return super().postprocess_model(model, **kwargs)
+
+    def prepare_calibration(self, calibration: Calibration) -> Calibration:
+        return super().prepare_calibration(calibration).filled(seqlen=self.quantization_config.model_seqlen)
+
+    def calibrate_model(self, model: nn.Module, calibration: Calibration) -> nn.Module:
+        """As for every method; calibration texts do not go into the config that is saved."""
+        model = super().calibrate_model(model, calibration)
+        self.quantization_config.dataset = self.quantization_config.tokenizer = None
+        return model
 
     def solve_block(self, block: Block) -> None:
         if self._folds is None:
@@ -95,6 +113,9 @@ class AwqQuantizer(CalibratedQuantizer):
         if checkpoint is not None:
             _wrap_activations(model, checkpoint)
         super()._process_model_before_weight_loading(model, checkpoint=checkpoint, **kwargs)
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        return dequantize_layers(model, dtype or float_dtype_of(model))
 
 
 def _wrap_activations(model: nn.Module, checkpoint: Checkpoint) -> None:
