@@ -11,6 +11,7 @@ import torch
 from calibrated_models import (
     TOKENS,
     WIDTH,
+    Attention,
     Backwards,
     InPlace,
     Language,
@@ -449,3 +450,72 @@ def test_quantizing_from_file_to_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "float" / "config.json").write_text('{"architectures": ["Language"]}')
     with pytest.raises(ValueError, match="tiny-calibrated quantizes with calibration data, which takes the whole"):
         quantcore.quantize_checkpoint(tmp_path / "float", tmp_path / "out", CONFIG, model=lambda: make(Language))
+
+
+# What is not computed twice
+
+
+def in_stages(found: dict[str, Tensor], between: Solve = lambda block: None) -> Solve:
+    """A solver that goes stage by stage, and does something to the block after each."""
+
+    def solve(block: Block) -> None:
+        for names in block.stages():
+            statistics = block.collect(names, lambda layer: Hessian(layer.dense.shape[1]))
+            found.update({name: hessian.matrix() for name, hessian in statistics.items()})
+            for name in names:
+                block.round_to_nearest(name, "test")
+            between(block)
+
+    return solve
+
+
+def damp_norm(block: Block) -> None:
+    if block.name:
+        block.module.norm.weight.mul_(0.9)
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["memory", "files"])
+@pytest.mark.parametrize("between", [lambda block: None, damp_norm], ids=["layers", "norms"])
+def test_finished_modules_give_the_same_bits_without_running_again(
+    between: Solve, offload: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for most in (0, 1 << 20):
+        monkeypatch.setattr("quantcore.calibration.endings._MOST_BYTES", most)
+        model, found = make(Language), {}
+        calibrate(model, in_stages(found, between), batch_size=2, offload=tmp_path if offload else None)
+        results.append({**model.state_dict(), **{f"H.{name}": matrix for name, matrix in found.items()}})
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def test_attention_is_run_once_for_each_sample_after_its_inputs_are_solved() -> None:
+    runs: list[int] = []
+
+    class Counting(Attention):
+        def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+            runs.append(len(x))
+            return super().forward(x, angles)
+
+    model = make(Language)
+    for layer in model.layers:
+        layer.attention.__class__ = Counting
+    calibrate(model, in_stages({}), batch_size=1)
+    # In each of the three blocks: once to find the blocks, once to trace what is before them, once to trace the block,
+    # and for each of five samples twice: until the input of q and v, and with these finished until that of o.
+    assert len(runs) == 3 * (1 + 1 + 1 + 2 * 5)
+
+
+def test_layers_numbered_in_a_row_are_stages_of_their_own() -> None:
+    class Row(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(TOKENS, WIDTH)
+            row = [nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)]
+            self.layers = nn.ModuleList([nn.Sequential(*row)])
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.layers[0](self.embed(input_ids))
+
+    found: list[list[tuple[str, ...]]] = []
+    calibrate(make(Row), lambda block: found.append(block.stages()))
+    assert found == [[("layers.0.0",), ("layers.0.2",)]]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from quantcore.calibration.activations import Sample as Sample, join as join
+from quantcore.calibration.activations import Sample as Sample, Shelf, join as join
+from quantcore.calibration.endings import Endings
 from quantcore.calibration.replay import Invocation, watch
 from quantcore.calibration.report import LayerReport
 from quantcore.calibration.statistics import Statistic
@@ -40,13 +41,15 @@ class _Stop(BaseException):
 class Surroundings:
     """What a block needs of the engine. run: computes the block as it is now for a sample. method: the solver's name.
 
-    on_layer: called with the report of each finished layer and its number of weights.
+    on_layer: called with the report of each finished layer and its number of weights. new_shelf: makes room for
+    activations that spare a second computation; None where a solver may change more than it replaces.
     """
 
     run: Callable[[Sample], Any]
     method: str
     team: Team
     on_layer: Callable[[LayerReport, int], None]
+    new_shelf: Callable[[], Shelf] | None = None
 
 
 class Block:
@@ -55,7 +58,7 @@ class Block:
     name: of the block in the model; "" for the layers outside of blocks, where it stands for the whole model.
     samples: the inputs, each loaded when it is taken. report: a line for each finished layer.
     A solver replaces every layer, by `replace` or `round_to_nearest`. It runs under torch.no_grad, and may change
-    other parameters of the block too, such as norms; none outside of it.
+    other parameters of the block too, such as norms: in place, not through `.data`; none outside of the block.
     """
 
     def __init__(
@@ -72,6 +75,8 @@ class Block:
         self._around = surroundings
         self._tokens: dict[str, int] = {}
         self._trace: Trace | None = None
+        self._endings: Endings | None = None
+        self._rest: list[tuple[int, int]] = []  # the state of parameters outside of the layers
         self._since = time.perf_counter()
 
     @property
@@ -108,7 +113,7 @@ class Block:
         self._check_names(names)
         groups = self._shared(names)
         statistics = {group[0]: make(self._planned[group[0]]) for group in groups}
-        self._feed(statistics, frozenset(names) if stop_early else frozenset())
+        self._feed(statistics, frozenset(names), stop_early)
         for first, statistic in statistics.items():
             self._around.team.merge(statistic)
             _check_finite(first, statistic)
@@ -121,7 +126,10 @@ class Block:
         if self._trace is None:
             with torch.no_grad():
                 run = lambda: self.run(self.samples[0])  # noqa: E731
-                self._trace = self._around.team.agree(trace_module(self.model, self.name, list(self._planned), run))
+                trace, endings = trace_module(self.model, self.name, list(self._planned), run)
+            self._trace = self._around.team.agree(trace)
+            if self._around.new_shelf is not None:
+                self._endings = Endings(self.model, endings, self._around.new_shelf)
         return self._trace
 
     def stages(self) -> list[tuple[str, ...]]:
@@ -150,6 +158,11 @@ class Block:
     def run(self, sample: Sample) -> Any:
         """What the block as it is now returns for a sample. Gradients are recorded where the caller enables them."""
         return self._around.run(sample)
+
+    def run_finished(self, sample: Sample) -> Any:
+        """What the block gives for a sample when every layer is finished; finished modules need not run again."""
+        with self._shortcuts(sample):
+            return self.run(sample)
 
     def output(self, sample: Sample) -> Tensor:
         """The hidden states that the block as it is now gives for a sample."""
@@ -207,23 +220,59 @@ class Block:
         self.report.append(line)
         self._around.on_layer(line, weights)
 
-    def _feed(self, statistics: Mapping[str, Statistic], last: frozenset[str]) -> None:
-        """Run all samples; each ends when the layers in `last` were all reached."""
-        mask: Tensor | None = None
-        waiting: set[str] = set()
+    def _feed(self, statistics: Mapping[str, Statistic], names: Collection[str], stop_early: bool) -> None:
+        """Run all samples; each ends when the named layers were all reached, if it shall stop early."""
+        kept = self._keep_endings(names)
+        sample: Sample
+        waiting: set[str]
 
         def enter(name: str, args: Any, kwargs: Any) -> None:
             if name in statistics:
-                statistics[name].update(_rows(args, kwargs, mask))
+                statistics[name].update(_rows(args, kwargs, sample.mask))
+            if name in kept and self._endings is not None:
+                self._endings.keep(name, sample.number, next(leaves((args, kwargs))))
             waiting.discard(name)
-            if last and not waiting:
+            if stop_early and not waiting:
                 raise _Stop
 
-        with torch.no_grad(), watch(self.model, {*statistics, *last}, enter):
+        with torch.no_grad(), watch(self.model, names, enter):
             for sample in self.samples:
-                mask, waiting = sample.mask, set(last)
-                with contextlib.suppress(_Stop):
+                waiting = set(names)
+                with contextlib.suppress(_Stop), self._shortcuts(sample):
                     self.run(sample)
+
+    def _keep_endings(self, names: Collection[str]) -> set[str]:
+        """Begin to keep inputs that will not change any more: those of layers whose earlier stages are finished."""
+        if self._endings is None:
+            return set()
+        rest = self._rest_of_parameters()
+        if rest != self._rest:
+            self._endings.forget()
+            self._rest = rest
+        unfinished, ready = set(self.unfinished), set()
+        for stage in self.stages():
+            ready |= set(stage) & set(names)
+            if unfinished & set(stage):
+                break
+        return self._endings.open(ready & unfinished)
+
+    def _rest_of_parameters(self) -> list[tuple[int, int]]:
+        layers = tuple(f"{name}." for name in self._planned)
+        prefix = f"{self.name}." if self.name else ""
+        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
+        return [(id(tensor), tensor._version) for name, tensor in tensors if not f"{prefix}{name}".startswith(layers)]
+
+    @contextlib.contextmanager
+    def _shortcuts(self, sample: Sample) -> Iterator[None]:
+        """A block in which finished modules are not computed, where that is known to give the same."""
+        if self._endings is None or self._rest != self._rest_of_parameters():
+            yield
+            return
+        with self._endings.shortcuts(sample.number, self._is_finished):
+            yield
+
+    def _is_finished(self, module: str) -> bool:
+        return not any(name.startswith(f"{module}.") for name in self.unfinished)
 
     def _shared(self, names: Collection[str]) -> list[list[str]]:
         """The names in groups that receive the very same tensor."""

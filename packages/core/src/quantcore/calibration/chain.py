@@ -56,12 +56,18 @@ class Chain:
         args, kwargs = to_device((sample.args, sample.kwargs), self._device)
         return self._model.get_submodule(step.name)(*args, **kwargs)
 
-    def outputs(self, step: Step, samples: Samples, *, drop_inputs: bool = False) -> Shelf:
-        """What a step as it is now gives for every sample, on the devices of its inputs."""
+    def outputs(
+        self, step: Step, samples: Samples, *, run: Callable[[Sample], Any] | None = None, drop_inputs: bool = False
+    ) -> Shelf:
+        """What a step as it is now gives for every sample, on the devices of its inputs.
+
+        run: gives the same as `self.run`, with less work.
+        """
         shelf = self._new_shelf()
         for sample in samples:
             home = next(leaves((sample.args, sample.kwargs))).device
-            shelf.put(sample.number, to_device(self.run(step, sample), home if self._device else None))
+            output = self.run(step, sample) if run is None else run(sample)
+            shelf.put(sample.number, to_device(output, home if self._device else None))
             if drop_inputs:
                 samples.drop(sample.number)
         return shelf

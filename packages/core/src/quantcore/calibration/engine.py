@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from quantcore.calibration.activations import DiskShelf, MemoryShelf, Samples, Shelf
+from quantcore.calibration.activations import DiskShelf, MemoryShelf, Sample, Samples, Shelf
 from quantcore.calibration.block import Block, Surroundings
 from quantcore.calibration.chain import Chain
 from quantcore.calibration.data import Calibration, ModelInputs, model_inputs, row_count, token_count
@@ -71,8 +71,8 @@ def calibrate(
         if solver.source != "quantized":
             steps = _outside_last(steps)
         folder = _resume_folder(model, passes, solver, calibration)
-        run = _Run(model, formats, solver, calibration, team, len(steps))
-        run.all(steps, folder, team.share(passes), new_shelf)
+        run = _Run(model, formats, solver, calibration, team, new_shelf, len(steps))
+        run.all(steps, folder, team.share(passes))
     report = run.report
     report.samples, report.tokens = row_count(passes), token_count(passes)
     report.seconds = time.perf_counter() - start
@@ -108,24 +108,19 @@ class _Run:
         solver: Solver,
         calibration: Calibration,
         team: Team,
+        new_shelf: Callable[[], Shelf],
         steps: int,
     ) -> None:
         self.model, self.formats, self.solver, self.calibration = model, formats, solver, calibration
         self.device = None if calibration.device is None else torch.device(calibration.device)
-        self.team, self.steps = team, steps
+        self.team, self.new_shelf, self.steps = team, new_shelf, steps
         self.report = CalibrationReport()
         self.weights = 0
         self.of_weights = sum(_dense(model, name).weight.numel() for name in formats)
 
-    def all(
-        self,
-        steps: Sequence[Step],
-        folder: ResumeFolder | None,
-        passes: Sequence[ModelInputs],
-        new_shelf: Callable[[], Shelf],
-    ) -> None:
-        main = Chain(self.model, passes, new_shelf, self.device)
-        reference = Chain(self.model, passes, new_shelf, self.device) if self.solver.source == "both" else None
+    def all(self, steps: Sequence[Step], folder: ResumeFolder | None, passes: Sequence[ModelInputs]) -> None:
+        main = Chain(self.model, passes, self.new_shelf, self.device)
+        reference = Chain(self.model, passes, self.new_shelf, self.device) if self.solver.source == "both" else None
         for number, step in enumerate(steps):
             with self._placed(step):
                 self._step(number, step, main, reference, folder)
@@ -137,19 +132,21 @@ class _Run:
         samples = main.samples(step, targets)
         inside = step.trunk is not None
         outputs = main.outputs(step, samples) if self.solver.source == "float" and inside else None
-        if step.layers:
-            self._solve(number, step, main, samples, folder)
+        run = self._solve(number, step, main, samples, folder) if step.layers else None
         if not inside:
             return
-        main.finish(step, outputs or main.outputs(step, samples, drop_inputs=True))
+        main.finish(step, outputs or main.outputs(step, samples, run=run, drop_inputs=True))
         if reference is not None and targets is not None:
             reference.finish(step, targets)
 
-    def _solve(self, number: int, step: Step, chain: Chain, samples: Samples, folder: ResumeFolder | None) -> None:
+    def _solve(
+        self, number: int, step: Step, chain: Chain, samples: Samples, folder: ResumeFolder | None
+    ) -> Callable[[Sample], Any] | None:
+        """Solve a step, or take it from the folder; returns what computes its outputs best, if there is such."""
         if folder is not None and folder.holds(number):
             self.weights += sum(_dense(self.model, name).weight.numel() for name in step.layers)
             self.report.layers += folder.restore(number, step, self.model)
-            return
+            return None
         block = self._block(number, step, chain, samples)
         self.solver.solve(block)
         if block.unfinished:
@@ -157,6 +154,7 @@ class _Run:
         self.report.layers += block.report
         if folder is not None and self.team.rank == 0:
             folder.save(number, step, self.model, block.report)
+        return block.run_finished
 
     def _block(self, number: int, step: Step, chain: Chain, samples: Samples) -> Block:
         from quantcore.quantizers.weight import PlannedLayer
@@ -168,7 +166,9 @@ class _Run:
                 self.calibration.progress(Progress(number + 1, self.steps, step.name, line.name, line.loss, *counts))
 
         layers = [PlannedLayer(name, _dense(self.model, name), self.formats[name]) for name in step.layers]
-        around = Surroundings(lambda sample: chain.run(step, sample), self.solver.method, self.team, tell)
+        new_shelf = self.new_shelf if self.solver.source == "quantized" and step.trunk is not None else None
+        run = lambda sample: chain.run(step, sample)  # noqa: E731
+        around = Surroundings(run, self.solver.method, self.team, tell, new_shelf)
         return Block(self.model, step.name, layers, samples, around)
 
     @contextlib.contextmanager

@@ -59,7 +59,7 @@ class Replay:
         """A block in which finished blocks are not computed."""
         with contextlib.ExitStack() as stack:
             for name, trunk in self._finished.items():
-                stack.enter_context(_forward(self._model.get_submodule(name), self._last_output(trunk)))
+                stack.enter_context(forward_as(self._model.get_submodule(name), self._last_output(trunk)))
             yield
 
     def catch(self, block: str, inputs: ModelInputs, number: int) -> Invocation:
@@ -73,7 +73,7 @@ class Replay:
             caught.append(Invocation(args, kwargs))
             raise _Reached
 
-        with _forward(self._model.get_submodule(block), stop), contextlib.suppress(_Reached):
+        with forward_as(self._model.get_submodule(block), stop), contextlib.suppress(_Reached):
             self.run(inputs, number)
         if not caught:
             raise RuntimeError(
@@ -131,7 +131,7 @@ def _takes(model: nn.Module, argument: str) -> bool:
 
 
 @contextlib.contextmanager
-def _forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+def forward_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
     """A block in which a module computes something else; it stays in place, for models read its attributes."""
     attributes = vars(module)
     had_own, own = "forward" in attributes, attributes.get("forward")

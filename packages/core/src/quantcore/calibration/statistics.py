@@ -11,7 +11,7 @@ from torch import Tensor
 Reduction = Literal["sum", "max", "min"]
 Reduce = Callable[[Tensor, Reduction], None]  # in place, over the processes that calibrate together
 
-_PANEL = 1024  # columns of X^T X computed together; below the diagonal nothing is
+_PANEL = 512  # columns of X^T X computed together: smaller saves more of the half below the diagonal
 
 
 class Statistic:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from quantcore.calibration.endings import Ending
 from quantcore.calibration.replay import watch
-from quantcore.calibration.trees import leaves
+from quantcore.calibration.trees import flatten, leaves
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Trace:
     def stages(self, layers: Sequence[str]) -> list[tuple[str, ...]]:
         """The layers in the order to solve them in where each shall see what the finished ones give.
 
-        Each stage is a group of layers with one input; groups that differ in numbers alone (the experts of one block)
-        are one stage. Layers that the traced pass did not reach stand with those of their kind, else in a last stage.
+        Each stage is a group of layers with one input; those of experts that stand side by side are one stage. Layers
+        that the traced pass did not reach stand with those of their kind, else in a last stage.
         """
         stages: dict[Any, list[str]] = {}
         stage_of: dict[str, Any] = {}
@@ -57,19 +59,21 @@ class Trace:
         return next((group for group in self.groups if layer in group.layers), None)
 
 
-def trace_module(model: nn.Module, name: str, layers: Sequence[str], run: Callable[[], Any]) -> Trace:
-    """The trace of the module of a model, while `run` runs it once."""
+def trace_module(
+    model: nn.Module, name: str, layers: Sequence[str], run: Callable[[], Any]
+) -> tuple[Trace, dict[str, Ending]]:
+    """The trace of the module of a model, while `run` runs it once, and the modules inside that end with a layer."""
     recorder = _Recorder()
     prefix = f"{name}." if name else ""
     inside = {inner for inner, _ in model.named_modules() if inner.startswith(prefix) and inner != name}
     with watch(model, inside, recorder.enter, recorder.leave):
         run()
-    return recorder.result(frozenset(layers))
+    return recorder.result(frozenset(layers)), recorder.endings(frozenset(layers))
 
 
 def _kind(name: str) -> str:
-    """A layer's name without numbers: experts of one block are of a kind."""
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+    """A layer's name without the number of its expert."""
+    return re.sub(r"(expert\w*)\.\d+(?=\.|$)", r"\1.*", name)
 
 
 class _Recorder:
@@ -78,6 +82,7 @@ class _Recorder:
         self._order: list[str] = []
         self._readers: dict[Any, list[str]] = {}
         self._sources: dict[Any, str | None] = {}
+        self._outputs: list[tuple[str, Tensor, Any]] = []  # of modules that return one tensor, innermost first
 
     def enter(self, name: str, args: Any, kwargs: Any) -> None:
         self._order.append(name)
@@ -86,6 +91,9 @@ class _Recorder:
             self._sources.setdefault(key, None)  # it was there before any module returned it
 
     def leave(self, name: str, output: Any) -> None:
+        tensors, skeleton = flatten(output)
+        if len(tensors) == 1:
+            self._outputs.append((name, tensors[0], skeleton))
         for key in self._keys(output):
             self._sources.setdefault(key, name)
 
@@ -96,6 +104,18 @@ class _Recorder:
             if members:
                 groups.append(InputGroup(members, self._sources[key], tuple(dict.fromkeys(readers))))
         return Trace(tuple(dict.fromkeys(self._order)), tuple(_first_of_each(groups)))
+
+    def endings(self, layers: frozenset[str]) -> dict[str, Ending]:
+        """By layer, the outermost module around it that returns its output. Both are called once."""
+        found: dict[str, Ending] = {}
+        of_tensor: dict[int, str] = {}
+        for name, tensor, skeleton in self._outputs:
+            layer = of_tensor.get(id(tensor))
+            if name in layers:
+                of_tensor[id(tensor)] = name
+            elif layer is not None and layer.startswith(f"{name}.") and self._order.count(name) == 1:
+                found[layer] = Ending(name, layer, skeleton)
+        return {layer: ending for layer, ending in found.items() if self._order.count(layer) == 1}
 
     def _keys(self, tree: Any) -> list[Any]:
         tensors = list(leaves(tree))

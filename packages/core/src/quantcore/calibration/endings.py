@@ -1,0 +1,86 @@
+"""Finished parts of a block are not computed again.
+
+Where a module returns what its last layer gave (attention its output projection, an MLP its second layer), it need not
+run once that layer is finished: the layer's input, kept when it was measured, gives the module's output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantcore.calibration.activations import Shelf
+from quantcore.calibration.replay import forward_as
+from quantcore.calibration.trees import unflatten
+
+_MOST_BYTES = 2 << 30  # kept in one block; what exceeds it is computed again
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A module that returns the output of a layer inside of it. skeleton: what it returns, without the tensor."""
+
+    module: str
+    layer: str
+    skeleton: Any
+
+
+class Endings:
+    """Kept inputs of layers that end a module; each is exchanged for the layer's output when that is first needed."""
+
+    def __init__(self, model: nn.Module, endings: Mapping[str, Ending], new_shelf: Callable[[], Shelf]) -> None:
+        self._model, self._endings, self._new_shelf = model, endings, new_shelf
+        self._kept: dict[str, Shelf] = {}
+        self._numbers: dict[str, set[int]] = {}
+        self._bytes = 0
+
+    def open(self, layers: Collection[str]) -> set[str]:
+        """Begin to keep the inputs of those of the layers that end a module; returns which."""
+        opened = {layer for layer in layers if layer in self._endings}
+        for layer in opened:
+            self._kept[layer], self._numbers[layer] = self._new_shelf(), set()
+        return opened
+
+    def keep(self, layer: str, number: int, x: Tensor) -> None:
+        """Keep the input of an opened layer in one sample, unless there is no room, or it is called twice."""
+        if layer not in self._kept:
+            return
+        self._bytes += x.nbytes
+        if number in self._numbers[layer] or self._bytes > _MOST_BYTES:
+            del self._kept[layer], self._numbers[layer]
+            return
+        self._kept[layer].put(number, (False, x))
+        self._numbers[layer].add(number)
+
+    def forget(self) -> None:
+        """Let go of everything: the block was changed."""
+        self._kept, self._numbers, self._bytes = {}, {}, 0
+
+    @contextlib.contextmanager
+    def shortcuts(self, number: int, is_finished: Callable[[str], bool]) -> Iterator[None]:
+        """A block in which modules whose ending is kept for a sample are not computed.
+
+        is_finished: whether every layer of a module is finished.
+        """
+        with contextlib.ExitStack() as stack:
+            for layer, numbers in self._numbers.items():
+                ending = self._endings[layer]
+                if number in numbers and is_finished(ending.module):
+                    module = self._model.get_submodule(ending.module)
+                    stack.enter_context(forward_as(module, self._output(ending, number)))
+            yield
+
+    def _output(self, ending: Ending, number: int) -> Callable[..., Any]:
+        def give(*args: Any, **kwargs: Any) -> Any:
+            shelf = self._kept[ending.layer]
+            is_output, tensor = shelf[number]
+            if not is_output:
+                tensor = self._model.get_submodule(ending.layer)(tensor)
+                shelf.put(number, (True, tensor))
+            return unflatten([tensor], ending.skeleton)
+
+        return give
