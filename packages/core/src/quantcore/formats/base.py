@@ -21,6 +21,9 @@ class TensorSpec:
 
     name: the suffix after the module's name in a checkpoint. metadata: describes the format and is not read by kernels.
     variable: the length follows from the values (a JSON blob); shape is then typical, and only its rank is checked.
+    along_n, along_k: the axis that runs along N or K, and how many rows or columns of the weight an index of it covers;
+    None where the tensor is the same for all of them. A weight is split among processes along a dimension that some
+    tensor of it declares.
     """
 
     name: str
@@ -28,6 +31,8 @@ class TensorSpec:
     shape: tuple[int, ...]
     metadata: bool = False
     variable: bool = False
+    along_n: tuple[int, int] | None = None
+    along_k: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:

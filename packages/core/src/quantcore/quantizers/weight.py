@@ -238,6 +238,33 @@ class WeightQuantizer(HfQuantizer):
             if isinstance(module, QuantizedEmbedding) and dtype is not None:
                 module.dtype = dtype
 
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, Any]) -> dict[str, Any]:
+        """Place every stored tensor of a split layer: those that run along the split as the layer, others on each rank.
+
+        plan: {module name, numbers as "*": style}, changed in place.
+        """
+        from quantcore.distributed.tensor_parallel import placements
+
+        for name, placed in placements(model, super().update_parallel_plan(model, plan)).items():
+            plan.setdefault(name, placed)
+        return plan
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """As `update_parallel_plan`, for versions of transformers that ask before there is a model."""
+        return self._place_by_name(config, "base_model_tp_plan")
+
+    def update_ep_plan(self, config: Any) -> Any:
+        return self._place_by_name(config, "base_model_ep_plan")
+
+    def _place_by_name(self, config: Any, attribute: str) -> Any:
+        from quantcore.distributed.tensor_parallel import placements_by_name
+
+        plan = getattr(config, attribute, None)
+        if isinstance(plan, dict):
+            for name, placed in placements_by_name(self.format_for, plan).items():
+                plan.setdefault(name, placed)
+        return config
+
     # Properties of every weight format
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

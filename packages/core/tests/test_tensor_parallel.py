@@ -1,0 +1,131 @@
+"""Weights split among processes: what is cut where, what is refused, and the plans that transformers asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantcore.distributed.tensor_parallel import placements, shard_linear, shard_tensors
+from quantcore.formats.base import TensorSpec, WeightFormat
+from quantcore.formats.blocks import block_abs_max
+from quantcore.nn import QuantizedLinear
+from quantcore.quantization_config import QuantizationConfigMixin
+from quantcore.quantizers.weight import WeightQuantizer
+
+
+@dataclass(frozen=True)
+class Blocks(WeightFormat):
+    """int8 codes under one scale for a block of rows and columns, and a scale of the input."""
+
+    rows: int = 2
+    columns: int = 4
+
+    def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        grid = (-(-shape[0] // self.rows), -(-shape[1] // self.columns))
+        return (
+            TensorSpec("weight", torch.int8, tuple(shape), along_n=(0, 1), along_k=(1, 1)),
+            TensorSpec("scale", torch.float32, grid, along_n=(0, self.rows), along_k=(1, self.columns)),
+            TensorSpec("input_scale", torch.float32, ()),
+        )
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        scale = block_abs_max(weight, (self.rows, self.columns)) / 127
+        codes = (weight / self._expand(scale, weight.shape)).round().to(torch.int8)
+        return {"weight": codes, "scale": scale, "input_scale": torch.ones(())}
+
+    def dequantize(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        return (tensors["weight"].float() * self._expand(tensors["scale"], shape)).to(dtype or torch.float32)
+
+    def _expand(self, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+        rows = scale.repeat_interleave(self.rows, 0)[: shape[0]]
+        return rows.repeat_interleave(self.columns, 1)[:, : shape[1]]
+
+
+class BlocksQuantizer(WeightQuantizer):
+    def format_for(self, name: str, module: nn.Module) -> Blocks:
+        return Blocks()
+
+
+def layer(N: int = 8, K: int = 16, bias: bool = True) -> QuantizedLinear:
+    torch.manual_seed(0)
+    return QuantizedLinear.from_linear(nn.Linear(K, N, bias=bias), Blocks(), name="up_proj")
+
+
+def test_shares_of_rows_give_the_outputs_side_by_side() -> None:
+    whole, x = layer(), torch.randn(3, 16)
+    shares = [shard_linear(whole, "colwise", rank, 2) for rank in range(2)]
+    assert torch.allclose(torch.cat([share(x) for share in shares], -1), whole(x), atol=1e-6)  # order of sums
+
+
+def test_shares_of_columns_add_up_to_the_output_without_bias() -> None:
+    whole, x = layer(), torch.randn(3, 16)
+    shares = [shard_linear(whole, "rowwise", rank, 4) for rank in range(4)]
+    total = sum(share(part) for share, part in zip(shares, x.chunk(4, -1), strict=True))
+    assert torch.allclose(total + whole.bias, whole(x), atol=1e-6)
+    assert all(share.bias is None for share in shares)
+
+
+def test_shares_own_their_memory() -> None:
+    whole = layer()
+    share = shard_linear(whole, "colwise", 0, 2)
+    assert share.stored["weight"].untyped_storage().nbytes() == 4 * 16
+    assert share.stored["input_scale"].data_ptr() != whole.stored["input_scale"].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("style", "world", "words"),
+    [
+        ("colwise", 3, "8 rows do not divide among 3"),
+        ("colwise", 8, "a share of 1 rows cuts blocks of 2"),
+        ("rowwise", 8, "a share of 2 columns cuts blocks of 4"),
+        ("diagonal", 2, "style 'diagonal'"),
+    ],
+)
+def test_split_that_cuts_a_block_is_refused(style: str, world: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        shard_linear(layer(), style, 0, world)
+
+
+def test_format_that_declares_no_axis_is_refused() -> None:
+    class Silent:
+        def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+            return (TensorSpec("weight", torch.int8, shape),)
+
+    with pytest.raises(ValueError, match="Silent says of no tensor that it runs along N"):
+        shard_tensors(Silent(), {"weight": torch.zeros(4, 4)}, (4, 4), "colwise", 0, 2)  # type: ignore[arg-type]
+
+
+def test_plan_places_scales_as_the_layer_and_scalars_everywhere() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"up_proj": layer(), "down_proj": layer()})])})
+    plan = {"layers.*.up_proj": "colwise", "layers.*.down_proj": "rowwise", "norm": "sequence_parallel"}
+    assert placements(model, plan) == {
+        "layers.*.up_proj.weight": "colwise",
+        "layers.*.up_proj.scale": "colwise",
+        "layers.*.up_proj.input_scale": "replicate",
+        "layers.*.down_proj.weight": "rowwise",
+        "layers.*.down_proj.scale": "rowwise",
+        "layers.*.down_proj.input_scale": "replicate",
+    }
+    given = {**plan, "layers.*.up_proj.scale": "mine"}
+    updated = BlocksQuantizer(QuantizationConfigMixin()).update_parallel_plan(model, given)
+    assert updated is given
+    assert updated["layers.*.up_proj.scale"] == "mine"
+    assert updated["layers.*.down_proj.input_scale"] == "replicate"
+
+
+@pytest.mark.parametrize(("hook", "attribute"), [("update_tp_plan", "tp"), ("update_ep_plan", "ep")])
+def test_plan_of_a_config_is_extended_by_name(hook: str, attribute: str) -> None:
+    config = SimpleNamespace(**{f"base_model_{attribute}_plan": {"layers.*.up_proj": "colwise"}})
+    assert getattr(BlocksQuantizer(QuantizationConfigMixin()), hook)(config) is config
+    assert getattr(config, f"base_model_{attribute}_plan") == {
+        "layers.*.up_proj": "colwise",
+        "layers.*.up_proj.scale": "colwise",
+        "layers.*.up_proj.input_scale": "replicate",
+    }
