@@ -64,9 +64,13 @@ class Fp8(WeightFormat):
         return self.activation is not None and self.activation.is_static
 
     def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        rows, columns = self.block
+        along_n, along_k = (0, rows) if rows else None, (1, columns) if columns else None
         specs = [
-            TensorSpec("weight", torch.float8_e4m3fn, tuple(shape)),
-            TensorSpec(self.scale, SCALE_DTYPES[self.scale_dtype], self._scale_shape(shape)),
+            TensorSpec("weight", torch.float8_e4m3fn, tuple(shape), along_n=(0, 1), along_k=(1, 1)),
+            TensorSpec(
+                self.scale, SCALE_DTYPES[self.scale_dtype], self._scale_shape(shape), along_n=along_n, along_k=along_k
+            ),
         ]
         if self.is_static:
             specs.append(TensorSpec(self.input_scale, SCALE_DTYPES[self.input_dtype], (1,) * self.input_rank))

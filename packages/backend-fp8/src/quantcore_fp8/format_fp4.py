@@ -35,8 +35,8 @@ class Fp4Expert(WeightFormat):
     def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         N, K = shape
         return (
-            TensorSpec("weight", torch.int8, (N, K // 2)),
-            TensorSpec(self.scale, torch.float8_e8m0fnu, (N, K // GROUP)),
+            TensorSpec("weight", torch.int8, (N, K // 2), along_n=(0, 1), along_k=(1, 2)),
+            TensorSpec(self.scale, torch.float8_e8m0fnu, (N, K // GROUP), along_n=(0, 1), along_k=(1, GROUP)),
         )
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
