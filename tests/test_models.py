@@ -215,3 +215,17 @@ def test_conv1d_is_stored_as_its_transpose(make_model: Make) -> None:
     # NF4 in blocks of 64: the error of a normal weight is near a tenth (QLoRA, arXiv:2305.14314, table 2).
     error = (layer.dequantize() - dense.t()).norm() / dense.norm()  # type: ignore[operator]
     assert error < 0.12
+
+
+# What lies beside the weights
+
+
+def test_tokenizer_and_generation_settings_come_along(tmp_path: Path) -> None:
+    source = Path(__file__).parent.parent / "examples" / "stdlib-lm"
+    model = quantcore.quantize(quantcore.load(source), NF4)
+    assert model.generation_config.eos_token_id == 1  # type: ignore[union-attr]
+    model.generation_config.max_new_tokens = 7  # type: ignore[union-attr]
+    quantcore.save(model, tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert quantcore.load(tmp_path / "out").generation_config.max_new_tokens == 7  # type: ignore[union-attr]

@@ -669,8 +669,6 @@ def test_module_that_the_device_map_lacks_is_named_before_anything_is_read(build
 @pytest.mark.parametrize(
     ("device_map", "text"),
     [
-        ("disk", "the model is mapped to 'disk', which is not supported; use 'cpu'"),
-        ({"": "cpu", "first": "disk"}, "first is mapped to 'disk'"),
         ("gpu", "'gpu' for the model is no device"),
         ({"": "cpu", "first": "cuda:x"}, "'cuda:x' for first is no device"),
         ({"": None}, "None for the model is no device"),

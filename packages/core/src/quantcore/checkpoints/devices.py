@@ -7,22 +7,44 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quantcore.nn.module import QuantizedModule
 from quantcore.quantizers.base import HfQuantizer
 
+DISK = "disk"  # accelerate's word
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The device of every module. devices: module name prefix -> device; "" is the whole model."""
+    """The device of every module. devices: module name prefix -> device or "disk"; "" is the whole model."""
 
-    devices: dict[str, torch.device]
+    devices: dict[str, torch.device | str]
 
     def device_of(self, name: str) -> torch.device:
-        """The device of a module or tensor, by the longest prefix that the map holds."""
+        """The device of a module or tensor, by the longest prefix that the map holds; meta for what is on the disk."""
+        device = self._entry(name)
+        return device if isinstance(device, torch.device) else torch.device("meta")
+
+    def is_on_disk(self, name: str) -> bool:
+        """Whether a module or tensor is read from the disk when it is needed."""
+        return self._entry(name) == DISK
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the model is not all on one device."""
+        return len(set(self.devices.values())) > 1 or DISK in self.devices.values()
+
+    def materialize_rest(self, model: nn.Module) -> None:
+        """Move buffers that no checkpoint holds, such as rotary frequencies, to their module's device."""
+        for name, module in model.named_modules():
+            for attribute, buffer in module._buffers.items():
+                full = f"{name}.{attribute}" if name else attribute
+                if buffer is not None and buffer.device.type != "meta" and not self.is_on_disk(full):
+                    module._buffers[attribute] = buffer.to(self.device_of(full))
+
+    def _entry(self, name: str) -> torch.device | str:
         prefix = name
         while prefix not in self.devices and prefix:
             prefix = prefix.rpartition(".")[0]
@@ -30,46 +52,19 @@ class Placement:
             raise ValueError(f"device_map has no entry for {name}; add one, or an entry '' for the rest")
         return self.devices[prefix]
 
-    def materialize_rest(self, model: nn.Module) -> None:
-        """Move buffers that no checkpoint holds, such as rotary frequencies, to their module's device."""
-        for name, module in model.named_modules():
-            for attribute, buffer in module._buffers.items():
-                if buffer is not None and buffer.device.type != "meta":
-                    module._buffers[attribute] = buffer.to(self.device_of(f"{name}.{attribute}" if name else attribute))
-
-    def dispatch(self, model: nn.Module) -> None:
-        """Add accelerate's hooks that move activations, where there is more than one device."""
-        if len(set(self.devices.values())) < 2:
-            return
-        from accelerate import dispatch_model
-
-        dispatch_model(model, device_map={name: str(device) for name, device in self.devices.items()})
-
 
 def is_on_disk(device_map: Any, name: str) -> bool:
-    """Whether a device map puts a module on the disk; a map that is no dict puts nothing there."""
-    if not isinstance(device_map, Mapping) or "disk" not in device_map.values():
+    """Whether a device map of transformers puts a module on the disk; a map that is no dict puts nothing there."""
+    if not isinstance(device_map, Mapping) or DISK not in device_map.values():
         return False
-    parts = name.split(".")
-    prefixes = (".".join(parts[:end]) for end in range(len(parts), -1, -1))
-    return next((device_map[prefix] for prefix in prefixes if prefix in device_map), None) == "disk"
-
-
-def offloaded_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
-    """The state dict with the values of what accelerate offloaded, None when nothing is. Needs the memory of them."""
-    if not any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):
-        return None
-    from accelerate.utils.modeling import get_state_dict_offloaded_model
-
-    tensors: dict[str, Tensor] = get_state_dict_offloaded_model(model)
-    return {name: tensors[name] for name in model.state_dict() if name in tensors}
+    return Placement({"": "", **device_map}).is_on_disk(name)
 
 
 def place(model: nn.Module, device_map: Any, quantizer: HfQuantizer | None = None) -> Placement:
     """The placement of a model, which may be on the meta device, for a user's device map.
 
     device_map: None for the CPU, a device or its name, "auto" and accelerate's other strategies, or a dict of module
-    names to devices. Raises ValueError for "disk" and for names that are no device.
+    names to devices or "disk". Raises ValueError for names that are no device.
     """
     if isinstance(device_map, str) and device_map in _AUTOMATIC:
         device_map = _infer(model, device_map, quantizer)
@@ -94,10 +89,10 @@ def _infer(model: nn.Module, strategy: str, quantizer: HfQuantizer | None) -> di
     return inferred
 
 
-def _device(device: Any, name: str) -> torch.device:
+def _device(device: Any, name: str) -> torch.device | str:
     where = name or "the model"
-    if device == "disk":
-        raise ValueError(f"device_map: {where} is mapped to 'disk', which is not supported; use 'cpu'")
+    if device == DISK:
+        return DISK
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:

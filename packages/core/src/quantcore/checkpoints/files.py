@@ -38,6 +38,19 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
+def source_folder(model: Any) -> Path | None:
+    """The folder that a model of transformers was loaded from; None for another model, or one from the hub."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return Path(name) if isinstance(name, str) and name and Path(name, "config.json").is_file() else None
+
+
+def write_generation_config(model: Any, target: Path) -> None:
+    """Write the generation settings of a model of transformers, which a program may have changed."""
+    settings: Any = getattr(model, "generation_config", None)
+    if hasattr(settings, "to_json_string"):
+        (target / "generation_config.json").write_text(settings.to_json_string(), encoding="utf-8")
+
+
 def stored_dtype(config_json: Mapping[str, Any]) -> Any:
     """What a config.json says of the dtype of its float weights, None when it says nothing."""
     return next((config_json[key] for key in _DTYPE_KEYS if config_json.get(key) is not None), None)

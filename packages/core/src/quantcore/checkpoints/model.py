@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from quantcore.checkpoints.devices import Placement, place
-from quantcore.checkpoints.files import copy_companions, write_json
+from quantcore.checkpoints.files import copy_companions, source_folder, write_generation_config, write_json
 from quantcore.checkpoints.names import fit_names, name_in_checkpoint
+from quantcore.checkpoints.offload import derive_operands, dispatch, find_on_disk, offloaded_state_dict
 from quantcore.checkpoints.read import CONFIG_KEYS, Checkpoint, quantization_dict, read_config
 from quantcore.checkpoints.stream import checked_slots, fill, slots
 from quantcore.checkpoints.write import atomic_directory, write_tensors
@@ -40,8 +41,8 @@ def save(
     """Write config.json and safetensors files that quantcore and the upstream tools load.
 
     max_shard_size: bytes or a string such as "5GB". companions_from: a folder whose tokenizer and generation files are
-    copied along. The folder appears under its name only when complete; an existing one is kept unless overwrite is
-    true.
+    copied along; None for the one that a model of transformers was loaded from. The folder appears under its name only
+    when complete; an existing one is kept unless overwrite is true.
     Raises FileExistsError, and OSError when the disk is full.
     """
     quantizer: HfQuantizer | None = getattr(model, "hf_quantizer", None)
@@ -54,8 +55,10 @@ def save(
     with atomic_directory(path, overwrite) as directory:
         write_tensors(tensors, directory, max_shard_size)
         write_json(config, directory / "config.json")
-        if companions_from is not None:
-            copy_companions(Path(companions_from), directory)
+        write_generation_config(model, directory)
+        source = companions_from if companions_from is not None else source_folder(model)
+        if source is not None:
+            copy_companions(Path(source), directory)
 
 
 def load(
@@ -69,8 +72,9 @@ def load(
 
     path: a folder, or a hub id. model: a module or a function that builds one; it is built without memory for its
     weights. None builds the architecture that config.json names and needs quantcore[transformers]. device_map: None
-    (the CPU), a device, "auto", or a dict of module names to devices. dtype: of float tensors outside quantized
-    weights; None keeps the file's. Peak memory is the loaded model plus its largest tensor.
+    (the CPU), a device, "auto", or a dict of module names to devices; what is mapped to "disk" is read from the
+    checkpoint in each forward. dtype: of float tensors outside quantized weights; None keeps the file's. Peak memory is
+    the loaded model plus its largest tensor.
     Raises CheckpointError listing every tensor that does not fit, before any is read.
     """
     checkpoint = Checkpoint(path)
@@ -93,7 +97,7 @@ def load(
         checked_slots(skeleton, checkpoint)
     # Nothing but a failing disk can stop it now, so the replaced modules of a model that was handed in are let go.
     fill(skeleton, checkpoint, placement.device_of, target_dtype)
-    _finish(skeleton, quantizer, placement)
+    _finish(skeleton, quantizer, placement, checkpoint)
     return skeleton.eval()
 
 
@@ -112,20 +116,23 @@ def _modules_kept_on_failure(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _finish(model: nn.Module, quantizer: HfQuantizer | None, placement: Placement) -> None:
+def _finish(model: nn.Module, quantizer: HfQuantizer | None, placement: Placement, checkpoint: Checkpoint) -> None:
     placement.materialize_rest(model)
+    on_disk = find_on_disk(model, checkpoint, placement.is_on_disk)
     if quantizer is not None:
         quantizer.postprocess_model(model)  # derives operands, which are on the meta device until then
-    _check_materialized(model)
+        derive_operands(model, on_disk)
+    _check_materialized(model, placement)
     fuse_float_experts(model)
     if quantizer is not None:
         plugins().hook.quantcore_after_weight_loading(quantizer=quantizer, model=model)
-    placement.dispatch(model)
+    if placement.is_split:
+        dispatch(model, placement.devices, on_disk)
 
 
-def _check_materialized(model: nn.Module) -> None:
+def _check_materialized(model: nn.Module, placement: Placement) -> None:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    empty = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta and not placement.is_on_disk(name)]
     if empty:
         raise ValueError(
             f"{', '.join(empty[:5])}: {len(empty)} tensors are left on the meta device, for the checkpoint does not "
@@ -165,7 +172,7 @@ def _empty_parameters() -> Iterator[None]:
 
 def _tensors_to_save(model: nn.Module, quantizer: HfQuantizer | None) -> dict[str, Tensor]:
     own = quantizer.get_state_dict_and_metadata(model)[0] if quantizer is not None else None
-    tensors: Mapping[str, Tensor] = model.state_dict() if own is None else own
+    tensors: Mapping[str, Tensor] = own or offloaded_state_dict(model) or model.state_dict()
     tied = _tied_to_drop(model)
     unloaded = [name for name, tensor in tensors.items() if tensor.device.type == "meta" and name not in tied]
     if unloaded:

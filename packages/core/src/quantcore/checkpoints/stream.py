@@ -33,7 +33,7 @@ def slots(model: nn.Module) -> dict[str, Slot]:
         prefix = f"{name}." if name else ""
         stored = module._attributes if isinstance(module, QuantizedModule) else {}
         for suffix, attribute in stored.items():
-            found[prefix + suffix] = Slot(module, attribute, getattr(module, attribute), exact=True)
+            found[module.full_name(prefix, suffix)] = Slot(module, attribute, getattr(module, attribute), exact=True)
         plain = {**module._parameters, **_persistent_buffers(module)}
         for attribute, tensor in plain.items():
             if tensor is not None and attribute not in stored.values():
@@ -46,14 +46,18 @@ def fill(
 ) -> None:
     """Put the checkpoint's tensors into a model, which may be on the meta device.
 
-    device_of: the device of a checkpoint tensor by name. dtype: of float tensors that are not part of a quantized
-    weight; None keeps the file's. Tied parameters stay tied. Peak memory is the filled model plus one tensor.
+    device_of: the device of a checkpoint tensor by name; what is to be on meta is not read. dtype: of float tensors
+    that are not part of a quantized weight; None keeps the file's. Tied parameters stay tied. Peak memory is the filled
+    model plus one tensor.
     Raises CheckpointError that lists every missing, surplus, wrong-shape and wrong-dtype tensor, before any is read.
     """
     targets = checked_slots(model, checkpoint)
     twins = _twins(targets)
     devices = {name: device_of(name) for name in checkpoint.headers if name in targets}
-    for name, tensor in checkpoint.stream(devices):
+    away = [name for name, device in devices.items() if device.type == "meta"]
+    for name in away:
+        _assign_empty(twins[id(targets[name].tensor)], targets[name], checkpoint.headers[name], dtype)
+    for name, tensor in checkpoint.stream(name for name in devices if name not in set(away)):
         slot = targets[name]
         _assign(twins[id(slot.tensor)], tensor.to(devices[name], _final_dtype(slot, tensor.dtype, dtype)))
 
@@ -64,9 +68,7 @@ def fill_empty(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | No
     twins = _twins(targets)
     for name, slot in targets.items():
         if name in checkpoint.headers:
-            header = checkpoint.headers[name]
-            cast = _final_dtype(slot, header.dtype, dtype)
-            _assign(twins[id(slot.tensor)], torch.empty(header.shape, dtype=cast, device="meta"))
+            _assign_empty(twins[id(slot.tensor)], slot, checkpoint.headers[name], dtype)
 
 
 def checked_slots(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Slot]:
@@ -129,6 +131,10 @@ def _twins(targets: Mapping[str, Slot]) -> dict[int, list[Slot]]:
     for slot in targets.values():
         twins.setdefault(id(slot.tensor), []).append(slot)
     return twins
+
+
+def _assign_empty(places: list[Slot], slot: Slot, header: Header, wanted: torch.dtype | None) -> None:
+    _assign(places, torch.empty(header.shape, dtype=_final_dtype(slot, header.dtype, wanted), device="meta"))
 
 
 def _assign(places: list[Slot], tensor: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer as TransformersQuantizer, auto as stock
 
-from quantcore.checkpoints.devices import offloaded_state_dict
+from quantcore.checkpoints.offload import offloaded_state_dict
 from quantcore.integrations.transformers.quantizing import QuantizingLoad
 from quantcore.integrations.transformers.stored import StoredLoad
 from quantcore.plugins.manager import plugins

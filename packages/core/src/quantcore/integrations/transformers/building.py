@@ -25,6 +25,8 @@ def build_model(directory: Path) -> nn.Module:
             f"{directory}: transformers {transformers.__version__} has no architecture {names[0]!r}; upgrade it"
         )
     model: nn.Module = cls._from_config(config) if names else cls.from_config(config)
+    if (directory / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     return model
 
 
