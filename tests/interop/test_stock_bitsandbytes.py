@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import quantcore
+from quantcore_bnb.bitsandbytes.upstream import linear
 
 FOUR_BIT = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -97,3 +98,13 @@ def test_both_save_the_same_names_and_dtypes(ours: Path, theirs: Path) -> None:
     assert {name: (t.dtype, t.shape) for name, t in found.items()} == {
         name: (t.dtype, t.shape) for name, t in expected.items()
     }
+
+
+def test_the_layer_that_bench_compares_with_is_bitsandbytes_own(config: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    dense = torch.nn.Linear(128, 64, bias=False)
+    stock = linear(dense, quantcore.AutoQuantizationConfig.from_dict(config))
+    ours = quantcore.nn.QuantizedLinear.from_linear(dense, config)
+    x = torch.randn(5, 128)
+    assert type(stock).__module__.startswith("bitsandbytes")
+    assert relative_error(stock(x).float(), ours(x)) < 0.02  # int8 rounds its input too

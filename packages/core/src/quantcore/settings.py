@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -19,6 +21,20 @@ def disabled_plugins() -> frozenset[str]:
 def forced_kernel() -> str | None:
     """Name of the only kernel that may run, or None for the usual choice (QUANTCORE_KERNEL)."""
     return os.environ.get("QUANTCORE_KERNEL", "").strip() or None
+
+
+@contextmanager
+def forced_to(kernel: str) -> Iterator[None]:
+    """Within, QUANTCORE_KERNEL names this kernel."""
+    before = os.environ.get("QUANTCORE_KERNEL")
+    os.environ["QUANTCORE_KERNEL"] = kernel
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["QUANTCORE_KERNEL"]
+        else:
+            os.environ["QUANTCORE_KERNEL"] = before
 
 
 def autotune() -> bool:

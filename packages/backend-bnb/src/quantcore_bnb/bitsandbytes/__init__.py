@@ -17,6 +17,7 @@ BACKEND = Backend(
     config=f"{_MODULE}.config:BitsAndBytesConfig",
     quantizer=f"{_MODULE}.quantizer:quantizer_for",
     kernels=(f"{_MODULE}:triton_kernels",),
+    upstream=f"{_MODULE}.upstream:linear",
     summary="NF4 and FP4 with double quantization, LLM.int8",
     example_configs=(
         {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},

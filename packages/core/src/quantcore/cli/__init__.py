@@ -16,6 +16,7 @@ VERBS = {
     "convert": VerbEntry("quantcore.cli.convert:command", "Write a quantized folder in another format."),
     "inspect": VerbEntry("quantcore.cli.inspect:command", "Show what a checkpoint folder stores."),
     "eval": VerbEntry("quantcore.cli.eval:command", "Measure a checkpoint on a text."),
+    "bench": VerbEntry("quantcore.cli.bench:command", "Time the kernels of a method."),
     "check": VerbEntry("quantcore.cli.check:command", "Run the conformance suite on a method."),
 }
 

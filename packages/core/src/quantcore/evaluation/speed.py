@@ -1,0 +1,190 @@
+"""How fast a linear layer is: each kernel that serves it, beside torch's own layer in the same dtype.
+
+Times are of whole calls, launch included. Each call reads a copy of the weight that the calls before it have driven out
+of the cache, as the layers of a model do.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from quantcore import settings
+from quantcore.kernels.dispatch import Problem, candidates
+from quantcore.nn.linear import QuantizedLinear
+
+_SECONDS = 0.25  # of calls that are timed
+_FEWEST_CALLS, _MOST_CALLS = 7, 2000
+_CPU_CACHE = 64 << 20  # at least what a core of a server reaches; its layers are larger
+_MOST_COPIES = 256
+_FARTHEST = 0.02  # relative error beside the reference: bfloat16 rounds by 0.004, kernels add in another order
+
+Layer = TypeVar("Layer", bound=nn.Module)
+Call = Callable[[int], object]  # number -> the call with that number
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of a call: the median, and the quantiles of 20 and 80 %."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One kernel on x [rows, K] times a weight [N, K].
+
+    times: None where the kernel refuses, for the reason given. nbytes: stored tensors, x and y, once each.
+    share: of the bandwidth of a copy on this device. ratio: how many times as fast as the baseline.
+    """
+
+    kernel: str
+    N: int
+    K: int
+    rows: int
+    times: Times | None
+    nbytes: int = 0
+    share: float = math.nan
+    ratio: float = math.nan
+    reason: str | None = None
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        return math.nan if self.times is None else self.nbytes / self.times.median / 1e6
+
+
+def time_linear(
+    config: Any,
+    shape: tuple[int, int],
+    rows: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    baseline: tuple[str, Callable[[nn.Linear], nn.Module]],
+    copy_speed: float,
+) -> Iterator[Timing]:
+    """Timings of a layer quantized from random values: the baseline, then each kernel, for each number of rows.
+
+    config: as for `QuantizedLinear.from_linear`. baseline: its name, and what it makes of the float layer.
+    copy_speed: bytes per second, as `copy_bandwidth` gives it.
+    Raises RuntimeError when a kernel's result is not the reference's: its time would mean nothing.
+    """
+    dense = _random_linear(shape, dtype, device)
+    layer = QuantizedLinear.from_linear(dense, config)
+    label, make = baseline
+    copies, rivals = _copies(layer, device), _copies(make(dense), device)
+    for count in rows:
+        x = torch.randn(count, shape[1], dtype=dtype, device=device)
+        nbytes = _moved(_stored_bytes(rivals[0]), x, shape)
+        base = Timing(label, *shape, count, time_calls(_over(rivals, x), device), nbytes)
+        for timing in (base, *_kernel_timings(copies, x, shape)):
+            yield _compared(timing, base, copy_speed)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written, of copying tensors much larger than the cache."""
+    size = 4 * _cache_bytes(device)
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / time_calls(lambda _: target.copy_(source), device).median * 1e3
+
+
+def time_calls(call: Call, device: torch.device) -> Times:
+    """Times of call(0), call(1), ..., after two that do not count: 7 calls to 2000, as fill a quarter of a second."""
+    for number in range(2):
+        call(number)
+    time_some = _time_on_gpu if device.type == "cuda" else _time_on_cpu
+    times = time_some(call, _FEWEST_CALLS)
+    missing = _SECONDS * 1e3 - sum(times)
+    if missing > 0:
+        times += time_some(call, min(_MOST_CALLS, math.ceil(missing / max(statistics.median(times), 1e-3))))
+    quantiles = statistics.quantiles(times, n=5)
+    return Times(statistics.median(times), quantiles[0], quantiles[-1])
+
+
+def _time_on_cpu(call: Call, count: int) -> list[float]:
+    times = []
+    for number in range(count):
+        start = time.perf_counter()
+        call(number)
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def _time_on_gpu(call: Call, count: int) -> list[float]:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for number, (start, end) in enumerate(events):
+        start.record()
+        call(number)
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def _kernel_timings(copies: Sequence[QuantizedLinear], x: Tensor, shape: tuple[int, int]) -> Iterator[Timing]:
+    layer, count = copies[0], x.shape[0]
+    problem = Problem("linear", layer.format, x.device.type, x.dtype, count, *shape)
+    with settings.forced_to("reference"):
+        expected = layer(x)
+    nbytes = _moved(_stored_bytes(layer), x, shape)
+    for kernel in candidates():
+        reason = kernel.refuse(problem)
+        times = None
+        if reason is None:
+            with settings.forced_to(kernel.name):
+                _check(kernel.name, layer(x), expected)
+                times = time_calls(_over(copies, x), x.device)
+        yield Timing(kernel.name, *shape, count, times, nbytes, reason=reason)
+
+
+def _check(kernel: str, found: Tensor, expected: Tensor) -> None:
+    error = float((found.double() - expected.double()).norm() / expected.double().norm())
+    if not error <= _FARTHEST:
+        raise RuntimeError(
+            f"kernel {kernel} is off the reference by {error:.2g}; it is not timed. Report this as a bug"
+        )
+
+
+def _compared(timing: Timing, base: Timing, copy_speed: float) -> Timing:
+    if timing.times is None or base.times is None:
+        return timing
+    share = timing.gigabytes_per_second * 1e9 / copy_speed
+    return dataclasses.replace(timing, share=share, ratio=base.times.median / timing.times.median)
+
+
+def _random_linear(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    N, K = shape
+    dense = nn.Linear(K, N, bias=False, dtype=dtype, device=device).requires_grad_(False)
+    dense.weight.normal_(std=K**-0.5, generator=torch.Generator(device).manual_seed(0))
+    return dense
+
+
+def _copies(layer: Layer, device: torch.device) -> list[Layer]:
+    """The layer and as many copies of it as fill the cache twice."""
+    count = min(_MOST_COPIES, 1 + math.ceil(2 * _cache_bytes(device) / max(1, _stored_bytes(layer))))
+    return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
+
+
+def _stored_bytes(layer: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
+
+
+def _moved(weight_bytes: int, x: Tensor, shape: tuple[int, int]) -> int:
+    return weight_bytes + x.nbytes + x.shape[0] * shape[0] * x.itemsize
+
+
+def _over(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Call:
+    return lambda number: layers[number % len(layers)](x)
+
+
+def _cache_bytes(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else _CPU_CACHE
