@@ -17,7 +17,8 @@ from quantcore.checkpoints.read import Checkpoint
 from quantcore.checkpoints.write import write_tensors
 from quantcore.errors import CheckpointError
 from quantcore.nn import QuantizedExperts, QuantizedLinear
-from quantcore.nn.experts import ExpertWeight, StackedWeight, fused_weights, linear_layers, split_experts
+from quantcore.nn.experts import fused_weights, linear_layers, split_experts
+from quantcore.nn.standins import ExpertWeight, StackedWeight
 from quantcore.testing.compare import relative_error
 from quantcore.testing.experts import (
     EXPERTS,

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.functional import linear
 
-from quantcore.nn.dense import build_dense, view_dense
+from quantcore.formats.base import WeightFormat
+from quantcore.nn.dense import build_dense, check_finite, view_dense
 from quantcore.nn.linear import QuantizedLinear
+from quantcore.nn.module import QuantizedModule
 from quantcore.nn.replace import quantized_modules, replace_module
+from quantcore.nn.standins import StackedWeight
 
 PartNames = Mapping[str, Sequence[str]]  # parameter -> the linear layers of one expert that it holds
 NamesByModule = Mapping[str, PartNames]  # experts module -> its part names
+
+_STACK = (
+    "_stack"  # what the module of a stack has after the name of its parameter, under which model code finds a stand-in
+)
 
 
 @dataclass(frozen=True)
@@ -85,11 +92,17 @@ def fused_weights(module: nn.Module, names: PartNames | None = None) -> tuple[Fu
 class QuantizedExperts(nn.Module):
     """Experts that were taken apart: for each a linear layer a projection, quantized or float, "3.gate_proj" by name.
 
-    All else is what the fused module had: its biases, its activation, and its forward, which runs on stand-ins for the
-    3-D weights: what it computes with the weight of one expert is computed by that expert's layers.
+    stacks: 3-D weights that are stored whole, by parameter; they are not taken apart. All else is what the fused module
+    had: its biases, its activation, and its forward, which runs on stand-ins for the 3-D weights: what it computes with
+    the weight of one expert is computed by that expert's layers.
     """
 
-    def __init__(self, fused: nn.Module, names: PartNames | None = None) -> None:
+    def __init__(
+        self,
+        fused: nn.Module,
+        names: PartNames | None = None,
+        stacks: Mapping[str, QuantizedStack] | None = None,
+    ) -> None:
         super().__init__()
         weights = fused_weights(fused, names)
         if not weights:
@@ -101,28 +114,40 @@ class QuantizedExperts(nn.Module):
         for weight in weights:
             parameter = self._parameters.pop(weight.name)
             assert parameter is not None
+            if stacks and weight.name in stacks:
+                self._modules[weight.name + _STACK] = stacks[weight.name]
+                continue
             for name, matrix in weight.matrices(parameter.detach()):
                 index, _, part = name.partition(".")
                 experts[int(index)][part] = build_dense(nn.Linear, matrix, None).requires_grad_(parameter.requires_grad)
         for number, expert in enumerate(experts):
-            self.add_module(str(number), expert)
+            if len(expert):
+                self.add_module(str(number), expert)
 
     @property
     def fused(self) -> tuple[FusedWeight, ...]:
-        """The 3-D weights that were taken apart."""
+        """The 3-D weights that the module had."""
         return tuple(self._fused.values())
 
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """The linear layers of every expert, with their names in this module."""
-        for index in range(next(iter(self._fused.values())).shape[0]):
-            for part, layer in self._modules[str(index)].named_children():  # type: ignore[union-attr]
+        for index in filter(str.isdigit, self._modules):
+            for part, layer in self._modules[index].named_children():  # type: ignore[union-attr]
                 yield f"{index}.{part}", layer
 
     def layers(self, expert: int, weight: str) -> list[nn.Module]:
-        """The linear layers of one expert that stand for a 3-D weight, in its order."""
-        own = self._modules[str(expert)]
-        assert isinstance(own, nn.ModuleDict)
-        return [own[part] for part in self._fused[weight].parts]
+        """The linear layers of one expert that stand for a 3-D weight, in its order; none where it is stored whole."""
+        own = self._modules.get(str(expert))
+        return (
+            [own[part] for part in self._fused[weight].parts if part in own] if isinstance(own, nn.ModuleDict) else []
+        )
+
+    def run(self, weight: str, expert: int, x: Tensor) -> Tensor:
+        """x [..., K] times one expert's part of a 3-D weight: [..., N]."""
+        stack = self._modules.get(weight + _STACK)
+        if isinstance(stack, QuantizedStack):
+            return stack.run(expert, x, transposed=self._fused[weight].transposed)
+        return self._fused[weight].join([layer(x) for layer in self.layers(expert, weight)])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # transformers chooses between implementations there that need whole float weights; the plain one is wrapped.
@@ -139,29 +164,63 @@ class QuantizedExperts(nn.Module):
         for attribute in ("_architecture", "_fused"):
             del vars(fused)[attribute]
         for weight in self._fused.values():
-            trained = any(each.requires_grad for each in self.layers(0, weight.name)[0].parameters())
+            trained = any(p.requires_grad for layer in self.layers(0, weight.name) for p in layer.parameters())
             fused._parameters[weight.name] = nn.Parameter(self.dense_weight(weight.name, dtype), requires_grad=trained)
-        for index in range(next(iter(self._fused.values())).shape[0]):
-            del fused._modules[str(index)]
+        for name in [name for name in fused._modules if name.isdigit() or name.removesuffix(_STACK) in self._fused]:
+            del fused._modules[name]
         return fused
 
     def dense_weight(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A 3-D weight in its own shape, dequantized expert by expert."""
-        weight = self._fused[name]
-        dense = torch.empty(weight.shape, dtype=dtype or self.dtype_of(name), device=self.device_of(name))
-        parts = weight.split(dense)
-        for expert in range(weight.shape[0]):
-            for part, layer in zip(parts, self.layers(expert, name), strict=True):
-                part[expert] = _weight_of(layer, dense.dtype)
+        stack = self._modules.get(name + _STACK)
+        if isinstance(stack, QuantizedStack):
+            return stack.dequantize(dtype)
+        shape = self._fused[name].shape
+        dense = torch.empty(shape, dtype=dtype or self.dtype_of(name), device=self.device_of(name))
+        for expert in range(shape[0]):
+            dense[expert] = self.expert_weight(name, expert, dtype)
         return dense
+
+    def expert_weight(self, name: str, expert: int, dtype: torch.dtype | None = None) -> Tensor:
+        """One expert's matrix of a 3-D weight, [N, K], or [K, N] where that is transposed, in dtype (None: its own)."""
+        stack = self._modules.get(name + _STACK)
+        if isinstance(stack, QuantizedStack):
+            return stack.expert(expert, dtype)
+        parts = [_weight_of(layer, dtype) for layer in self.layers(expert, name)]
+        joined = self._fused[name].join([part.t() for part in parts])  # [K, N]
+        return joined if self._fused[name].transposed else joined.t()
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The float dtype of a 3-D weight: that of its first expert."""
-        return _weight_of(self.layers(0, name)[0]).dtype
+        return self.expert_weight(name, 0).dtype
 
     def device_of(self, name: str) -> torch.device:
         """The device of a 3-D weight."""
-        return next(self.layers(0, name)[0].parameters()).device
+        holder = self._modules.get(name + _STACK) or self.layers(0, name)[0]
+        return next(holder.parameters()).device
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # Only here are the names of a stack seen: they go on from the parameter's own, some without a dot.
+        own = {key[len(prefix) :]: key for key in state_dict if key.startswith(prefix)}
+        taken: set[str] = set()
+        for name, stack in self._modules.items():
+            if isinstance(stack, QuantizedStack):
+                keys = stored_whole(own, name.removesuffix(_STACK), self._parameters)
+                stored = {suffix: state_dict[key] for suffix, key in keys.items()}
+                assign = bool(local_metadata.get("assign_to_params_buffers", False))
+                stack.load_stored(stored, f"{prefix}{name}.", assign, missing_keys, error_msgs)
+                taken |= set(keys.values())
+        rest = {key: value for key, value in state_dict.items() if key not in taken}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def __getattr__(self, name: str) -> Any:
         weight = self.__dict__.get("_fused", {}).get(name)
@@ -180,86 +239,55 @@ class QuantizedExperts(nn.Module):
         return f"architecture={self._architecture.__name__}, weights={list(self._fused)}"
 
 
-class _StandIn:
-    """What model code sees in place of a float weight. Torch functions that are not served run on the dense weight."""
+class QuantizedStack(QuantizedModule):
+    """A 3-D weight of experts that is stored whole, in its own orientation: the experts are its rows.
 
-    def __init__(self, experts: QuantizedExperts, weight: FusedWeight, shape: Sequence[int]) -> None:
-        self.experts, self.weight, self.shape = experts, weight, torch.Size(shape)
-
-    def dense(self) -> Tensor:
-        """The float weight."""
-        raise NotImplementedError(f"{type(self).__name__} defines no dense")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.experts.dtype_of(self.weight.name)
-
-    @property
-    def device(self) -> torch.device:
-        return self.experts.device_of(self.weight.name)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.dense(), name)
+    Its tensors are named after the parameter: a suffix "weight.absmax" follows it as "gate_up_proj.absmax", and
+    "weight_blocks" as "gate_up_proj_blocks".
+    """
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        served = _SERVED.get(func)
-        result = NotImplemented if served is None else served(*args, **(kwargs or {}))
-        if result is not NotImplemented:
-            return result
-        return func(*map(_densified, args), **{name: _densified(value) for name, value in (kwargs or {}).items()})
+    def from_weight(cls, weight: Tensor, weight_format: WeightFormat, *, name: str = "") -> QuantizedStack:
+        """The quantized form of a float weight [E, N, K], which a format stores in blocks over all of it.
+
+        Raises ValueError naming the weight when it holds NaN or inf, or does not fit the format.
+        """
+        check_finite(weight.flatten(0, 1), name)
+        weight_format.check_shape(tuple(weight.shape))
+        return cls(weight_format, weight_format.quantize(weight.detach()), tuple(weight.shape), name)
+
+    def expert(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix of one expert, in dtype (None: the one that it was quantized from)."""
+        operands = dict(zip(self.format.operand_names(self.shape), self.operands, strict=True))
+        rows = torch.tensor([index], device=self.operands[0].device)
+        return self.format.dequantize_rows(operands, self.shape, rows, dtype)[0]
+
+    def run(self, index: int, x: Tensor, transposed: bool) -> Tensor:
+        """x [..., K] times the matrix of one expert, in the format's dtype for computing, cast back to x's."""
+        dtype = self.format.compute_torch_dtype or x.dtype
+        weight = self.expert(index, dtype)
+        return linear(x.to(dtype), weight.t() if transposed else weight).to(x.dtype)
+
+    def full_name(self, prefix: str, suffix: str) -> str:
+        return prefix.removesuffix(f"{_STACK}.") + suffix.removeprefix("weight")
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the experts module, which sees all names of the stack, has loaded it."""
 
 
-class ExpertWeight(_StandIn):
-    """Stands for the weight of one expert, a matrix of a fused weight."""
-
-    def __init__(self, experts: QuantizedExperts, weight: FusedWeight, expert: int) -> None:
-        super().__init__(experts, weight, weight.shape[1:])
-        self.expert = expert
-
-    def apply(self, x: Tensor) -> Tensor:
-        """x [..., K] times this weight, by the expert's layers: [..., N]."""
-        return self.weight.join([layer(x) for layer in self.experts.layers(self.expert, self.weight.name)])
-
-    def dense(self) -> Tensor:
-        """The matrix [N, K], [K, N] where the fused weight is transposed, as float."""
-        parts = [_weight_of(layer) for layer in self.experts.layers(self.expert, self.weight.name)]
-        joined = self.weight.join([part.t() for part in parts])  # [K, N]
-        return joined if self.weight.transposed else joined.t()
+T = TypeVar("T")
 
 
-class StackedWeight(_StandIn):
-    """Stands for a 3-D weight; indexed by one expert it gives an `ExpertWeight`."""
+def stored_whole(tensors: Mapping[str, T], parameter: str, besides: Container[str]) -> dict[str, T]:
+    """Those of an experts module's tensors that store a 3-D parameter whole, by suffix ("weight.absmax").
 
-    def __init__(self, experts: QuantizedExperts, weight: FusedWeight) -> None:
-        super().__init__(experts, weight, weight.shape)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: Any) -> Any:
-        is_number = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0)
-        if not is_number:
-            return self.dense()[index]
-        expert = int(index)
-        if not -len(self) <= expert < len(self):
-            raise IndexError(f"expert {expert} of {self.weight.name}: there are {len(self)}")
-        return ExpertWeight(self.experts, self.weight, expert % len(self))
-
-    def dense(self) -> Tensor:
-        """The whole weight as float."""
-        return self.experts.dense_weight(self.weight.name)
+    besides: names of other parameters of the module.
+    """
+    return {
+        f"weight{name[len(parameter) :]}": value
+        for name, value in tensors.items()
+        if (name == parameter or name.startswith((f"{parameter}.", f"{parameter}_"))) and name not in besides
+    }
 
 
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -326,40 +354,6 @@ def _weight_of(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         return layer.dequantize(dtype)
     assert isinstance(layer.weight, Tensor)
     return layer.weight.detach().to(dtype or layer.weight.dtype)
-
-
-def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
-    if not isinstance(weight, ExpertWeight) or weight.weight.transposed:
-        return NotImplemented
-    y = weight.apply(input)
-    return y if bias is None else y + bias
-
-
-def _matmul(input: Tensor, other: Any) -> Any:
-    if not isinstance(other, ExpertWeight) or not other.weight.transposed:
-        return NotImplemented
-    return other.apply(input)
-
-
-def _bmm(input: Tensor, mat2: Any) -> Any:
-    if not isinstance(mat2, StackedWeight) or not mat2.weight.transposed or len(input) != len(mat2):
-        return NotImplemented
-    return torch.stack([weight.apply(x) for x, weight in zip(input, mat2, strict=True)])
-
-
-_SERVED: dict[Any, Callable[..., Any]] = {
-    functional.linear: _linear,
-    torch.matmul: _matmul,
-    torch.mm: _matmul,
-    Tensor.matmul: _matmul,
-    Tensor.mm: _matmul,
-    Tensor.__matmul__: _matmul,
-    torch.bmm: _bmm,
-}
-
-
-def _densified(value: Any) -> Any:
-    return value.dense() if isinstance(value, _StandIn) else value
 
 
 def _shallow(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class QuantizedModule(nn.Module):
     def _hf_hook(self, hook: Any) -> None:
         for part in getattr(hook, "hooks", (hook,)):
             if getattr(part, "offload", False) and part.weights_map is not None:
-                part.weights_map = _ByAttribute(part.weights_map, self._attributes)
+                part.weights_map = _ByAttribute(part.weights_map, self)
         self.__dict__["_hf_hook"] = hook
 
     @_hf_hook.deleter
@@ -171,7 +171,11 @@ class QuantizedModule(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         stored = {suffix: destination.pop(prefix + attribute) for suffix, attribute in self._attributes.items()}
-        destination.update({prefix + suffix: tensor for suffix, tensor in stored.items()})
+        destination.update({self.full_name(prefix, suffix): tensor for suffix, tensor in stored.items()})
+
+    def full_name(self, prefix: str, suffix: str) -> str:
+        """The name of a stored tensor in a checkpoint. prefix: the module's name with a dot at its end, or empty."""
+        return prefix + suffix
 
     def _load_from_state_dict(
         self,
@@ -190,12 +194,7 @@ class QuantizedModule(nn.Module):
         plain = self._plain()
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         stored = {suffix: value for suffix, value in own.items() if suffix not in plain}
-        missing_keys.extend(prefix + suffix for suffix in self._attributes if suffix not in stored)
-        if stored:
-            try:
-                self.store({suffix: self._place(value, assign) for suffix, value in stored.items()})
-            except CheckpointError as error:
-                error_msgs.append(str(error))
+        self.load_stored(stored, prefix, assign, missing_keys, error_msgs)
         for name, tensor in plain.items():
             if name not in own:
                 missing_keys.append(prefix + name)
@@ -203,6 +202,23 @@ class QuantizedModule(nn.Module):
                 error_msgs.append(f"{prefix + name}: expected {list(tensor.shape)}, got {list(own[name].shape)}")
             else:
                 self._load_plain(name, tensor, own[name].detach(), assign)
+
+    def load_stored(
+        self,
+        stored: Mapping[str, Tensor],
+        prefix: str,
+        assign: bool,
+        missing_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take the stored tensors of a state dict, by suffix; what is missing or does not fit is added to the lists."""
+        missing_keys.extend(self.full_name(prefix, suffix) for suffix in self._attributes if suffix not in stored)
+        if not stored:
+            return
+        try:
+            self.store({suffix: self._place(value, assign) for suffix, value in stored.items()})
+        except CheckpointError as error:
+            error_msgs.append(str(error))
 
     def _plain(self) -> dict[str, Tensor]:
         """What this module saves besides the stored tensors: the bias, and what others registered on it."""
@@ -245,23 +261,27 @@ class QuantizedModule(nn.Module):
 
 
 class _ByAttribute(Mapping[str, Tensor]):
-    """Offloaded tensors of one module by attribute, whether the map below has them so or by checkpoint suffix."""
+    """Offloaded tensors of one module by attribute, whether the map below has them so or by their checkpoint names."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], attributes: Mapping[str, str]) -> None:
-        self._tensors = tensors
-        self._suffixes = {attribute: suffix for suffix, attribute in attributes.items()}
+    def __init__(self, tensors: Any, module: QuantizedModule) -> None:
+        # accelerate gives a module a view of one map for the whole model: `dataset`, less the `prefix` of names.
+        self._own = tensors
+        self._all = getattr(tensors, "dataset", tensors)
+        prefix = getattr(tensors, "prefix", "")
+        self._names = {attribute: module.full_name(prefix, suffix) for suffix, attribute in module._attributes.items()}
 
     def __getitem__(self, attribute: str) -> Tensor:
         try:
-            return self._tensors[self._suffixes.get(attribute, attribute)]
+            found: Tensor = self._all[self._names[attribute]]
         except KeyError:
-            return self._tensors[attribute]
+            found = self._own[attribute]
+        return found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._suffixes)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._suffixes)
+        return len(self._names)
 
 
 _RESERVED = frozenset(("bias", "dense_type", "format", "in_features", "out_features"))  # set after the stored tensors

@@ -23,6 +23,7 @@ from quantcore.nn.replace import quantized_modules, replace_module
 from quantcore.plugins.manager import plugins
 from quantcore.quantizers import selection
 from quantcore.quantizers.base import HfQuantizer
+from quantcore.quantizers.stacks import place_stored_stacks
 
 if TYPE_CHECKING:
     from quantcore.checkpoints.read import Checkpoint
@@ -178,13 +179,13 @@ class WeightQuantizer(HfQuantizer):
             return
         split_stored_experts(model, checkpoint)
         groups = checkpoint.by_module()
+        faults = place_stored_stacks(model, checkpoint, groups, self._format_to_read)
         layers = {
             name: (module, dense)
             for name, module in model.named_modules()
             if name in groups and (dense := view_layer(module)) is not None and self.is_quantized(dense, groups[name])
         }
         metadata = checkpoint.read_metadata(f"{name}.{suffix}" for name in layers for suffix in groups[name])
-        faults: dict[str, str] = {}
         for name, (module, dense) in layers.items():
             stored = {suffix: metadata.get(f"{name}.{suffix}", tensor) for suffix, tensor in groups[name].items()}
             try:
@@ -208,8 +209,10 @@ class WeightQuantizer(HfQuantizer):
     def _empty_layer(
         self, name: str, module: nn.Module, dense: DenseLinear, stored: Mapping[str, Tensor]
     ) -> QuantizedLayer:
-        weight_format = self.format_of(name, module) or self.fallback_format(name, module)
-        return layer_of_stored(weight_format, stored, module, dense, name)
+        return layer_of_stored(self._format_to_read(name, module), stored, module, dense, name)
+
+    def _format_to_read(self, name: str, module: nn.Module) -> WeightFormat:
+        return self.format_of(name, module) or self.fallback_format(name, module)
 
     def fallback_format(self, name: str, module: nn.Module) -> WeightFormat:
         """The format to read a layer with that the config leaves float, but that is quantized in the checkpoint."""
