@@ -19,7 +19,7 @@ from quantcore.formats.blocks import Block, block_abs_max, dequantize_blocks, gr
 from quantcore.formats.minifloat import E4M3, decode, e8m0_values
 from quantcore_fp8.format_fp4 import Fp4Expert
 from quantcore_fp8.matmul import linear_codes, linear_rows
-from quantcore_fp8.names import INPUT_SCALE_NAMES, SCALE_NAMES
+from quantcore_fp8.names import CACHE_SCALE_NAMES, INPUT_SCALE_NAMES, SCALE_NAMES
 from quantcore_fp8.writers import WRITERS
 
 WHOLE = 0  # as a side of a block: all rows, or all columns
@@ -41,8 +41,9 @@ class Fp8(WeightFormat):
     block: rows and columns that share a scale, WHOLE for all. scale, scale_dtype, scale_rank: suffix, dtype and rank of
     the stored scales. writer: whose rule chooses scales ("transformers", "deepgemm", "fbgemm"). power_of_two: round
     them up to one. activation: how the layer rounds its input, None for not at all. input_scale, input_dtype,
-    input_rank: where a static scale of that is stored. bias_first: add the bias before the result is rounded. dtype: of
-    the weight that was quantized.
+    input_rank: where a static scale of that is stored. bias_first: add the bias before the result is rounded. carried:
+    name and dtype of scalars that a file stores with the layer for a cache of keys and values; they are kept, and not
+    used. dtype: of the weight that was quantized.
     """
 
     block: Block = (128, 128)
@@ -56,6 +57,7 @@ class Fp8(WeightFormat):
     input_dtype: str = "float32"
     input_rank: int = 0
     bias_first: bool = False
+    carried: tuple[tuple[str, str], ...] = ()
     dtype: str = "bfloat16"
 
     @property
@@ -74,7 +76,8 @@ class Fp8(WeightFormat):
         ]
         if self.is_static:
             specs.append(TensorSpec(self.input_scale, SCALE_DTYPES[self.input_dtype], (1,) * self.input_rank))
-        return tuple(specs)
+        carried = [TensorSpec(name, SCALE_DTYPES[dtype], (), metadata=True) for name, dtype in self.carried]
+        return (*specs, *carried)
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """As the format says; a static input scale is 1, until a calibration measures it (`with_input_range`)."""
@@ -139,7 +142,7 @@ class Fp8(WeightFormat):
         if self.is_static:
             given = next((name for name in INPUT_SCALE_NAMES if name in tensors), None)
             changes |= {} if given is None else _named(tensors, given, "input", self.input_dtype)
-        return self.replace(**changes)
+        return self.replace(**changes, carried=_carried(tensors))
 
     def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
         weight = tensors.get("weight")
@@ -181,3 +184,8 @@ def _named(tensors: Mapping[str, Tensor], name: str, field: str, dtype: str) -> 
     known = found if found in SCALE_DTYPES else dtype
     label = "scale" if field == "scale" else "input_scale"
     return {label: name, f"{field}_dtype": known, f"{field}_rank": min(2, tensors[name].ndim)}
+
+
+def _carried(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, str], ...]:
+    dtypes = {name: dtype_name(tensors[name].dtype) for name in CACHE_SCALE_NAMES if name in tensors}
+    return tuple((name, dtype) for name, dtype in dtypes.items() if dtype in SCALE_DTYPES)
