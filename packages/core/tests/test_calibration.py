@@ -13,6 +13,7 @@ from calibrated_models import (
     WIDTH,
     Attention,
     Backwards,
+    Experts,
     InPlace,
     Language,
     Mixture,
@@ -24,12 +25,14 @@ from calibrated_models import (
     token_ids,
 )
 from tiny_calibrated import TinyCalibratedConfig, TinyCalibratedQuantizer
+from tiny_int8 import TinyInt8
 from torch import Tensor, nn
 
 import quantcore
 from quantcore.calibration import report_of
 from quantcore.calibration.block import Block, Sample, join
 from quantcore.calibration.statistics import Hessian, MeanAbs
+from quantcore.evaluation.layer_error import output_error
 from quantcore.nn.replace import quantized_modules
 
 pytestmark = pytest.mark.usefixtures("tiny_calibrated")
@@ -121,6 +124,21 @@ def test_blocks_that_need_more_than_the_output_before_are_one_step(kind: type[nn
 def test_a_model_without_a_list_of_blocks_is_one_step() -> None:
     model = nn.Sequential(nn.Embedding(TOKENS, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3))
     assert steps(model) == [("", ["1", "2"])]
+
+
+class Shared(Experts):
+    """A block that gives each of its three experts another number of tokens."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        flat = hidden.reshape(-1, WIDTH)
+        parts = flat.split([3, 5, len(flat) - 8])
+        return torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)]).view_as(hidden)
+
+
+def test_experts_inside_of_blocks_are_no_blocks_of_their_own() -> None:
+    model = make(Mixture)
+    model.layers = nn.ModuleList(Shared() for _ in range(2))
+    assert [name for name, _ in steps(model)] == ["layers.0", "layers.1"]
 
 
 def test_named_list_of_blocks_is_the_only_one() -> None:
@@ -519,3 +537,26 @@ def test_layers_numbered_in_a_row_are_stages_of_their_own() -> None:
     found: list[list[tuple[str, ...]]] = []
     calibrate(make(Row), lambda block: found.append(block.stages()))
     assert found == [[("layers.0.0",), ("layers.0.2",)]]
+
+
+# Single layers
+
+
+@pytest.mark.parametrize("inputs", ["tensor", "list"])
+def test_a_single_layer_is_solved_with_its_inputs(inputs: str) -> None:
+    linear, x = make(Language).adapter, torch.rand(3, 9, WIDTH)
+    before = linear.weight.clone()
+    given = x if inputs == "tensor" else list(x)
+    layer = quantcore.nn.QuantizedLinear.from_linear(linear, {**CONFIG, "top": 1}, name="a.b", calibration=given)
+    rounded = quantcore.nn.QuantizedLinear.from_linear(linear, {**CONFIG, "top": 1, "shrinks": [1.0]}, calibration=x)
+    errors = [output_error(linear.weight, each.dequantize(), x) for each in (layer, rounded)]
+    assert errors[0] < errors[1]
+    assert layer.name == "a.b"
+    assert torch.equal(linear.weight, before)
+
+
+def test_a_single_layer_of_another_method_takes_no_inputs() -> None:
+    with pytest.raises(ValueError, match="a: TinyInt8 takes no calibration data; leave it out"):
+        quantcore.nn.QuantizedLinear.from_linear(
+            make(Language).adapter, TinyInt8(), name="a", calibration=torch.rand(2, WIDTH)
+        )

@@ -49,17 +49,17 @@ class QuantizedLinear(QuantizedModule):
     ) -> QuantizedLinear:
         """The quantized form of an nn.Linear, or of transformers' Conv1D, whose [K, N] weight is transposed.
 
-        config_or_format: a WeightFormat, a config, or a dict as found in config.json. linear is not changed.
+        config_or_format: a WeightFormat, a config, or a dict as found in config.json. calibration: inputs of the layer
+        [..., K], or an iterable of those, for the config of a method that calibrates; without them such a method
+        rounds. linear is not changed.
         Raises TypeError for other modules, ValueError naming the layer for a weight that holds NaN or inf, has no
         elements, or does not fit the format.
         """
         dense = _dense(linear, name)
-        weight_format = resolve_format(config_or_format, name, linear, stored=False)
-        if calibration is not None:
-            raise ValueError(
-                f"{name or 'layer'}: {type(weight_format).__name__} takes no calibration data; leave it out"
-            )
         check_finite(dense.weight, name)
+        if calibration is not None:
+            return _calibrated(linear, config_or_format, name, calibration)
+        weight_format = resolve_format(config_or_format, name, linear, stored=False)
         try:
             weight_format.check_shape(dense.shape)
         except ValueError as error:
@@ -165,6 +165,18 @@ def resolve_format(config_or_format: Any, name: str, module: nn.Module, *, store
             f"{name or 'layer'}: the config leaves this layer unquantized; name another or change the config"
         )
     return weight_format
+
+
+def _calibrated(linear: nn.Module, config_or_format: Any, name: str, inputs: Any) -> QuantizedLinear:
+    from quantcore.quantizers.auto import AutoHfQuantizer
+    from quantcore.quantizers.calibrated import CalibratedQuantizer
+
+    quantizer: Any = config_or_format
+    if not isinstance(config_or_format, WeightFormat):
+        quantizer = AutoHfQuantizer.from_config(config_or_format, pre_quantized=False)
+    if not isinstance(quantizer, CalibratedQuantizer):
+        raise ValueError(f"{name or 'layer'}: {type(quantizer).__name__} takes no calibration data; leave it out")
+    return quantizer.calibrate_layer(linear, inputs, name)
 
 
 def _dense(module: nn.Module, name: str) -> DenseLinear:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from quantcore.nn.dense import check_finite
+from quantcore.nn.linear import QuantizedLinear
 from quantcore.quantizers.weight import WeightQuantizer
 
 if TYPE_CHECKING:
@@ -68,3 +70,36 @@ class CalibratedQuantizer(WeightQuantizer):
         self.calibration_report = calibrate(model, formats, solver, self.prepare_calibration(calibration))
         self.preprocess_model(model)
         return self.postprocess_model(model)
+
+    def calibrate_layer(self, linear: nn.Module, inputs: Any, name: str) -> QuantizedLinear:
+        """A single linear layer, solved with its inputs [..., K], or an iterable of those; linear is not changed."""
+        from quantcore.calibration.data import Calibration
+        from quantcore.calibration.engine import Solver, calibrate
+
+        holder = _Holder(copy.deepcopy(linear), name or "layer")
+        weight_format = self.format_of(name, linear)
+        if weight_format is None:
+            raise ValueError(f"{name or 'layer'}: the config leaves this layer unquantized; change one of them")
+        batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        data = Calibration([{"x": batch} for batch in batches], samples=max(1, len(batches)))
+        calibrate(holder, {holder.layer_name: weight_format}, Solver(self._method(), self.solve_block), data)
+        solved = holder.get_submodule(holder.layer_name)
+        assert isinstance(solved, QuantizedLinear)
+        return solved
+
+
+class _Holder(nn.Module):
+    """A model of one linear layer that stands under its full name."""
+
+    def __init__(self, linear: nn.Module, name: str) -> None:
+        super().__init__()
+        self.layer_name = name
+        *parents, last = name.split(".")
+        parent: nn.Module = self
+        for part in parents:
+            parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(last, linear)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.get_submodule(self.layer_name)(x)
