@@ -21,9 +21,9 @@ BACKEND = Backend(
     needs_calibration=True,
     example_configs=(
         {"bits": 4, "group_size": 128},
-        {"bits": 4, "group_size": 32, "sym": False},
+        {"bits": 4, "group_size": 32, "sym": False, "packing_format": "auto_round:auto_awq"},
         {"bits": 3, "group_size": 64, "sym": False, "packing_format": "auto_round"},
-        {"bits": 2, "group_size": 32, "iters": 0},
+        {"bits": 2, "group_size": 32},
         {"bits": 6, "group_size": 32},
         {"bits": 8, "group_size": -1},
     ),

@@ -114,7 +114,7 @@ def load_word(pointers, D: tl.constexpr):
 @cache
 def decoder_for(weight_format: WeightFormat) -> Decoder | None:
     """The decoder of a format with scales in float32, bfloat16 or float16; None for any other."""
-    if type(weight_format) is not Gptq:
+    if not isinstance(weight_format, Gptq):
         return None
     dtype = float_dtype(weight_format.scale_dtype, "scale_dtype")
     if dtype not in _DTYPES:

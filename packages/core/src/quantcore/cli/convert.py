@@ -76,9 +76,10 @@ def _convert(source: str, target: str, options: Mapping[str, Any], writing: dict
         config = chosen_config(click.get_current_context(), output, _carried(found))
     allowed = {"allow_lossy": options["allow_lossy"], "dtype": options["dtype"]}
     done = quantcore.convert(directory, target, config, **allowed, **writing)
-    data = {"output": target, "exact": done.exact, "lossy": done.lossy, "seconds": time.perf_counter() - start}
+    seconds = time.perf_counter() - start
+    data = {"output": target, "exact": done.exact, "lossy": done.lossy, "seconds": seconds}
     method = "float" if config is None else normalize_method(config.quant_method)
-    output.result(data | {"method": method}, lambda: _summary(done, target, method, data["seconds"]), target)
+    output.result(data | {"method": method}, lambda: _summary(done, target, method, seconds), target)
 
 
 def _carried(found: Mapping[str, Any]) -> dict[str, Any]:
