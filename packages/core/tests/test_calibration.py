@@ -343,6 +343,18 @@ def test_a_quantized_model_is_saved_and_loaded_without_data(tmp_path: Path) -> N
     assert report_of(loaded) is None
 
 
+@pytest.mark.parametrize("source", ["quantized", "float"])
+def test_embeddings_that_a_method_quantizes_are_rounded(source: Any) -> None:
+    class Quantizer(TinyCalibratedQuantizer):
+        def embedding_format_for(self, name: str, module: nn.Module) -> TinyInt8:
+            return TinyInt8()
+
+    model, quantizer = make(Language), Quantizer(TinyCalibratedConfig(), pre_quantized=False)
+    quantizer.source = source
+    quantizer.calibrate_model(model, quantcore.Calibration(token_ids()))
+    assert {"embed", "adapter", "head"} <= dict(quantized_modules(model)).keys()
+
+
 def test_the_model_is_left_in_its_mode_and_without_hooks() -> None:
     model = make(Language).train()
     model.layers[1].eval()

@@ -47,10 +47,12 @@ def find_steps(
     """
     lists = _lists(model, layers) if blocks_name is None else {blocks_name: _blocks_under(model, blocks_name)}
     traced = _trace(model, inputs, lists, layers)
-    usable = [name for name in lists if _can_replay(model, inputs, lists[name], traced)]
-    if blocks_name is not None and not usable:
+    trunks: list[str] = []
+    for name, blocks in lists.items():  # outer lists come first, and what is inside of one needs no try
+        if not name.startswith(tuple(f"{trunk}." for trunk in trunks)) and _can_replay(model, inputs, blocks, traced):
+            trunks.append(name)
+    if blocks_name is not None and not trunks:
         raise ValueError(f"block_name_to_quantize {blocks_name!r}: the forward does not run these blocks one by one")
-    trunks = [name for name in usable if not any(name.startswith(f"{other}.") for other in usable)]
     return _ordered(traced.order, {block: name for name in trunks for block in lists[name]}, layers)
 
 
