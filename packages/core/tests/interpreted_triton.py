@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantcore.formats.base import TensorSpec, WeightFormat
+from quantcore.formats.minifloat import E2M1, E2M3, E4M3, MiniFloat, e8m0_values as e8m0_reference, levels
 from quantcore.kernels.triton import launch
 from quantcore.kernels.triton.checks import (
     check_dequantize,
@@ -24,6 +25,7 @@ from quantcore.kernels.triton.checks import (
 )
 from quantcore.kernels.triton.decoder import Decoder
 from quantcore.kernels.triton.heuristics import DENSE, Launch
+from quantcore.kernels.triton.minifloats import e2m1_values, e2m3_values, e4m3_values, e8m0_values
 from quantcore.kernels.triton.rounding import rounded
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -238,3 +240,22 @@ def test_a_decoder_that_does_not_fit_names_itself(decode: Any, reason: str) -> N
 def test_a_decoder_counts_its_tensors() -> None:
     with pytest.raises(ValueError, match="decoder plain reads 1 tensors, got 2"):
         launch.gemm(torch.randn(3, 8), [torch.randn(4, 8), torch.randn(4)], None, plain(), 4)
+
+
+@triton.jit
+def decode_codes_kernel(codes, values, function: tl.constexpr, COUNT: tl.constexpr):
+    place = tl.arange(0, COUNT)
+    tl.store(values + place, function(tl.load(codes + place)))
+
+
+@pytest.mark.parametrize(
+    ("function", "element"),
+    [(e4m3_values, E4M3), (e2m1_values, E2M1), (e2m3_values, E2M3), (e8m0_values, None)],
+    ids=["e4m3", "e2m1", "e2m3", "e8m0"],
+)
+def test_small_floats_have_the_values_of_their_codes(function: Any, element: MiniFloat | None) -> None:
+    count = 256 if element is None else 1 << element.bits
+    codes, found = torch.arange(count).to(torch.uint8), torch.empty(count)
+    decode_codes_kernel[(1,)](codes, found, function, count)
+    expected = e8m0_reference(codes) if element is None else levels(element)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

@@ -76,9 +76,6 @@ class Marlin24Weight(CompressedWeight):
             stored = stored.reshape(-1, 8, 8)[:, :, back].reshape(stored.shape)
         return stored.t(), None
 
-    def quantize_under(self, weight: Tensor, global_scale: Tensor | None = None) -> dict[str, Tensor]:
-        return super().quantize_under(weight.to(self.torch_dtype))
-
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
         assert self.scaling is not None
         codes = codes.where(largest_two(codes), 0)

@@ -76,6 +76,7 @@ class FakeWeight(CompressedWeight):
 
     def quantize_under(self, weight: Tensor, global_scale: Tensor | None = None) -> dict[str, Tensor]:
         assert self.scaling is not None
+        weight = weight.to(self.torch_dtype)
         codes, scale, zero, global_scale = self.scaling.quantize(weight, global_scale)
         rounded = self.scaling.dequantize(codes, scale, zero, global_scale, weight.dtype)
         tensors = {"weight": rounded, **self.store_scales(scale, zero, tuple(weight.shape))}

@@ -97,11 +97,17 @@ class CompressedWeight(WeightFormat):
         """
         if self.scaling is None:
             return self.pack(weight.clone())
+        weight = self.in_own_dtype(weight)
         codes, scale, zero, global_scale = self.scaling.quantize(weight, global_scale)
         tensors = {**self.pack(codes), **self.store_scales(scale, zero, tuple(weight.shape))}
         if global_scale is not None:
             tensors["weight_global_scale"] = global_scale
         return tensors
+
+    def in_own_dtype(self, weight: Tensor) -> Tensor:
+        """The weight in the dtype that its scales have, where the format says one."""
+        is_float = self.scaling is not None and self.scaling.scales == "float"
+        return weight.to(self.torch_dtype) if is_float else weight
 
     def store_scales(self, scale: Tensor, zero: Tensor | None, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Scales and zeros [grid] as they are stored."""
@@ -129,6 +135,17 @@ class CompressedWeight(WeightFormat):
         scale, zero = self.read_scales(tensors, shape)
         dtype = dtype or (self.torch_dtype if self.scaling.scales == "float" else torch.bfloat16)
         return self.scaling.dequantize(codes, scale, zero, tensors.get("weight_global_scale"), dtype)
+
+    def dequantize_rows(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        if not self.rows_apart or self.scaling is None:
+            return super().dequantize_rows(tensors, shape, rows, dtype)
+        of_rows = {spec.name for spec in self.code_specs(shape)}
+        if self.scaling.rows == 1:
+            of_rows.add("weight_scale")
+        parts = {name: t.index_select(0, rows) if name in of_rows else t for name, t in tensors.items()}
+        return self.dequantize(parts, (len(rows), *shape[1:]), dtype)
 
     def read_scales(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """Scales and zeros, [grid]."""

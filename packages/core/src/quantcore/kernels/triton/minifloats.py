@@ -1,0 +1,46 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""Values of small floats inside kernels, by integer arithmetic: exact on every GPU and in Triton's interpreter."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def e4m3_values(code):
+    """float32 of E4M3 codes, integers."""
+    code = code.to(tl.int32) & 0xFF
+    magnitude = code & 0x7F
+    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)  # 2**-9, the least subnormal
+    value = tl.where(magnitude == 0x7F, float("nan"), value)
+    return tl.where((code & 0x80) != 0, -value, value)
+
+
+@triton.jit
+def e2m1_values(code):
+    """float32 of E2M1 codes, integers."""
+    code = code.to(tl.int32)
+    magnitude = code & 7
+    normal = ((magnitude << 22) + (126 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(magnitude < 2, magnitude.to(tl.float32) * 0.5, normal)
+    return tl.where((code & 8) != 0, -value, value)
+
+
+@triton.jit
+def e2m3_values(code):
+    """float32 of E2M3 codes, integers."""
+    code = code.to(tl.int32)
+    magnitude = code & 31
+    normal = ((magnitude << 20) + (126 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.125, normal)
+    return tl.where((code & 32) != 0, -value, value)
+
+
+@triton.jit
+def e8m0_values(code):
+    """2**(code - 127) of integers; 255 is NaN."""
+    code = code.to(tl.int32) & 0xFF
+    bits = tl.where(code == 0, 0x00400000, code << 23)
+    return tl.where(code == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
