@@ -152,3 +152,42 @@ def test_malformed_config_allocates_nothing(tiny: None, content: str) -> None:
     finally:
         tracemalloc.stop()
     assert allocated < MIB
+
+
+# 6 layers of 8 experts, 512 wide: 72 MiB of bf16 weights in 3-D parameters of 8 and 4 MiB; a layer has 6 MiB in int8.
+MIXTURE = """
+class Experts(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.num_experts = 8
+        self.gate_up_proj = nn.Parameter(torch.zeros(8, 2 * width, width, dtype=torch.bfloat16))
+        self.down_proj = nn.Parameter(torch.zeros(8, width, width, dtype=torch.bfloat16))
+
+def mixture(width):
+    return nn.ModuleList(Experts(width) for _ in range(6))
+
+quantcore.save(quantcore.quantize(mixture(32), "tiny-int8"), "few", overwrite=True)
+quantcore.load("few", lambda: mixture(32))
+"""
+EXPERTS_LAYER = 8 * 3 * 512 * (512 + 4)
+
+
+def test_quantizing_experts_needs_one_layer_of_them(run_python: Callable[..., Any]) -> None:
+    work = """
+model = mixture(512)
+before = peak()
+quantcore.quantize(model, "tiny-int8")
+print(peak() - before)
+"""
+    assert measured(run_python, MIXTURE + work) <= EXPERTS_LAYER + NOISE
+
+
+def test_load_of_experts_needs_the_finished_model_and_a_tenth(run_python: Callable[..., Any]) -> None:
+    run_python(PRELUDE + MIXTURE + "quantcore.save(quantcore.quantize(mixture(512), 'tiny-int8'), 'large')")
+    work = """
+before = peak()
+model = quantcore.load("large", lambda: mixture(512))
+print(peak() - before)
+"""
+    finished = 6 * EXPERTS_LAYER
+    assert 0.9 * finished <= measured(run_python, MIXTURE + work) <= 1.1 * finished + NOISE
