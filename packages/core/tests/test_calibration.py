@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -377,8 +378,6 @@ def test_activations_in_files_give_the_same_bits(source: str, tmp_path: Path) ->
 
 
 def test_inputs_of_a_finished_block_are_let_go() -> None:
-    import weakref
-
     kept: dict[str, list[Any]] = {}
 
     def solve(block: Block) -> None:
@@ -388,6 +387,18 @@ def test_inputs_of_a_finished_block_are_let_go() -> None:
 
     calibrate(make(Language), solve, batch_size=1)
     assert len(kept["layers.0"]) == 4
+
+
+def test_float_weights_of_a_finished_block_are_let_go() -> None:
+    model = make(Language)
+    weights = [weakref.ref(module.weight) for _, module in model.layers[0].named_modules() if type(module) is nn.Linear]
+
+    def solve(block: Block) -> None:
+        if block.name == "layers.1":
+            assert len(weights) == 4
+            assert all(reference() is None for reference in weights)
+
+    calibrate(model, solve)
 
 
 def test_a_bias_and_the_mode_of_a_layer_stay() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from quantcore.nn.dense import check_finite
+from quantcore.nn.dense import check_finite, view_dense
 from quantcore.nn.linear import QuantizedLinear
 from quantcore.quantizers.weight import WeightQuantizer
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from quantcore.calibration.data import Calibration
     from quantcore.calibration.engine import Source
     from quantcore.calibration.report import CalibrationReport
+    from quantcore.formats.base import WeightFormat
 
 
 class CalibratedQuantizer(WeightQuantizer):
@@ -64,12 +66,22 @@ class CalibratedQuantizer(WeightQuantizer):
         formats = {layer.name: layer.weight_format for layer in plan.layers}
         del plan, layer  # they hold views of every float weight
         self.take_apart(model, formats)
+        tables = {name: formats.pop(name) for name in list(formats) if view_dense(model.get_submodule(name)) is None}
         solver = Solver(
             self._method(), self.solve_block, self.source, self.blocks_name, self.quantization_config.to_dict()
         )
+        if self.source == "quantized":  # else the blocks shall see float inputs
+            self._round(model, tables)
         self.calibration_report = calibrate(model, formats, solver, self.prepare_calibration(calibration))
+        if self.source != "quantized":
+            self._round(model, tables)
         self.preprocess_model(model)
         return self.postprocess_model(model)
+
+    def _round(self, model: nn.Module, tables: Mapping[str, WeightFormat]) -> None:
+        """Quantize embeddings, which multiply nothing that could be measured."""
+        for name, weight_format in tables.items():
+            self._quantize_layer(model, name, weight_format)
 
     def calibrate_layer(self, linear: nn.Module, inputs: Any, name: str) -> QuantizedLinear:
         """A single linear layer, solved with its inputs [..., K], or an iterable of those; linear is not changed."""
