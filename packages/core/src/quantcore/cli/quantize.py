@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "quantcore quantize examples/stdlib-lm stdlib-lm-nf4 --method bitsandbytes --bnb-4bit-quant-type nf4",
     "quantcore quantize examples/stdlib-lm --method hqq --nbits 3 --group-size 64 --dry-run",
-    "quantcore quantize --method hqq --help",
+    "quantcore quantize examples/stdlib-lm stdlib-lm-gptq --method gptq --bits 4 --group-size 32 "
+    "--calibration examples/stdlib-lm/calibration.txt --samples 16 --seqlen 128",
 )
 
 
