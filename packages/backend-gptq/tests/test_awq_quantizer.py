@@ -274,3 +274,19 @@ def test_scales_that_a_bfloat16_norm_cannot_hold_are_made_up_for() -> None:
     holder.norm = norm
     real = divide(holder, Fold((), (), "norm", "norm"), scales)
     torch.testing.assert_close(norm.weight.float() * real, before, rtol=1e-6, atol=0)
+
+
+class Listening(AwqQuantizer):
+    """Notes what the second block is calibrated on."""
+
+    def solve_block(self, block: Block) -> None:
+        if block.name == "layers.1":
+            self.heard = block.samples[0].args[0].clone()
+        super().solve_block(block)
+
+
+def test_blocks_are_calibrated_on_what_the_folded_and_quantized_ones_give() -> None:
+    quantizer = Listening(config(), pre_quantized=False)
+    model = quantizer.calibrate_model(make(), Calibration(data(), batch_size=6))
+    with torch.no_grad():
+        torch.testing.assert_close(quantizer.heard, model.layers[0](model.embed(data())))

@@ -100,7 +100,7 @@ def multiply_columns(block: nn.Module, parameter: str, scales: Tensor) -> None:
     owner, _, name = parameter.rpartition(".")
     module = block.get_submodule(owner)
     dense = view_dense(module)
-    weight = module.get_parameter(name).data if dense is None else dense.weight
+    weight = module.get_parameter(name).detach() if dense is None else dense.weight
     scales = scales.to(weight)
     weight.mul_(scales if weight.shape[-1] == scales.numel() else scales.unsqueeze(-1))
 
@@ -128,14 +128,14 @@ def divide(block: nn.Module, fold: Fold, scales: Tensor, weight: Tensor | None =
 
 
 def _divide_norm(norm: nn.Module, scales: Tensor, offset: float) -> Tensor:
-    weight = norm.get_parameter("weight").data
+    weight = norm.get_parameter("weight").detach()
     before = weight.float() + offset
     weight.copy_(before / scales - offset)
     after = weight.float() + offset
     scales = torch.where((after == 0) | (before == 0), scales, before / after)
     bias = getattr(norm, "bias", None)
     if bias is not None:
-        bias.data.copy_(bias.data.float() / scales)
+        bias.detach().copy_(bias.detach().float() / scales)
     return scales
 
 
@@ -277,7 +277,7 @@ def _restored(block: nn.Module, fold: Fold) -> Iterator[None]:
     finally:
         _replace(block, fold.producer, producer)
         for key, parameter in kept.items():
-            parameter.data.copy_(copies[key])
+            parameter.detach().copy_(copies[key])
 
 
 def _difference(block: Block, expected: Tensor) -> float:
