@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -220,3 +221,15 @@ def test_search_finds_scales_with_a_smaller_error(sym: bool) -> None:
         errors.append(((codes - zero[:, None]) * scale[:, None] - parts).abs().pow(2.4).sum(1))
     assert (errors[1] <= errors[0]).all()
     assert errors[1].sum() < 0.9 * errors[0].sum()
+
+
+def test_search_by_the_cost_of_errors_brings_the_output_closer_where_some_inputs_are_large() -> None:
+    file = GOLDEN / "w4_g64_tail.safetensors"
+    case, x = GoldenLayer.read(file), load_file(file)["input.calib_x"]
+    half = len(x) // 2
+    errors = []
+    for changes in ({}, {"mse": 2.4, "weighted": True}):
+        settings = dataclasses.replace(golden_settings(file.stem, case), **changes)  # type: ignore[arg-type]
+        solution = solve(case.weight, curvature(hessian(x[:half]), settings), settings)
+        errors.append(output_error(x[half:], case.weight, values_of(solution)))
+    assert errors[1] < 0.8 * errors[0]

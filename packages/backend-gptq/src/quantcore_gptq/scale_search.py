@@ -24,18 +24,25 @@ class GridSettings(Protocol):
     def zero_range(self) -> tuple[int, int]: ...
 
 
-def fit_groups(columns: Tensor, size: int, settings: GridSettings) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [G, N] of each run of `size` columns [K, N] float32; the last may be short."""
+def fit_groups(
+    columns: Tensor, size: int, settings: GridSettings, costs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [G, N] of each run of `size` columns [K, N] float32; the last may be short.
+
+    costs: [K], by which the search multiplies the error of each column; None counts all alike.
+    """
+    costs = columns.new_ones(len(columns)) if costs is None else costs
     whole = len(columns) // size
-    parts = [columns[: whole * size].unflatten(0, (whole, size))] if whole else []
+    cut = whole * size
+    parts = [(columns[:cut].unflatten(0, (whole, size)), costs[:cut].view(whole, size, 1))] if whole else []
     if len(columns) % size:
-        parts.append(columns[None, whole * size :])
-    fitted = [_fit(part, settings) for part in parts]
+        parts.append((columns[None, cut:], costs[None, cut:, None]))
+    fitted = [_fit(values, cost, settings) for values, cost in parts]
     return torch.cat([scale for scale, _ in fitted]), torch.cat([zero for _, zero in fitted])
 
 
-def _fit(values: Tensor, settings: GridSettings) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [G, N] of values [G, size, N]."""
+def _fit(values: Tensor, costs: Tensor, settings: GridSettings) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [G, N] of values [G, size, N]; costs: [G, size, 1]."""
     low, high = torch.aminmax(values, dim=1)
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale, zero = affine_of(low, high, settings.bits, settings.sym, *settings.zero_range)
@@ -45,7 +52,7 @@ def _fit(values: Tensor, settings: GridSettings) -> tuple[Tensor, Tensor]:
     for step in range(_TRIED):
         shrink = 1 - step / _STEPS
         tried = affine_of(shrink * low, shrink * high, settings.bits, settings.sym, *settings.zero_range)
-        error = _error(values, *tried, settings)
+        error = _error(values, *tried, settings).mul_(costs).sum(1)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
@@ -53,7 +60,7 @@ def _fit(values: Tensor, settings: GridSettings) -> tuple[Tensor, Tensor]:
 
 
 def _error(values: Tensor, scale: Tensor, zero: Tensor, settings: GridSettings) -> Tensor:
-    """Sum over a group of |rounded - value| ** mse, [G, N]."""
+    """|rounded - value| ** mse, [G, size, N]."""
     scale, zero = scale[:, None], zero[:, None]
     rounded = round_to(values, scale, zero, settings.bits).sub_(zero).mul_(scale)
-    return rounded.sub_(values).abs_().pow_(settings.mse).sum(1)
+    return rounded.sub_(values).abs_().pow_(settings.mse)

@@ -19,7 +19,8 @@ PLANAR_BITS = (5, 6, 7)  # only the layout gptq_p has these
 FORMATS = ("gptq", "gptq_v2", "gptq_p", "marlin", "bitblas")
 DATASETS = ("wikitext2", "c4", "c4-new")
 WORDS = ("int8", "int16", "int32", "int64")
-LAYER_KEYS = ("bits", "group_size", "sym", "desc_act", "act_group_aware", "static_groups", "mse", "damp_percent")
+_FLAGS = ("sym", "desc_act", "act_group_aware", "static_groups", "weighted_mse")
+LAYER_KEYS = ("bits", "group_size", *_FLAGS, "mse", "damp_percent")
 _MAX_GROUP_SIZE = 1 << 24
 _SYNONYMS = {"w_bit": "bits", "wbits": "bits", "q_group_size": "group_size"}
 # Keys that only AutoGPTQ and the versions of transformers that ran it wrote.
@@ -43,6 +44,7 @@ class LayerSettings:
     desc_act: bool
     act_group_aware: bool
     static_groups: bool
+    weighted_mse: bool
     mse: float
     damp_percent: float
 
@@ -57,12 +59,15 @@ class GPTQConfig(QuantizationConfigMixin):
 
     quant_method = QuantizationMethod.GPTQ
     unwritten: ClassVar[frozenset[str]] = frozenset(
-        ("checkpoint_format", "dynamic", "lm_head", "pack_dtype", "static_groups", "mse", "damp_auto_increment")
+        (
+            *("checkpoint_format", "dynamic", "lm_head", "pack_dtype"),
+            *("static_groups", "mse", "weighted_mse", "damp_auto_increment"),
+        )
     )
 
     bits: int = option(help="bits of a code: 2, 3, 4 or 8; 5, 6 and 7 in the format gptq_p")
     tokenizer: Any = option(None, help="of the calibration texts")
-    dataset: str | list[str] | None = option(None, help="calibration texts; a name is kept and not downloaded")
+    dataset: str | list[str] | None = option(None, help="calibration texts, or the name of a data set")
     group_size: int = option(128, help="weights of a row that share a scale; -1 means the whole row")
     damp_percent: float = option(0.1, help="damping of the Hessian, as a share of its mean diagonal")
     desc_act: bool = option(False, help="quantize columns in descending order of activation, and group them so")
@@ -88,6 +93,7 @@ class GPTQConfig(QuantizationConfigMixin):
     pack_dtype: str | None = option(None, choices=WORDS, help="word of packed codes; int32 when absent")
     static_groups: bool | None = option(None, help="choose all scales before the first column is rounded")
     mse: float | None = option(None, minimum=0.0, help="power of the error that a search for scales minimizes; 0: none")
+    weighted_mse: bool | None = option(None, help="that error is weighed by what it costs in the layer's output")
     damp_auto_increment: float | None = option(None, minimum=0.0, help="added to the damping until it suffices")
 
     def validate(self) -> None:
@@ -146,7 +152,8 @@ class GPTQConfig(QuantizationConfigMixin):
         if override is None:
             return None
         own = {key: getattr(self, key) for key in LAYER_KEYS}
-        own |= {"static_groups": bool(self.setting("static_groups", False)), "mse": float(self.setting("mse", 0.0))}
+        own |= {key: bool(self.setting(key, False)) for key in ("static_groups", "weighted_mse")}
+        own["mse"] = float(self.setting("mse", 0.0))
         own |= {key: value for key, value in override.items() if key in LAYER_KEYS and value is not None}
         if own["desc_act"]:
             own["act_group_aware"] = False
@@ -219,7 +226,7 @@ def _check_override(values: Mapping[str, Any], label: str) -> None:
     size = values.get("group_size", -1)
     if isinstance(size, bool) or not isinstance(size, int) or not (size == -1 or 1 <= size <= _MAX_GROUP_SIZE):
         raise ValueError(f"{label}.group_size must be -1 or in [1, {_MAX_GROUP_SIZE}], got {size!r:.80}")
-    for key in ("sym", "desc_act", "act_group_aware", "static_groups"):
+    for key in _FLAGS:
         if not isinstance(values.get(key, False), bool | None):
             raise TypeError(f"{label}.{key} must be true or false, got {values[key]!r:.80}")
     for key in ("mse", "damp_percent"):

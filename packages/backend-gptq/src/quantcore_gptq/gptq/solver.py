@@ -33,8 +33,9 @@ class HessianError(ValueError):
 class Settings:
     """How one weight is solved.
 
-    group_size: columns of a group. mse: power of the error that the search for scales minimizes, 0 for none. damp:
-    added to the diagonal of the Hessian, in units of its mean; raised by damp_step until the inverse exists.
+    group_size: columns of a group. mse: power of the error that the search for scales minimizes, 0 for none. weighted:
+    that search counts each column by what its error costs in the output once the columns after it have made up for it.
+    damp: added to the diagonal of the Hessian, in units of its mean; raised by damp_step until the inverse exists.
     zero_range: least and greatest zero point.
     """
 
@@ -45,6 +46,7 @@ class Settings:
     group_aware: bool = False
     static_groups: bool = False
     mse: float = 0.0
+    weighted: bool = False
     damp: float = 0.1
     damp_step: float = 0.01
     zero_range: tuple[int, int] = (0, 255)
@@ -98,7 +100,7 @@ def solve(weight: Tensor, curvature: Curvature, settings: Settings) -> Solution:
     """
     columns = weight.t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     columns[curvature.dead] = 0
-    work = _Work(columns, curvature.order, settings)
+    work = _Work(columns, curvature, settings)
     losses = work.run(curvature.inverse)
     return Solution(work.codes_in_place(), work.grid(), curvature.order.index, losses)
 
@@ -138,16 +140,17 @@ def _attempts(damp: float, step: float) -> list[tuple[float, float]]:
 class _Work:
     """The state of one solution. columns: [K, N] float32 in the order of the solver, consumed as they are rounded."""
 
-    def __init__(self, columns: Tensor, order: Order, settings: Settings) -> None:
-        self.settings, self.order = settings, order
+    def __init__(self, columns: Tensor, curvature: Curvature, settings: Settings) -> None:
+        self.settings, self.order = settings, curvature.order
         groups = -(-len(columns) // settings.group_size)
         self.scale = columns.new_empty(groups, columns.shape[1])
         self.zero = torch.empty_like(self.scale)
+        self.costs = curvature.inverse.diagonal().pow(-2) if settings.weighted else None
         if settings.static_groups:
-            self._fit(columns, range(groups))
-        self.columns = order.rows(columns)
+            self._fit(columns, range(groups), None if self.costs is None else self.order.back(self.costs))
+        self.columns = self.order.rows(columns)
         self.codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
-        self.group_of = order.groups if settings.static_groups else order.runs
+        self.group_of = self.order.groups if settings.static_groups else self.order.runs
 
     def run(self, inverse: Tensor) -> Tensor:
         """Round every column. Returns the losses of the rows [N]."""
@@ -155,9 +158,8 @@ class _Work:
         for start in range(0, count, BLOCK):
             end = min(start + BLOCK, count)
             if not self.settings.static_groups:
-                self._fit(
-                    self.columns, range(-(-start // self.settings.group_size), -(-end // self.settings.group_size))
-                )
+                size = self.settings.group_size
+                self._fit(self.columns, range(-(-start // size), -(-end // size)), self.costs)
             with one_cpu_thread():
                 errors = self._block(start, end, inverse)
             self.columns[end:].addmm_(inverse[start:end, end:].t(), errors, alpha=-1)
@@ -194,10 +196,11 @@ class _Work:
             error = torch.sub(column, code.sub_(zero).mul_(scale), out=errors[i]).div_(diagonal[i])
             columns[i + 1 :].addcmul_(inverse[i, i + 1 :, None], error, value=-1)
 
-    def _fit(self, columns: Tensor, groups: range) -> None:
-        """Choose the grids of these groups from columns as they are now."""
+    def _fit(self, columns: Tensor, groups: range, costs: Tensor | None) -> None:
+        """Choose the grids of these groups from columns as they are now; costs: [K] in the same order."""
+        if not groups:
+            return
         size = self.settings.group_size
-        if groups:
-            part = columns[groups.start * size : groups.stop * size]
-            scale, zero = fit_groups(part, size, self.settings)
-            self.scale[groups.start : groups.stop], self.zero[groups.start : groups.stop] = scale, zero
+        part = slice(groups.start * size, groups.stop * size)
+        scale, zero = fit_groups(columns[part], size, self.settings, None if costs is None else costs[part])
+        self.scale[groups.start : groups.stop], self.zero[groups.start : groups.stop] = scale, zero
