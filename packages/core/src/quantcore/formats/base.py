@@ -103,6 +103,15 @@ class WeightFormat:
         }
         return self.dequantize(parts, (len(rows), *shape[1:]), dtype)
 
+    def expert(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], index: int
+    ) -> tuple[WeightFormat, dict[str, Tensor]] | None:
+        """Format and operands of one expert of a 3-D weight, as a matrix [N, K] with a `linear` of its own.
+
+        None, the default: an expert is multiplied as `dequantize_rows` gives it.
+        """
+        return None
+
     def linear(self, x: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
         """x [..., K] times the weight [N, K], plus bias [N]: what every kernel of a linear layer must give.
 

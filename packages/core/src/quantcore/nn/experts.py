@@ -263,7 +263,12 @@ class QuantizedStack(QuantizedModule):
         return self.format.dequantize_rows(operands, self.shape, rows, dtype)[0]
 
     def run(self, index: int, x: Tensor, transposed: bool) -> Tensor:
-        """x [..., K] times the matrix of one expert, in the format's dtype for computing, cast back to x's."""
+        """x [..., K] times the matrix of one expert, as its own format defines it, else in the dtype for computing."""
+        operands = dict(zip(self.format.operand_names(self.shape), self.operands, strict=True))
+        part = self.format.expert(operands, self.shape, index)
+        if part is not None:
+            shape = (self.shape[2], self.shape[1]) if transposed else (self.shape[1], self.shape[2])
+            return part[0].linear(x, part[1], None, shape)
         dtype = self.format.compute_torch_dtype or x.dtype
         weight = self.expert(index, dtype)
         return linear(x.to(dtype), weight.t() if transposed else weight).to(x.dtype)
