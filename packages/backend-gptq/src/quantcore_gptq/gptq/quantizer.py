@@ -21,6 +21,7 @@ from quantcore.quantizers.weight import dequantize_layers
 from quantcore_gptq.gptq.blocks import solve_together
 from quantcore_gptq.gptq.config import GPTQConfig, LayerSettings
 from quantcore_gptq.gptq.format import Gptq
+from quantcore_gptq.gptq.table import GptqTable
 from quantcore_gptq.marlin import Marlin
 from quantcore_gptq.models import ROUTERS, float_dtype_of
 
@@ -67,6 +68,10 @@ class GptqQuantizer(CalibratedQuantizer):
             planar=planar,
             word=config.pack_dtype or "int32",
         )
+
+    def format_of(self, name: str, module: nn.Module) -> WeightFormat | None:
+        found = super().format_of(name, module)
+        return GptqTable.of(found) if isinstance(module, nn.Embedding) and isinstance(found, Gptq) else found
 
     # Loading
 
