@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import quantcore
 from quantcore.errors import CheckpointError
 from quantcore.nn import QuantizedLinear
-from quantcore_fp8.format import Fp8
+from quantcore.testing.compare import relative_error
+from quantcore_fp8.format import ROW, TENSOR, Fp8
 from quantcore_fp8.format_fp4 import Fp4Expert
 
 STATIC = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
@@ -77,7 +78,7 @@ def test_static_scales_are_the_range_of_calibration_inputs() -> None:
     scale = found.layers[0].up_proj.stored["activation_scale"]
     assert scale.shape == ()
     assert float(scale) == pytest.approx(float(seen[0].abs().max()) / 448, rel=0.05)  # k_proj before it is rounded too
-    assert float((found(ids()) - expected(ids())).norm() / expected(ids()).norm()) < 0.05
+    assert relative_error(found(ids()), expected(ids())) < 0.05
 
 
 def test_static_model_survives_saving(tmp_path: Path) -> None:
@@ -104,6 +105,26 @@ def test_codes_without_their_scale_are_no_float_weight(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"layers\.1\.up_proj: weight_scale_inv: missing"):
         quantcore.load(folder, Model)
+
+
+def test_embedding_that_the_config_names_is_stored_under_one_scale(tmp_path: Path) -> None:
+    config = {"quant_method": "fp8", "weight_block_size": None, "modules_to_convert": ["embed"]}
+    folder = saved(tmp_path, config)
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors["embed.weight"].dtype == torch.float8_e4m3fn
+    assert tensors["embed.weight_scale"].shape == (1,)
+    loaded = quantcore.load(folder, Model)
+    assert torch.equal(loaded.embed(ids()), (tensors["embed.weight"].float() * tensors["embed.weight_scale"])[ids()])
+
+
+@pytest.mark.parametrize("block", [(128, 128), (3, 5), (1, 32), TENSOR, ROW], ids=str)
+def test_rows_are_those_of_the_whole_weight(block: tuple[int, int]) -> None:
+    weight_format, rows = Fp8(block=block), torch.tensor([129, 0, 7, 7])
+    stored = weight_format.quantize(torch.randn(130, 70))
+    whole = weight_format.dequantize(stored, (130, 70), torch.float32)
+    assert torch.equal(weight_format.dequantize_rows(stored, (130, 70), rows, torch.float32), whole[rows])
+    with pytest.raises(IndexError):
+        weight_format.dequantize_rows(stored, (130, 70), torch.tensor([130]))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)

@@ -102,6 +102,16 @@ class Fp8(WeightFormat):
         dtype = dtype or float_dtype(self.dtype, "dtype")
         return dequantize_blocks(tensors["weight"], self.scales(tensors, shape), self.sides(shape), E4M3, dtype)
 
+    def dequantize_rows(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The rows that rows number, each with the scales of its own blocks; the rest of the weight is not read."""
+        block_rows, block_columns = self.sides(shape)
+        codes = tensors["weight"].view(torch.uint8).index_select(0, rows)
+        scale = self.scales(tensors, shape).index_select(0, rows // block_rows)
+        dtype = dtype or float_dtype(self.dtype, "dtype")
+        return dequantize_blocks(codes, scale, (1, block_columns), E4M3, dtype)
+
     def linear(self, x: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
         """y = rounded(x) @ W.T in float32, rounded once to x's dtype; then the bias, or before where bias_first."""
         early, late = (bias, None) if self.bias_first else (None, bias)

@@ -56,6 +56,13 @@ class Fp8Quantizer(CalibratedQuantizer):
             dtype=dtype,
         )
 
+    def embedding_format_for(self, name: str, embedding: nn.Embedding) -> Fp8 | None:
+        """One scale for the table of an embedding that the config names."""
+        wanted = self.quantization_config.modules_to_convert or ()
+        if not any(self.skips(name, pattern) for pattern in wanted):
+            return None
+        return Fp8(TENSOR, "weight_scale", scale_rank=1, dtype=dtype_name(embedding.weight.dtype))
+
     def solve_block(self, block: Block) -> None:
         """Measure the range of each layer's input; weights are rounded by the format alone."""
         ranges = block.collect(block.layers, lambda layer: AbsMax(layer.dense.shape[1]))
