@@ -18,6 +18,7 @@ from quantcore.testing.compare import differences
 from quantcore.testing.experts import FusedExperts, SmallMixtureModel, TransposedExperts
 from quantcore.testing.golden import GoldenLayer, golden_folder
 from quantcore_bnb.bitsandbytes.format import Bnb4Bit
+from quantcore_bnb.bitsandbytes.quantizer import Bnb4BitQuantizer
 
 GOLDEN = golden_folder("bitsandbytes", Path(__file__).parents[3] / "tests" / "golden")
 CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -44,6 +45,11 @@ def with_stacks(kind: type[nn.Module], weight_format: Bnb4Bit) -> SmallMixtureMo
     }
     model.model.mlp.experts = QuantizedExperts(experts, stacks=stacks)
     return model
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_golden_set_has_a_stack() -> None:
@@ -98,6 +104,28 @@ def test_state_dict_of_stacks_loads_into_another_and_names_what_is_missing() -> 
     del state[f"{EXPERTS_NAME}.down_proj"]
     with pytest.raises(RuntimeError, match=rf"{EXPERTS_NAME}\.down_proj"):
         other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("whole", [("gate_up_proj", "down_proj"), ("down_proj",)], ids=["both", "one"])
+def test_quantizer_that_asks_for_stacks_gets_them(
+    whole: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stacked_format_for(self: Bnb4BitQuantizer, name: str, weight: torch.Tensor) -> Bnb4Bit | None:
+        return Bnb4Bit(compute_dtype="float32") if name.endswith(whole) else None
+
+    monkeypatch.setattr(Bnb4BitQuantizer, "stacked_format_for", stacked_format_for)
+    model = quantcore.quantize(SmallMixtureModel(), CONFIG)
+    stacks = [name for name, module in model.named_modules() if isinstance(module, QuantizedStack)]
+    assert stacks == [f"{EXPERTS_NAME}.{name}_stack" for name in whole]
+    assert (f"{EXPERTS_NAME}.1.up_proj.weight.absmax" in model.state_dict()) == ("gate_up_proj" not in whole)
+    quantcore.save(model, tmp_path / "q")
+    loaded = quantcore.load(tmp_path / "q", SmallMixtureModel)
+    assert differences(loaded.state_dict(), model.state_dict()) == []
+    assert torch.equal(loaded(IDS), model(IDS))
+    write_tensors(SmallMixtureModel().state_dict(), make(tmp_path / "float"))
+    write_json({"architectures": ["SmallMixtureModel"]}, tmp_path / "float" / "config.json")
+    quantcore.quantize_checkpoint(tmp_path / "float", tmp_path / "again", CONFIG, model=SmallMixtureModel)
+    assert differences(dict(Checkpoint(tmp_path / "again").stream()), model.state_dict()) == []
 
 
 def test_stack_that_is_damaged_is_named(tmp_path: Path) -> None:

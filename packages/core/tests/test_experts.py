@@ -82,6 +82,25 @@ def test_experts_taken_apart_compute_the_same(build: Callable[[], SmallMixtureMo
     torch.testing.assert_close(model(IDS), expected)
 
 
+def test_single_experts_module_is_quantized_and_the_source_left(tiny: None, kind: type[nn.Module]) -> None:
+    model = SmallMixtureModel(kind)
+    source = model.get_submodule(EXPERTS_NAME)
+    single = QuantizedExperts.from_experts(source, {"quant_method": "tiny-int8"}, name=EXPERTS_NAME)
+    expected = experts_of(quantized(kind)).state_dict()
+    assert {name for name in single.state_dict() if torch.equal(single.state_dict()[name], expected[name])} == set(
+        expected
+    )
+    assert isinstance(model.get_submodule(EXPERTS_NAME).get_parameter("down_proj"), nn.Parameter)
+
+
+def test_skip_pattern_of_one_expert_is_no_pattern_that_hits_nothing(
+    tiny: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = {"quant_method": "tiny-int8", "modules_to_not_convert": [f"{EXPERTS_NAME}.1", "lm_head"]}
+    quantcore.quantize(SmallMixtureModel(), config)
+    assert "no module matches" not in caplog.text
+
+
 def test_only_experts_with_a_named_layer_are_taken_apart() -> None:
     model = nn.ModuleDict({"first": FusedExperts(), "second": FusedExperts()})
     split_experts(model, ["second.0.up_proj"])

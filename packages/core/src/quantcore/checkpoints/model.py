@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from quantcore.checkpoints.devices import Placement, place
 from quantcore.checkpoints.files import copy_companions, source_folder, write_generation_config, write_json
-from quantcore.checkpoints.names import fit_names, name_in_checkpoint
+from quantcore.checkpoints.names import fit_names, name_in_checkpoint, named_as
 from quantcore.checkpoints.offload import derive_operands, dispatch, find_on_disk, offloaded_state_dict
 from quantcore.checkpoints.read import CONFIG_KEYS, Checkpoint, quantization_dict, read_config
 from quantcore.checkpoints.stream import checked_slots, fill, slots
@@ -86,7 +86,7 @@ def load(
         raise ValueError(f"dtype must be a float dtype, got {target_dtype}; packed weights keep theirs in any case")
     skeleton = build_skeleton(checkpoint.directory, model)
     with _modules_kept_on_failure(skeleton):
-        checkpoint = fit_names(skeleton, checkpoint)
+        checkpoint = (fit_names if quantizer is None else named_as)(skeleton, checkpoint)
         if quantizer is not None:
             quantizer.validate_environment(device_map=device_map)
             device_map = quantizer.update_device_map(device_map)

@@ -19,9 +19,19 @@ Rename = Callable[[str], str]
 
 
 def fit_names(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
-    """The same tensors under the names that the model has for them; experts that are stored one by one are taken apart.
+    """A float checkpoint under the names of the model, in which experts that are stored one by one are taken apart.
 
-    Raises CheckpointError when two tensors would have one name.
+    Raises what `named_as` raises.
+    """
+    view = named_as(model, checkpoint)
+    split_stored_experts(model, view)
+    return view
+
+
+def named_as(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
+    """The same tensors under the names that the model has for them.
+
+    Raises CheckpointError when two would have one name.
     """
     rename = name_in_model(model, _conversions(model))
     view = copy.copy(checkpoint)
@@ -31,7 +41,6 @@ def fit_names(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
             f"{checkpoint.directory}: {len(checkpoint.headers)} tensors have {len(view.headers)} names in the model; "
             "the checkpoint is of two architectures at once"
         )
-    split_stored_experts(model, view)
     return view
 
 

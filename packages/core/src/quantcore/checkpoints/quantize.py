@@ -17,7 +17,7 @@ from quantcore.checkpoints.read import Checkpoint, quantization_dict, read_confi
 from quantcore.checkpoints.shards import ShardWriter
 from quantcore.checkpoints.stream import fill_empty
 from quantcore.checkpoints.write import atomic_directory, parse_size
-from quantcore.nn.experts import QuantizedExperts
+from quantcore.nn.experts import QuantizedExperts, QuantizedStack, stacked_name
 from quantcore.nn.kinds import quantize_layer
 from quantcore.quantization_config import as_dtype
 from quantcore.quantizers.auto import AutoHfQuantizer
@@ -58,7 +58,7 @@ def quantize_checkpoint(
     skeleton = build_skeleton(checkpoint.directory, model)
     checkpoint = fit_names(skeleton, checkpoint)
     fill_empty(skeleton, checkpoint, wanted)
-    layers = {f"{layer.name}.weight": layer for layer in quantizer.plan(skeleton).layers}
+    layers = {_float_name(layer): layer for layer in quantizer.plan(skeleton).layers}
     quantizer.take_apart(skeleton, [layer.name for layer in layers.values()])
     rename = name_in_checkpoint(skeleton)
     with atomic_directory(target, overwrite) as directory:
@@ -90,13 +90,17 @@ def _quantized(
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in _taken_apart(checkpoint.stream(), skeleton):
+    for name, tensor in _taken_apart(checkpoint.stream(), skeleton, layers):
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         if name not in layers:
             yield name, tensor
             continue
         layer = layers[name]
+        if _is_stack(layer):
+            stack = QuantizedStack.from_weight(tensor.to(device), layer.weight_format, name=name)
+            yield from ((stacked_name(name, suffix), part) for suffix, part in stack.stored.items())
+            continue
         module = skeleton.get_submodule(layer.name)
         module.weight = nn.Parameter(tensor.to(device), requires_grad=False)
         del tensor
@@ -108,22 +112,35 @@ def _quantized(
 def _names(checkpoint: Checkpoint, skeleton: nn.Module, layers: Mapping[str, PlannedLayer]) -> Iterator[str]:
     headers = checkpoint.headers.items()
     empty = ((name, torch.empty(header.shape, dtype=header.dtype, device="meta")) for name, header in headers)
-    for name, _ in _taken_apart(empty, skeleton):
+    for name, _ in _taken_apart(empty, skeleton, layers):
         if name in layers:
             layer = layers[name]
             specs = layer.weight_format.tensor_specs(layer.dense.shape)
-            yield from (f"{layer.name}.{spec.name}" for spec in specs)
+            full_name = stacked_name if _is_stack(layer) else "{}.{}".format
+            yield from (full_name(layer.name, spec.name) for spec in specs)
         else:
             yield name
 
 
-def _taken_apart(tensors: Iterable[tuple[str, Tensor]], skeleton: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors, and for a fused weight of experts that the model has taken apart, the weight of each layer."""
+def _is_stack(layer: PlannedLayer) -> bool:
+    """Whether a planned weight is one of experts that is stored whole."""
+    return layer.dense.weight.ndim > 2
+
+
+def _float_name(layer: PlannedLayer) -> str:
+    return layer.name if _is_stack(layer) else f"{layer.name}.weight"
+
+
+def _taken_apart(
+    tensors: Iterable[tuple[str, Tensor]], skeleton: nn.Module, layers: Mapping[str, PlannedLayer]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, and for a fused weight of experts that is not stored whole, the weight of each layer."""
     fused = {
         f"{name}.{weight.name}": (name, weight)
         for name, module in skeleton.named_modules()
         if isinstance(module, QuantizedExperts)
         for weight in module.fused
+        if f"{name}.{weight.name}" not in layers
     }
     for name, tensor in tensors:
         if name not in fused:

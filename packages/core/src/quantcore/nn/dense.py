@@ -12,15 +12,18 @@ _PIECE = 1 << 20  # elements that are looked at together; torch casts a bfloat16
 
 @dataclass(frozen=True)
 class DenseLinear:
-    """A float layer. weight: [N, K], a view of the module's own (transposed for Conv1D); bias: [N] or None."""
+    """A float layer. weight: [N, K], a view of the module's own (transposed for Conv1D); bias: [N] or None.
+
+    kind: the module's class. A 3-D weight of experts that is stored whole is [E, N, K].
+    """
 
     weight: Tensor
     bias: Tensor | None
     kind: type[nn.Module]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
 
 
 def view_dense(module: nn.Module) -> DenseLinear | None:

@@ -129,6 +129,21 @@ class QuantizedExperts(nn.Module):
         """The 3-D weights that the module had."""
         return tuple(self._fused.values())
 
+    @classmethod
+    def from_experts(
+        cls, fused: nn.Module, config_or_format: Any, *, names: PartNames | None = None, name: str = ""
+    ) -> QuantizedExperts:
+        """The quantized form of an experts module, which is not changed: each layer of each expert in the given format.
+
+        config_or_format: a WeightFormat, a config, or a dict as found in config.json. names: as for `fused_weights`.
+        Raises TypeError for a module without experts, and for a layer what `QuantizedLinear.from_linear` raises.
+        """
+        experts = cls(fused, names)
+        for inner, layer in list(experts.named_layers()):
+            quantized = QuantizedLinear.from_linear(layer, config_or_format, name=_join(name, inner))
+            replace_module(experts, inner, quantized)
+        return experts
+
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """The linear layers of every expert, with their names in this module."""
         for index in filter(str.isdigit, self._modules):
@@ -274,10 +289,15 @@ class QuantizedStack(QuantizedModule):
         return linear(x.to(dtype), weight.t() if transposed else weight).to(x.dtype)
 
     def full_name(self, prefix: str, suffix: str) -> str:
-        return prefix.removesuffix(f"{_STACK}.") + suffix.removeprefix("weight")
+        return stacked_name(prefix.removesuffix(f"{_STACK}."), suffix)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the experts module, which sees all names of the stack, has loaded it."""
+
+
+def stacked_name(parameter: str, suffix: str) -> str:
+    """The name of a tensor, by suffix, that stores a 3-D parameter whole."""
+    return parameter + suffix.removeprefix("weight")
 
 
 T = TypeVar("T")
@@ -302,15 +322,27 @@ def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def linear_layers(model: nn.Module, names: NamesByModule | None = None) -> Iterator[tuple[str, nn.Module]]:
+def stacked_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every 3-D weight [E, N, K] of fused experts, in its own orientation, by the name of the parameter."""
+    for name, module in fused_experts(model):
+        for weight in fused_weights(module):
+            yield _join(name, weight.name), module.get_parameter(weight.name).detach()
+
+
+def linear_layers(
+    model: nn.Module, names: NamesByModule | None = None, whole: Container[str] = ()
+) -> Iterator[tuple[str, nn.Module]]:
     """Every linear layer of a model, by name. Those of fused experts are views of the 3-D weights.
 
-    names: the parts of the parameters of each experts module. The model is left as it is.
+    names: the parts of the parameters of each experts module. whole: names of 3-D weights that are left out. The model
+    is left as it is.
     """
     for name, module in model.named_modules():
         if fused_weights(module):
             split = QuantizedExperts(module, (names or {}).get(name))
-            yield from ((f"{name}.{inner}" if name else inner, layer) for inner, layer in split.named_layers())
+            stacked = {part for weight in split.fused if _join(name, weight.name) in whole for part in weight.parts}
+            layers = ((inner, layer) for inner, layer in split.named_layers() if inner.partition(".")[2] not in stacked)
+            yield from ((_join(name, inner), layer) for inner, layer in layers)
         elif view_dense(module) is not None:
             yield name, module
 
@@ -323,7 +355,7 @@ def split_experts(model: nn.Module, layers: Iterable[str], names: NamesByModule 
     wanted = set(layers)
     for name, module in list(fused_experts(model)):
         split = QuantizedExperts(module, (names or {}).get(name))
-        if any((f"{name}.{inner}" if name else inner) in wanted for inner, _ in split.named_layers()):
+        if any(_join(name, inner) in wanted for inner, _ in split.named_layers()):
             replace_module(model, name, split)
 
 
@@ -345,6 +377,10 @@ def _is_transposed(module: nn.Module, weights: Sequence[Tensor]) -> bool:
         return bool(stated)
     (_, rows, columns), (_, next_rows, next_columns) = weights[0].shape, weights[1].shape
     return rows == next_columns and columns == 2 * next_rows
+
+
+def _join(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name
 
 
 def _usual_parts(name: str) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import TypeAlias
 
 from torch import Tensor, nn
@@ -21,12 +21,14 @@ def view_layer(module: nn.Module) -> DenseLinear | None:
     return view_dense(module) or view_embedding(module)
 
 
-def weight_layers(model: nn.Module, names: NamesByModule | None = None) -> Iterator[tuple[str, nn.Module, DenseLinear]]:
+def weight_layers(
+    model: nn.Module, names: NamesByModule | None = None, whole: Container[str] = ()
+) -> Iterator[tuple[str, nn.Module, DenseLinear]]:
     """Every linear layer of a model, those of fused experts too, and then every embedding: name, module, weight.
 
-    names: as for `linear_layers`.
+    names, whole: as for `linear_layers`.
     """
-    for name, module in linear_layers(model, names):
+    for name, module in linear_layers(model, names, whole):
         dense = view_dense(module)
         assert dense is not None
         yield name, module, dense

@@ -1,4 +1,4 @@
-"""Experts whose 3-D weights a checkpoint stores whole and quantized: where they are, and putting them in place."""
+"""Experts whose 3-D weights are stored whole: quantizing them, and putting those of a checkpoint in place."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from quantcore.nn.experts import (
     stored_whole,
 )
 from quantcore.nn.replace import replace_module
+from quantcore.plugins.manager import plugins
 
 
 def place_stored_stacks(
@@ -49,6 +50,25 @@ def place_stored_stacks(
         if stacks:
             replace_module(model, name, QuantizedExperts(module, names.get(name), stacks))
     return faults
+
+
+def quantize_stacks(model: nn.Module, formats: Mapping[str, WeightFormat]) -> set[str]:
+    """Quantize the 3-D weights of experts that the formats name, in place, and return their names."""
+    names, done = part_names(model), set()
+    for name, module in list(fused_experts(model)):
+        stacks = {}
+        for weight in fused_weights(module):
+            label = f"{name}.{weight.name}" if name else weight.name
+            if label in formats:
+                parameter = module.get_parameter(weight.name)
+                stacks[weight.name] = QuantizedStack.from_weight(parameter, formats[label], name=label)
+                after = stacks[weight.name].quantized_weight
+                plugins().hook.quantcore_weight_quantized(name=label, before=parameter.detach(), after=after)
+                done.add(label)
+        if stacks:
+            split = QuantizedExperts(module, names.get(name), stacks).train(module.training)
+            replace_module(model, name, split)
+    return done
 
 
 def _stored(weight: FusedWeight, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

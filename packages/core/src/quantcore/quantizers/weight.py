@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,13 +18,13 @@ from quantcore.errors import CheckpointError
 from quantcore.formats.base import WeightFormat
 from quantcore.nn.dense import DenseLinear, check_finite, view_dense
 from quantcore.nn.embedding import QuantizedEmbedding
-from quantcore.nn.experts import QuantizedExperts, split_experts
+from quantcore.nn.experts import QuantizedExperts, linear_layers, split_experts, stacked_weights
 from quantcore.nn.kinds import QuantizedLayer, layer_of_stored, quantize_layer, view_layer, weight_layers
 from quantcore.nn.replace import quantized_modules, replace_module
 from quantcore.plugins.manager import plugins
 from quantcore.quantizers import selection
 from quantcore.quantizers.base import HfQuantizer
-from quantcore.quantizers.stacks import place_stored_stacks
+from quantcore.quantizers.stacks import place_stored_stacks, quantize_stacks
 
 if TYPE_CHECKING:
     from quantcore.checkpoints.read import Checkpoint
@@ -87,6 +88,13 @@ class WeightQuantizer(HfQuantizer):
         """
         return None
 
+    def stacked_format_for(self, name: str, weight: Tensor) -> WeightFormat | None:
+        """The format of a 3-D weight of experts that is stored whole; None, the default, takes the experts apart.
+
+        name: of the parameter ("mlp.experts.gate_up_proj"). weight: [E, N, K] or [E, K, N], as the model has it.
+        """
+        return None
+
     def format_of(self, name: str, module: nn.Module) -> WeightFormat | None:
         """The format of one module that is to be quantized, or is stored so; None where the config leaves it float.
 
@@ -119,11 +127,9 @@ class WeightQuantizer(HfQuantizer):
         patterns = self._patterns(model)
         tied = selection.tied_modules(model)
         layers, left, misfits = [], {}, {}
-        for name, module, dense in weight_layers(model, part_names(model)):
-            if isinstance(module, nn.Embedding) and self.embedding_format_for(name, module) is None:
-                continue  # nobody asked for it
+        for name, dense, choose in self._candidates(model):
             reason = self._reason_to_leave(name, patterns, tied)
-            weight_format = None if reason else self.format_of(name, module)
+            weight_format = None if reason else choose()
             if weight_format is None:
                 left[name] = reason or "left float by the config"
                 continue
@@ -139,6 +145,16 @@ class WeightQuantizer(HfQuantizer):
             raise ValueError(_nothing_to_do(model, left))
         return Plan(tuple(layers), left, tuple(misfits))
 
+    def _candidates(self, model: nn.Module) -> Iterator[tuple[str, DenseLinear, Callable[[], WeightFormat | None]]]:
+        """What may be quantized: name, weight, and a function that gives the format."""
+        stacks = {name: weight for name, weight in stacked_weights(model) if self.stacked_format_for(name, weight)}
+        for name, weight in stacks.items():
+            yield name, DenseLinear(weight, None, QuantizedExperts), partial(self.stacked_format_for, name, weight)
+        for name, module, dense in weight_layers(model, part_names(model), stacks):
+            if isinstance(module, nn.Embedding) and self.embedding_format_for(name, module) is None:
+                continue  # nobody asked for it
+            yield name, dense, partial(self.format_of, name, module)
+
     def quantize_model(self, model: nn.Module) -> nn.Module:
         """Quantize the planned layers in place, one at a time; each float weight is freed before the next.
 
@@ -146,14 +162,16 @@ class WeightQuantizer(HfQuantizer):
         """
         plan = self.plan(model)
         for layer in plan.layers:
-            check_finite(layer.dense.weight, layer.name)
+            check_finite(layer.dense.weight.flatten(0, -2), layer.name)
         formats = {layer.name: layer.weight_format for layer in plan.layers}
         _report(plan, model)
         del plan, layer  # they hold views of every float weight
+        done = quantize_stacks(model, formats)
         self.take_apart(model, formats)
         self.preprocess_model(model)
         for name, weight_format in formats.items():
-            self._quantize_layer(model, name, weight_format)
+            if name not in done:
+                self._quantize_layer(model, name, weight_format)
         return self.postprocess_model(model)
 
     def take_apart(self, model: nn.Module, layers: Iterable[str]) -> None:
@@ -177,9 +195,9 @@ class WeightQuantizer(HfQuantizer):
         """Put empty quantized layers where the checkpoint holds quantized weights."""
         if checkpoint is None:
             return
-        split_stored_experts(model, checkpoint)
         groups = checkpoint.by_module()
         faults = place_stored_stacks(model, checkpoint, groups, self._format_to_read)
+        split_stored_experts(model, checkpoint)
         layers = {
             name: (module, dense)
             for name, module in model.named_modules()
@@ -288,7 +306,7 @@ class WeightQuantizer(HfQuantizer):
         given = self.skip_patterns
         if given is None:
             return selection.default_skips(model)
-        names = [name for name, _ in model.named_modules()]
+        names = [name for name, _ in (*model.named_modules(), *linear_layers(model, part_names(model)))]
         missed = [pattern for pattern in given if not any(self.skips(name, pattern) for name in names)]
         missed = [pattern for pattern in missed if pattern != _USUAL_HEAD]
         if missed:
