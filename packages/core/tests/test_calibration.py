@@ -132,7 +132,7 @@ class Shared(Experts):
 
     def forward(self, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, WIDTH)
-        parts = flat.split([3, 5, len(flat) - 8])
+        parts = flat.split([1, 2, len(flat) - 3])
         return torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)]).view_as(hidden)
 
 
@@ -366,6 +366,16 @@ def test_the_model_is_left_in_its_mode_and_without_hooks() -> None:
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("source", ["quantized", "both"])
+def test_blocks_on_a_named_device_give_the_same_bits_and_go_back(source: str) -> None:
+    results = []
+    for device in (None, "cpu"):
+        model = make(Language)
+        calibrate(model, lambda block: None, source=source, device=device)
+        results.append(model.state_dict())
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
 @pytest.mark.parametrize("source", ["quantized", "float", "both"])
 def test_activations_in_files_give_the_same_bits(source: str, tmp_path: Path) -> None:
     results = []
@@ -476,6 +486,17 @@ def test_statistics_of_a_foreign_layer_are_refused() -> None:
 def test_missing_data_is_an_error_that_names_the_argument() -> None:
     with pytest.raises(ValueError, match="tiny-calibrated quantizes with calibration data; pass calibration="):
         quantcore.quantize(make(Language), CONFIG)
+
+
+def test_data_of_the_config_serves_where_none_is_given() -> None:
+    def letters(text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) - ord("a") for letter in text]}
+
+    config = {**CONFIG, "dataset": ["thequickbrownfox"]}
+    model = quantcore.quantize(make(Language), config, tokenizer=letters, seqlen=4)
+    assert report_of(model).tokens == 16
+    model = quantcore.quantize(make(Language), config, calibration=token_ids(2))
+    assert report_of(model).tokens == 14
 
 
 @pytest.mark.usefixtures("tiny")

@@ -14,7 +14,8 @@ from calibrated_models import TOKENS, Language, Stack, make
 from torch import Tensor, nn
 
 from quantcore import Calibration
-from quantcore.calibration.data import ModelInputs, model_inputs, padding_mask, row_count, token_count
+from quantcore.calibration.data import ModelInputs, model_inputs, padding_mask, row_count, shortened, token_count
+from quantcore.calibration.replay import run_model
 from quantcore.errors import MissingExtraError
 
 
@@ -123,6 +124,31 @@ def test_counts() -> None:
     passes = read([[1, 2, 3], [4, 5]])
     assert (row_count(passes), token_count(passes)) == (2, 5)
     assert (row_count([{"x": torch.zeros(4)}]), token_count([{"x": torch.zeros(4)}])) == (1, 0)
+
+
+def test_a_probe_is_short_where_that_is_safe() -> None:
+    assert shortened({"input_ids": torch.zeros(4, 99)})["input_ids"].shape == (1, 16)
+    inputs = {"input_ids": torch.zeros(4, 99), "attention_mask": torch.ones(4, 99)}
+    assert shortened(inputs) is inputs
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda input_ids, use_cache=None: (input_ids, use_cache),
+        lambda input_ids: (input_ids, False),
+        lambda ids: (ids, False),
+        lambda **inputs: (inputs["input_ids"], inputs["use_cache"]),
+    ],
+    ids=["cache", "no-cache", "other-name", "keywords"],
+)
+def test_inputs_go_to_models_of_any_signature(forward: Any) -> None:
+    model = nn.Module()
+    model.forward = forward  # type: ignore[method-assign]
+    model.config = types.SimpleNamespace(use_cache=True)  # type: ignore[assignment]
+    ids, use_cache = run_model(model, {"input_ids": torch.tensor([[1]])})
+    assert ids.tolist() == [[1]]
+    assert use_cache is False
 
 
 @pytest.mark.parametrize(

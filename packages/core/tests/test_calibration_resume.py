@@ -149,3 +149,9 @@ def test_a_folder_holds_no_partial_files_and_no_activations(tmp_path: Path) -> N
     quantized(make(Language), tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["state.json", *(f"step-{number:05d}.safetensors" for number in range(5))]
+
+
+def test_processes_that_see_other_folders_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantcore.distributed.calibration.Team.agrees", lambda self, value: False)
+    with pytest.raises(ValueError, match="must be one folder that all processes see"):
+        quantized(make(Language), tmp_path)

@@ -25,6 +25,7 @@ class TinyCalibratedConfig(QuantizationConfigMixin):
     sequential: bool = option(False)
     minimum_tokens: int = option(1, minimum=0, maximum=1 << 20)
     block_name_to_quantize: str | None = option(None)
+    dataset: list[str] | None = option(None)
     modules_to_not_convert: list[str] | None = option(None)
 
 

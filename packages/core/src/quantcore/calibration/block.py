@@ -159,10 +159,15 @@ class Block:
         """What the block as it is now returns for a sample. Gradients are recorded where the caller enables them."""
         return self._around.run(sample)
 
-    def run_finished(self, sample: Sample) -> Any:
-        """What the block gives for a sample when every layer is finished; finished modules need not run again."""
-        with self._shortcuts(sample):
-            return self.run(sample)
+    def finished(self) -> Callable[[Sample], Any]:
+        """A function that does what `run` does, when every layer is finished: finished modules need not run again."""
+        shortcuts = self._shortcuts()
+
+        def run(sample: Sample) -> Any:
+            with shortcuts(sample.number):
+                return self.run(sample)
+
+        return run
 
     def output(self, sample: Sample) -> Tensor:
         """The hidden states that the block as it is now gives for a sample."""
@@ -222,7 +227,7 @@ class Block:
 
     def _feed(self, statistics: Mapping[str, Statistic], names: Collection[str], stop_early: bool) -> None:
         """Run all samples; each ends when the named layers were all reached, if it shall stop early."""
-        kept = self._keep_endings(names)
+        shortcuts, kept = self._shortcuts(), self._keep_endings(names)
         sample: Sample
         waiting: set[str]
 
@@ -238,17 +243,25 @@ class Block:
         with torch.no_grad(), watch(self.model, names, enter):
             for sample in self.samples:
                 waiting = set(names)
-                with contextlib.suppress(_Stop), self._shortcuts(sample):
+                with contextlib.suppress(_Stop), shortcuts(sample.number):
                     self.run(sample)
+
+    def _shortcuts(self) -> Callable[[int], contextlib.AbstractContextManager[None]]:
+        """For the number of a sample, a context in which finished modules are not computed again."""
+        endings = self._endings
+        if endings is None:
+            return lambda number: contextlib.nullcontext()
+        rest = self._rest_of_parameters()
+        if rest != self._rest:  # the solver changed a norm or the like: what was kept may not hold any more
+            endings.forget()
+            self._rest = rest
+        finished = endings.finished(self.unfinished)
+        return lambda number: endings.shortcuts(finished, number)
 
     def _keep_endings(self, names: Collection[str]) -> set[str]:
         """Begin to keep inputs that will not change any more: those of layers whose earlier stages are finished."""
         if self._endings is None:
             return set()
-        rest = self._rest_of_parameters()
-        if rest != self._rest:
-            self._endings.forget()
-            self._rest = rest
         unfinished, ready = set(self.unfinished), set()
         for stage in self.stages():
             ready |= set(stage) & set(names)
@@ -257,22 +270,11 @@ class Block:
         return self._endings.open(ready & unfinished)
 
     def _rest_of_parameters(self) -> list[tuple[int, int]]:
-        layers = tuple(f"{name}." for name in self._planned)
+        """Identity and version of every tensor of the block that is no layer's own."""
         prefix = f"{self.name}." if self.name else ""
-        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
-        return [(id(tensor), tensor._version) for name, tensor in tensors if not f"{prefix}{name}".startswith(layers)]
-
-    @contextlib.contextmanager
-    def _shortcuts(self, sample: Sample) -> Iterator[None]:
-        """A block in which finished modules are not computed, where that is known to give the same."""
-        if self._endings is None or self._rest != self._rest_of_parameters():
-            yield
-            return
-        with self._endings.shortcuts(sample.number, self._is_finished):
-            yield
-
-    def _is_finished(self, module: str) -> bool:
-        return not any(name.startswith(f"{module}.") for name in self.unfinished)
+        modules = [module for name, module in self.module.named_modules() if prefix + name not in self._planned]
+        tensors = [tensor for module in modules for tensor in (*module._parameters.values(), *module._buffers.values())]
+        return [(id(tensor), tensor._version) for tensor in tensors if tensor is not None]
 
     def _shared(self, names: Collection[str]) -> list[list[str]]:
         """The names in groups that receive the very same tensor."""

@@ -26,6 +26,7 @@ ModelInputs = dict[str, Any]  # keyword arguments of the model's forward
 SAMPLES = 128
 SEQLEN = 2048
 _BATCH_TOKENS = 2048  # tokens a forward pass where nothing else is asked for
+_PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ def model_inputs(calibration: Calibration, model: nn.Module) -> list[ModelInputs
     for inputs in passes:
         _check_ids(inputs, model)
     return passes
+
+
+def shortened(inputs: ModelInputs) -> ModelInputs:
+    """A little of a pass, to see how the model runs: the first tokens of its first row, where it is token ids alone."""
+    return {"input_ids": inputs["input_ids"][:1, :_PROBE_TOKENS]} if set(inputs) == {"input_ids"} else inputs
 
 
 def token_count(passes: Sequence[ModelInputs]) -> int:

@@ -60,16 +60,17 @@ class Endings:
         """Let go of everything: the block was changed."""
         self._kept, self._numbers, self._bytes = {}, {}, 0
 
-    @contextlib.contextmanager
-    def shortcuts(self, number: int, is_finished: Callable[[str], bool]) -> Iterator[None]:
-        """A block in which modules whose ending is kept for a sample are not computed.
+    def finished(self, unfinished: Collection[str]) -> list[Ending]:
+        """The kept endings of modules in which every layer is finished, given the names of the layers that are not."""
+        parents = {name[:end] for name in unfinished for end, letter in enumerate(name) if letter == "."}
+        return [self._endings[layer] for layer in self._kept if self._endings[layer].module not in parents]
 
-        is_finished: whether every layer of a module is finished.
-        """
+    @contextlib.contextmanager
+    def shortcuts(self, endings: Collection[Ending], number: int) -> Iterator[None]:
+        """A block in which the modules of some endings are not computed for a sample, where their input was kept."""
         with contextlib.ExitStack() as stack:
-            for layer, numbers in self._numbers.items():
-                ending = self._endings[layer]
-                if number in numbers and is_finished(ending.module):
+            for ending in endings:
+                if number in self._numbers[ending.layer]:
                     module = self._model.get_submodule(ending.module)
                     stack.enter_context(forward_as(module, self._output(ending, number)))
             yield

@@ -18,7 +18,7 @@ from torch import nn
 from quantcore.calibration.activations import DiskShelf, MemoryShelf, Sample, Samples, Shelf
 from quantcore.calibration.block import Block, Surroundings
 from quantcore.calibration.chain import Chain
-from quantcore.calibration.data import Calibration, ModelInputs, model_inputs, row_count, token_count
+from quantcore.calibration.data import Calibration, ModelInputs, model_inputs, row_count, shortened, token_count
 from quantcore.calibration.progress import Progress
 from quantcore.calibration.report import CalibrationReport, LayerReport
 from quantcore.calibration.resume import ResumeFolder, fingerprint
@@ -67,10 +67,12 @@ def calibrate(
     if solver.source == "both" and team.size > 1:
         raise ValueError(f"{solver.method} trains on its samples: run it in a single process, not in {team.size}")
     with _evaluating(model), _shelves(calibration.offload) as new_shelf, torch.no_grad():
-        steps = find_steps(model, passes[0], list(formats), solver.blocks_name)
+        steps = find_steps(model, shortened(passes[0]), list(formats), solver.blocks_name)
         if solver.source != "quantized":
             steps = _outside_last(steps)
         folder = _resume_folder(model, passes, solver, calibration)
+        if not team.agrees(folder.finished if folder else 0):
+            raise ValueError(f"resume_dir {calibration.resume_dir} must be one folder that all processes see")
         run = _Run(model, formats, solver, calibration, team, new_shelf, len(steps))
         run.all(steps, folder, team.share(passes))
     report = run.report
@@ -154,7 +156,7 @@ class _Run:
         self.report.layers += block.report
         if folder is not None and self.team.rank == 0:
             folder.save(number, step, self.model, block.report)
-        return block.run_finished
+        return block.finished()
 
     def _block(self, number: int, step: Step, chain: Chain, samples: Samples) -> Block:
         from quantcore.quantizers.weight import PlannedLayer

@@ -96,7 +96,8 @@ def run_model(model: nn.Module, inputs: ModelInputs) -> Any:
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     if set(inputs) == {"input_ids"} and not _takes(model, "input_ids"):
         return model(inputs["input_ids"])
-    options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    has_cache = hasattr(getattr(model, "config", None), "use_cache") and _takes(model, "use_cache")
+    options = {"use_cache": False} if has_cache else {}
     return model(**{**options, **inputs})
 
 

@@ -48,6 +48,14 @@ class Team:
         agreed: T = box[0]
         return agreed
 
+    def agrees(self, value: object) -> bool:
+        """Whether all processes hold the same value; each learns it."""
+        if self.size == 1:
+            return True
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return all(other == value for other in values)
+
 
 def _all_reduce(tensor: Tensor, how: Reduction) -> None:
     operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
