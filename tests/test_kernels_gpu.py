@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from quantcore import settings
 from quantcore.nn import QuantizedLinear
 
 pytestmark = pytest.mark.gpu
@@ -32,7 +35,7 @@ def config(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 16, 17, 130])
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 130, 1100])
 def test_forced_kernel_gives_the_references_output_and_gradient(
     config: dict[str, Any], rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,3 +51,40 @@ def test_forced_kernel_gives_the_references_output_and_gradient(
         results[kernel] = (y.detach(), leaf.grad)
     for found, expected in zip(results["triton"], results["torch"], strict=True):
         assert relative_error(found, expected) <= TOLERANCE[dtype]
+
+
+def test_measured_launches_give_the_same_output_and_are_kept(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from quantcore.kernels.triton import tuning
+
+    monkeypatch.setenv("QUANTCORE_CACHE", str(tmp_path))
+    monkeypatch.setenv("QUANTCORE_AUTOTUNE", "1")
+    monkeypatch.setenv("QUANTCORE_KERNEL", "triton")
+    tuning._tuner.cache_clear()
+    layer = QuantizedLinear.from_linear(torch.nn.Linear(1024, 384, dtype=torch.bfloat16), config).to("cuda")
+    for rows in (1, 40):
+        x = torch.randn(rows, 1024, dtype=torch.bfloat16, device="cuda")
+        found = layer(x)
+        with settings.forced_to("reference"):
+            assert relative_error(found, layer(x)) <= TOLERANCE[torch.bfloat16]
+    tuning._tuner.cache_clear()
+    assert len(list(tmp_path.rglob("*.json"))) >= 2
+
+
+@pytest.mark.parametrize("rows", [[3, 0, 200, 17], [0, 0, 1]], ids=str)
+def test_experts_give_what_each_gives_alone(rows: list[int]) -> None:
+    from quantcore.kernels.triton import launch
+    from quantcore_bnb.bitsandbytes.decode import decoder_for
+
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    linears = [torch.nn.Linear(512, 96, bias=False, dtype=torch.float16) for _ in rows]
+    layers = [QuantizedLinear.from_linear(linear, config).to("cuda") for linear in linears]
+    operands = [list(each.format.operands(each.quantized_weight.tensors, (96, 512)).values()) for each in layers]
+    x = torch.randn(sum(rows), 512, dtype=torch.float16, device="cuda")
+    offsets = torch.tensor([0, *accumulate(rows)], device="cuda")
+    stacked = [torch.stack(parts) for parts in zip(*operands, strict=True)]
+    found = launch.grouped(x, offsets, stacked, None, decoder_for(layers[0].format), 96, torch.float32)
+    with settings.forced_to("reference"):
+        expected = torch.cat([layer(part) for layer, part in zip(layers, x.split(rows), strict=True)])
+    assert relative_error(found, expected) <= TOLERANCE[torch.float16]

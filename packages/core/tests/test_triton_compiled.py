@@ -28,7 +28,7 @@ from quantcore.kernels.triton.aot import (
     spilled_bytes,
 )
 from quantcore.kernels.triton.checks import quantized, run_in_interpreter
-from quantcore.kernels.triton.decoder import Decoder
+from quantcore.kernels.triton.decoder import Decoder, Words, places
 from quantcore.kernels.triton.kernels import kernels_for
 
 ON_TARGETS = pytest.mark.parametrize("target", TARGETS)
@@ -100,13 +100,18 @@ def test_skeletons_pass_in_the_interpreter(name: str) -> None:
 SKELETONS = ["dequantize_kernel", "gemv_kernel", "gemv_kernel", "sum_splits_kernel", "gemm_kernel", "grouped_kernel"]
 
 
+# Instructions on tensor cores of gemv of 5 rows, gemm and grouped: fewer would leave some products to other units.
+FEWEST_PRODUCTS = {"sm_80": (4, 32, 32), "sm_90": (4, 4, 4), "sm_100": (4, 8, 8), "gfx942": (8, 16, 16)}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @ON_TARGETS
 def test_skeletons_compile_without_spills_and_multiply_on_tensor_cores(target: str, dtype: torch.dtype) -> None:
     kernels = compile_launches(target, lambda: launch_plain(128, 256, dtype))
     assert [(kernel.name, spilled_bytes(kernel)) for kernel in kernels] == [(name, 0) for name in SKELETONS]
     several, gemm, grouped = kernels[2], *kernels[-2:]
-    assert all(count_instructions(kernel, TENSOR_CORES) > 0 for kernel in (several, gemm, grouped))
+    found = tuple(count_instructions(kernel, TENSOR_CORES) for kernel in (several, gemm, grouped))
+    assert all(count >= fewest for count, fewest in zip(found, FEWEST_PRODUCTS[target], strict=True)), found
 
 
 # Loads from global memory in the code for sm_90 of dequantize, gemv of 1 row and of 5, gemm and grouped. They are what
@@ -168,6 +173,27 @@ def test_a_decoder_that_does_not_fit_fails_to_compile_with_its_name() -> None:
     x, decoder = torch.zeros(1, 8), plain(load_as_float16)
     with pytest.raises(TypeError, match=r"decoder plain does not fit gemv_kernel.*does not give float32 values"):
         compile_launches("sm_90", lambda: launch.gemv(x, [torch.zeros(8, 8)], None, decoder, 8))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (Words(10, 3, "k"), "10 codes of 3 bits; write 1, 2, 4, 8 or 16 codes, at most 32 bits in all"),
+        (Words(16, 4, "k"), "16 codes of 4 bits; write 1, 2"),
+        (Words(8, 4, "K"), "runs along 'K'; write k, n or apart"),
+        (Words(2, 4, "k", places(0, 0)), r"order puts its codes in places \[0, 0\]; each place takes one"),
+        (Words(2, 4, "k", places(1, 2)), r"order puts its codes in places \[1, 2\]"),
+        (Words(2, 4, "k", places(0, 1), group=-1), "group -1; write 0 for whole rows"),
+    ],
+)
+def test_words_that_skeletons_cannot_split_are_refused(words: Words, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"decoder odd: a word.*{reason}"):
+        Decoder("odd", load_plain, Nothing(), (None,), torch.float32, words, load_plain)
+
+
+def test_words_need_a_scale() -> None:
+    with pytest.raises(ValueError, match="decoder odd has words but no scale"):
+        Decoder("odd", load_plain, Nothing(), (None,), torch.float32, Words(1, 8, "k"))
 
 
 def problem(**changes: Any) -> Problem:

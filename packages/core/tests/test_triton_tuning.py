@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton has no build for this platform")
 from quantcore import settings
 from quantcore.kernels.triton import tuning
 from quantcore.kernels.triton.decoder import Words, places
-from quantcore.kernels.triton.heuristics import DENSE, DENSE_ROWS, Launch, Shape, candidates, default, is_launch
+from quantcore.kernels.triton.heuristics import DENSE, DENSE_ROWS, Launch, Shape, candidates, default, serves
 from quantcore.kernels.triton.tuning import Key, Tuner, best_launch, key_of
 
 INT4 = Words(8, 4, "k", places(*range(8)), group=128)
@@ -59,13 +59,31 @@ def tuner(tmp_path: Path) -> Tuner:
 
 
 # Defaults and candidates
-def test_every_launch_holds_whole_words_in_tiles_of_powers_of_two() -> None:
+def test_every_candidate_serves_its_shape() -> None:
     for shape in EVERY_SHAPE:
         for launch in candidates(shape):
             codes = shape.words.codes if shape.words else 1
             across = launch.BK if shape.words and shape.words.along == "k" else launch.BN
-            assert is_launch(launch), (shape, launch)
+            assert serves(launch, shape), (shape, launch)
             assert launch == DENSE or across % codes == 0, (shape, launch)
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        Launch(1, 64, 64),
+        Launch(32, 64, 64),
+        Launch(16, 64, 4),
+        Launch(16, 96, 64),
+        Launch(16, 64, 64, num_warps=-4),
+        DENSE,
+    ],
+    ids=["too_few_rows", "too_many_rows", "parts_of_words", "no_power_of_two", "negative", "dense"],
+)
+def test_a_launch_that_would_compute_something_else_does_not_serve(launch: Launch) -> None:
+    shape = SHAPE._replace(M=5)
+    assert serves(Launch(16, 64, 64), shape)
+    assert not serves(launch, shape)
 
 
 def test_candidates_are_few_distinct_and_begin_with_the_default() -> None:
@@ -122,6 +140,7 @@ def test_a_launch_that_cannot_run_is_not_chosen(tuner: Tuner) -> None:
 
 def test_the_default_stays_where_nothing_can_run(tuner: Tuner) -> None:
     assert tuner.choose(SHAPE, KEY, lambda launch: math.inf) == default(SHAPE)
+    assert tuner.choose(SHAPE, KEY, refuse) == default(SHAPE)
     assert not tuner.folder.exists()
 
 
@@ -168,9 +187,10 @@ def test_a_damaged_file_is_left_aside_with_one_line_and_rewritten(
     assert Tuner(tuner.folder).choose(SHAPE, KEY, None) == best
 
 
-@pytest.mark.parametrize("change", [{"BN": "64"}, {"BN": True}, {"BN": None}, {"num_warps": -4}, {"BK": 24}])
+@pytest.mark.parametrize(
+    "change", [{"BN": "64"}, {"BN": True}, {"BN": None}, {"num_warps": -4}, {"BK": 24}, {"BM": 16}]
+)
 def test_a_launch_that_is_none_is_refused(tuner: Tuner, change: dict[str, Any]) -> None:
-    tuner.choose(SHAPE, KEY, timed(default(SHAPE)._replace(BK=1024)))
     tuner.choose(SHAPE, KEY, timed(candidates(SHAPE)[2]))
     (file,) = tuner.folder.iterdir()
     record = json.loads(file.read_text())

@@ -30,6 +30,19 @@ class Words(NamedTuple):
     transposed: bool = False
     group: int = 0
 
+    def fault(self) -> str | None:
+        """Why the skeletons cannot split such words, or None."""
+        if self.codes not in (1, 2, 4, 8, 16) or self.bits * self.codes > 32:
+            return f"{self.codes} codes of {self.bits} bits; write 1, 2, 4, 8 or 16 codes, at most 32 bits in all"
+        if self.along not in ("k", "n", "apart"):
+            return f"runs along {self.along!r}; write k, n or apart"
+        if self.group < 0:
+            return f"group {self.group}; write 0 for whole rows"
+        found = [self.order >> (4 * i) & 0xF for i in range(self.codes)]
+        if sorted(found) != list(range(self.codes)):
+            return f"order puts its codes in places {found}; each place takes one"
+        return None
+
     def fits(self, N: int, K: int) -> bool:
         """Whether a weight of this shape is made of whole words and whole groups."""
         return K > 0 and (K if self.along == "k" else N) % self.codes == 0 and K % max(1, self.group) == 0
@@ -73,6 +86,13 @@ class Decoder:
     dtype: torch.dtype
     words: Words | None = None
     scale: Any = None
+
+    def __post_init__(self) -> None:
+        fault = self.words and self.words.fault()
+        if fault:
+            raise ValueError(f"decoder {self.name}: a word: {fault}")
+        if self.words and self.scale is None:
+            raise ValueError(f"decoder {self.name} has words but no scale; give the function that reads codes")
 
     def fits_tiles(self, N: int, K: int) -> bool:
         """Whether the contract `tile` serves a weight of this shape."""

@@ -35,13 +35,6 @@ DENSE = Launch(0, 0, 0)
 DENSE_ROWS = 1024
 
 
-def is_launch(launch: Launch) -> bool:
-    """Whether a launch that was read from a file is one: whole numbers, and tiles that Triton can make."""
-    if not all(type(value) is int and value > 0 for value in launch):
-        return launch == DENSE
-    return all(size & (size - 1) == 0 for size in (launch.BM, launch.BN, launch.BK, launch.num_warps))
-
-
 class Shape(NamedTuple):
     """What a launch is chosen for. words: None where the decoder gathers. itemsize: bytes of the compute dtype."""
 
@@ -51,6 +44,18 @@ class Shape(NamedTuple):
     N: int
     K: int
     itemsize: int
+
+
+def serves(launch: Launch, shape: Shape) -> bool:
+    """Whether a launch, which may be read from a file, computes a shape: another could give wrong numbers."""
+    if not all(type(value) is int and value >= 0 for value in launch):
+        return False
+    if launch == DENSE:
+        return shape.skeleton == "gemm"
+    sizes = (launch.BM, launch.BN, launch.BK, launch.SPLITS, launch.num_warps)
+    if shape.skeleton == "gemv" and launch.BM != (1 if shape.M == 1 else GEMV_ROWS):
+        return False
+    return all(size > 0 and size & (size - 1) == 0 for size in sizes) and _holds_words(launch, shape.words)
 
 
 def default(shape: Shape) -> Launch:

@@ -25,7 +25,7 @@ from triton.runtime.errors import OutOfResources
 
 import quantcore
 from quantcore import settings
-from quantcore.kernels.triton.heuristics import Launch, Shape, candidates, default, is_launch
+from quantcore.kernels.triton.heuristics import Launch, Shape, candidates, default, serves
 
 logger = logging.getLogger(__name__)
 
@@ -60,23 +60,22 @@ class Tuner:
 
     def choose(self, shape: Shape, key: Key, measure: Callable[[Launch], float] | None) -> Launch:
         """The launch of a shape. measure: the milliseconds of a launch, inf where it cannot run; None measures none."""
-        found = self._find(key)
+        found = self._find(shape, key)
         if found is None and measure is not None:
             found = self._measure(shape, key, measure)
         return found or self.shipped.get(key) or default(shape)
 
-    def _find(self, key: Key) -> Launch | None:
+    def _find(self, shape: Shape, key: Key) -> Launch | None:
         if key not in self._known:
-            self._known[key] = _read(self.folder / _file_name(key), key)
+            self._known[key] = _read(self.folder / _file_name(key), shape, key)
         return self._known[key]
 
-    def _measure(self, shape: Shape, key: Key, measure: Callable[[Launch], float]) -> Launch | None:
+    def _measure(self, shape: Shape, key: Key, measure: Callable[[Launch], float]) -> Launch:
         times = {launch: measure(launch) for launch in candidates(shape)}
-        best = min(times, key=times.__getitem__)
+        best = self._known[key] = min(times, key=times.__getitem__)  # the default where none can run
         if times[best] == math.inf:
-            return None
+            return best
         logger.info("%s: %s takes %.4f ms, the best of %d launches", _text(key), best, times[best], len(times))
-        self._known[key] = best
         _write(self.folder / _file_name(key), {**_record(key, best), "milliseconds": times[best]})
         return best
 
@@ -121,13 +120,13 @@ def _shipped(device: str) -> Iterator[tuple[Key, Launch]]:
             yield Key(**record["key"]), Launch(**record["launch"])
 
 
-def _read(path: Path, key: Key) -> Launch | None:
+def _read(path: Path, shape: Shape, key: Key) -> Launch | None:
     """The launch that a file holds; None, with a line in the log, when it is damaged or of another key."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         launch = Launch(**record["launch"])
-        if Key(**record["key"]) != key or not is_launch(launch):
-            raise ValueError("it holds another key or no launch")
+        if Key(**record["key"]) != key or not serves(launch, shape):
+            raise ValueError("it holds another key, or no launch that serves it")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, LookupError) as error:
