@@ -53,7 +53,8 @@ def serves(launch: Launch, shape: Shape) -> bool:
     if launch == DENSE:
         return shape.skeleton == "gemm"
     sizes = (launch.BM, launch.BN, launch.BK, launch.SPLITS, launch.num_warps)
-    if shape.skeleton == "gemv" and launch.BM != (1 if shape.M == 1 else GEMV_ROWS):
+    is_one_row = launch.BM == 1
+    if shape.skeleton == "gemv" and (is_one_row != (shape.M == 1) or launch.BM not in (1, GEMV_ROWS)):
         return False
     return all(size > 0 and size & (size - 1) == 0 for size in sizes) and _holds_words(launch, shape.words)
 
