@@ -323,3 +323,29 @@ def test_quantization_that_was_cut_short_can_be_undone(build_model: Callable[[],
 def test_float_model_is_not_dequantized(build_model: Callable[[], nn.Module]) -> None:
     with pytest.raises(ValueError, match="TwoLayers is not quantized by quantcore"):
         quantcore.dequantize(build_model())
+
+
+# Layers that do not fit
+
+
+class Picky(TinyInt8Quantizer):
+    """Stores layers whose in_features are even."""
+
+    leaves_misfits = True
+
+    def format_for(self, name: str, module: nn.Module) -> TinyInt8:
+        return TinyInt8(multiple=2)
+
+
+def test_a_layer_that_does_not_fit_is_left_where_the_quantizer_says_so() -> None:
+    model = nn.ModuleDict({"even": nn.Linear(4, 3), "odd": nn.Linear(5, 3)})
+    plan = Picky(TinyInt8Config(), pre_quantized=False).plan(model)
+    assert [layer.name for layer in plan.layers] == ["even"]
+    assert plan.misfits == ("odd",)
+    assert "in_features 5 is not a multiple of 2" in plan.left["odd"]
+
+
+def test_a_model_without_a_layer_that_fits_is_an_error_that_says_why() -> None:
+    model = nn.ModuleDict({"odd": nn.Linear(5, 3)})
+    with pytest.raises(ValueError, match="odd: in_features 5 is not a multiple of 2"):
+        Picky(TinyInt8Config(), pre_quantized=False).plan(model)
