@@ -12,7 +12,7 @@ from torch import Tensor
 from quantcore.calibration.block import ROUND_TO_NEAREST
 from quantcore.calibration.statistics import Hessian, MeanAbs, Reduction, Statistic
 from quantcore_gptq.awq.folding import divide, multiply_columns, row_index
-from quantcore_gptq.awq.grid import Grid
+from quantcore_gptq.awq.format import Awq, AwqMarlin
 from quantcore_gptq.awq.solver import (
     Reading,
     clip,
@@ -69,7 +69,7 @@ class BlockSolver:
         self.block = block
         self.measured = measured
         self.weights = {name: layer.dense.weight.float() for name, layer in block.layers.items()}
-        self.scales = {name: torch.ones(layer.dense.shape[1]) for name, layer in block.layers.items()}
+        self.scales = {name: torch.ones_like(weight[0]) for name, weight in self.weights.items()}
 
     def solve(self, folds: Sequence[Fold]) -> None:
         """Scale inputs as the folds allow, then replace every layer."""
@@ -85,7 +85,8 @@ class BlockSolver:
             return
         module = self.block.module
         index = row_index(module, fold, self.weights[names[0]].shape[1])
-        scales = search_scales(self._readings(reached), self._mean_abs(reached), self._grid(names[0]), index=index).best
+        grid = self._format(names[0]).grid(self.weights[names[0]].shape)
+        scales = search_scales(self._readings(reached), self._mean_abs(reached), grid, index=index).best
         producer = f"{self.block.name}.{fold.producer}"
         scales = divide(module, fold, scales, self.weights.get(producer))
         for other in fold.others:
@@ -95,18 +96,17 @@ class BlockSolver:
             self.scales[name] = scales
 
     def _round(self, name: str) -> None:
-        layer, statistic, grid = self.block.layers[name], self.measured[name], self._grid(name)
-        weight, scales = self.weights.pop(name), self.scales[name]
+        statistic, weight, scales = self.measured[name], self.weights.pop(name), self.scales[name]
+        form, grid = self._format(name), self._format(name).grid(weight.shape)
         if not statistic.tokens:
-            tensors = layer.weight_format.fit(weight)
+            tensors = form.fit(weight)
             self.block.replace(name, tensors, method=ROUND_TO_NEAREST, reason="no calibration token reaches it")
             return
         limited = weight
         if not any(part in name.rpartition(".")[2] for part in _NOT_CLIPPED):
             limited = clip(weight, search_clip(weight, diagonal_blocks(statistic.hessian, scales, grid.group), grid))
-        tensors = layer.weight_format.fit(limited)
-        found = layer.weight_format.dequantize(tensors, layer.dense.shape, torch.float32)
-        error = found.sub_(weight).div_(scales)
+        tensors = form.fit(limited)
+        error = form.dequantize(tensors, tuple(weight.shape), torch.float32).sub_(weight).div_(scales)
         self.block.replace(name, tensors, loss=float(output_error(error, statistic.hessian)))
 
     def _readings(self, names: Sequence[str]) -> list[Reading]:
@@ -123,6 +123,7 @@ class BlockSolver:
         tokens = sum(statistic.tokens for statistic in statistics)
         return torch.stack([statistic.mean_abs * (statistic.tokens / tokens) for statistic in statistics]).sum(0)
 
-    def _grid(self, name: str) -> Grid:
-        layer = self.block.layers[name]
-        return layer.weight_format.grid(layer.dense.shape)
+    def _format(self, name: str) -> Awq | AwqMarlin:
+        weight_format = self.block.layers[name].weight_format
+        assert isinstance(weight_format, Awq | AwqMarlin)
+        return weight_format

@@ -80,7 +80,7 @@ class AwqConfig(GPTQConfig):
     ) -> Config | tuple[Config, dict[str, Any]]:
         """A config of a dict as in config.json, or as AutoAWQ and gptqmodel write it beside the weights."""
         found = _modern(config_dict) if isinstance(config_dict, Mapping) else config_dict
-        return super().from_dict(found, return_unused_kwargs, **kwargs)  # type: ignore[misc,no-any-return]
+        return super().from_dict(found, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field and every kept key as JSON values, with version as a second name of format."""

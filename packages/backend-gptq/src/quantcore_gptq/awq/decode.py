@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """The decoders of AWQ weights: one for each way in which words lie."""
 
 from __future__ import annotations

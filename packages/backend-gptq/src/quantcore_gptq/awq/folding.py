@@ -129,7 +129,7 @@ def divide(block: nn.Module, fold: Fold, scales: Tensor, weight: Tensor | None =
 
 def _divide_norm(norm: nn.Module, scales: Tensor, offset: float) -> Tensor:
     weight = norm.get_parameter("weight").detach()
-    before = weight.float() + offset
+    before, scales = weight.float() + offset, scales.to(weight.device)
     weight.copy_(before / scales - offset)
     after = weight.float() + offset
     scales = torch.where((after == 0) | (before == 0), scales, before / after)
@@ -165,17 +165,17 @@ def _candidates(block: Block, group: InputGroup, can_wrap: bool) -> Iterator[Fol
     layers, others = _readers(block, group.readers, columns)
     for before in _before(block, group.layers[0]):
         for repeat, width in _repeats(block.model, before, columns):
-            yield Fold(layers, others, *_relative(block, [before]), "rows", repeat, width)
+            yield Fold(layers, others, _inner(block, before), "rows", repeat, width)
     if source is None:
         yield from _of_routed(block, group.layers[0], columns)
     elif can_wrap and next(source.parameters(), None) is None:
-        yield Fold(layers, others, *_relative(block, [group.source or ""]), "activation")
+        yield Fold(layers, others, _inner(block, group.source or ""), "activation")
 
 
 def _of_norm(block: Block, norm: str, modules: Sequence[str], columns: int) -> Iterator[Fold]:
     layers, others = _readers(block, modules, columns)
     for how in ("norm", "offset norm"):
-        yield Fold(layers, others, *_relative(block, [norm]), how)
+        yield Fold(layers, others, _inner(block, norm), how)
 
 
 def _of_routed(block: Block, layer: str, columns: int) -> Iterator[Fold]:
@@ -184,7 +184,7 @@ def _of_routed(block: Block, layer: str, columns: int) -> Iterator[Fold]:
     order = block.trace().order
     norms = (name for name in order[: order.index(layer)] if _is_norm(block.model.get_submodule(name), columns))
     norm = next(reversed(list(norms)), None)
-    branch = f"{block.name}.{_relative(block, [layer])[0].partition('.')[0]}."
+    branch = f"{block.name}.{_inner(block, layer).partition('.')[0]}."
     if norm is not None and not norm.startswith(branch):
         yield from _of_norm(block, norm, _modules(block, (branch,)), columns)
 
@@ -249,7 +249,11 @@ def _is_norm(module: nn.Module | None, columns: int) -> bool:
 
 
 def _relative(block: Block, names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name[len(block.name) + 1 :] for name in names)
+    return tuple(_inner(block, name) for name in names)
+
+
+def _inner(block: Block, name: str) -> str:
+    return name[len(block.name) + 1 :]
 
 
 def _numbers(name: str) -> list[str]:

@@ -81,7 +81,8 @@ class Awq(WeightFormat):
     ) -> Tensor:
         codes, scale, zero = self.load(tensors, shape)
         values = codes.unflatten(1, (scale.shape[1], -1)).to(scale.dtype)
-        values = values.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).flatten(1)
+        values = values.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
+        values = torch.flatten(values, 1)
         return values if dtype is None else values.to(dtype)
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:

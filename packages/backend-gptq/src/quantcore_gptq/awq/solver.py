@@ -130,7 +130,8 @@ def search_clip(weight: Tensor, blocks: Tensor, grid: Grid) -> Tensor:
 
 def diagonal_blocks(hessian: Tensor, scales: Tensor, group: int) -> Tensor:
     """The blocks [G, g, g] on the diagonal of the H of inputs that were divided by scales [K]."""
-    blocks = hessian.unflatten(1, (-1, group)).unflatten(0, (-1, group)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    groups = hessian.shape[0] // group
+    blocks = hessian.view(groups, group, groups, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     inverse = scales.reciprocal().view(-1, group)
     return blocks * inverse.unsqueeze(1) * inverse.unsqueeze(2)
 
