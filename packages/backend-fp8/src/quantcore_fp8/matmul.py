@@ -9,11 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from quantcore.formats.activation import QuantizedInput
-from quantcore.formats.blocks import PIECE, row_pieces
+from quantcore.formats.blocks import row_pieces
 from quantcore.formats.minifloat import E4M3, decode
-
-_LARGE_PIECE = 1 << 21  # elements, for inputs of so many rows that a larger matrix product is worth the memory
-_MANY_ROWS = 32
 
 
 def linear_rows(
@@ -25,7 +22,7 @@ def linear_rows(
     """
     rows = x.reshape(-1, x.shape[-1]).float()
     y = torch.empty(rows.shape[0], shape[0], dtype=dtype, device=x.device)
-    for part in row_pieces(shape, _piece(rows)):
+    for part in row_pieces(shape):
         y[:, part] = functional.linear(rows, weight_of(part), None if bias is None else bias[part].float())
     return y.view(*x.shape[:-1], shape[0])
 
@@ -38,12 +35,8 @@ def linear_codes(x: QuantizedInput, codes: Tensor, scale: Tensor, bias: Tensor |
     rows = decode(x.codes, E4M3).reshape(-1, x.codes.shape[-1])
     x_scale, scale = x.scale.reshape(-1, 1), scale.expand(codes.shape[0])
     y = torch.empty(rows.shape[0], codes.shape[0], dtype=dtype, device=codes.device)
-    for part in row_pieces(codes.shape, _piece(rows)):
+    for part in row_pieces(codes.shape):
         sums = functional.linear(rows, decode(codes[part], E4M3))
         sums = sums.mul_(x_scale).mul_(scale[part]) if x_scale.numel() > 1 else sums.mul_(x_scale * scale[part])
         y[:, part] = sums if bias is None else sums.add_(bias[part].float())
     return y.view(*x.codes.shape[:-1], codes.shape[0])
-
-
-def _piece(rows: Tensor) -> int:
-    return PIECE if rows.shape[0] < _MANY_ROWS else _LARGE_PIECE

@@ -13,7 +13,7 @@ from torch import Tensor
 from quantcore.formats.activation import abs_max
 from quantcore.formats.minifloat import MiniFloat, decode, encode
 
-PIECE = 1 << 18  # elements that are held in float32 at a time: a few such copies fit a core's cache
+PIECE = 1 << 20  # elements that are held in float32 at a time; with fewer, calls cost more than their work
 
 Block = tuple[int, int]
 
