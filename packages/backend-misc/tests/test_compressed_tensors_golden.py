@@ -10,11 +10,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from quantcore.errors import CheckpointError
 from quantcore.formats.families import Affine
 from quantcore.formats.minifloat import decode
 from quantcore.nn import QuantizedLinear
 from quantcore.testing.compare import differences, same_bytes
 from quantcore.testing.golden import golden_facts, golden_folder
+from quantcore_misc.compressed_tensors.packed import PackedWeight
+from quantcore_misc.compressed_tensors.plain import FloatWeight
+from quantcore_misc.compressed_tensors.scaling import Scaling
+from quantcore_misc.compressed_tensors.sparse import SparseWeight
 from quantcore_misc.compressed_tensors.static import range_tensors
 
 GOLDEN = golden_folder("compressed-tensors", Path(__file__).parents[3] / "tests" / "golden")
@@ -145,3 +150,85 @@ def test_range_of_the_calibration_inputs_gives_the_golden_scales(name: str) -> N
     low, high = torch.aminmax(case.tensors["input.calibration"])
     found = range_tensors(case.layer().format.input, low, high, "input")
     assert differences(found, {key: t for key, t in case.stored.items() if key.startswith("input_")}) == []
+
+
+def packed_layer(bits: int, columns: int, *, padded: bool, version: str | None) -> QuantizedLinear:
+    scaling = Scaling(f"int{bits}", 1, 0, False)
+    source = PackedWeight(scaling, "float32", has_zero=True, is_padded=padded)
+    weight = torch.randn(33, columns, generator=torch.Generator().manual_seed(0))
+    weights = {"num_bits": bits, "strategy": "channel", "symmetric": False}
+    config = {"config_groups": {"g": {"targets": ["Linear"], "weights": weights}}, "version": version}
+    layer = QuantizedLinear.from_tensors(
+        {"quant_method": "compressed-tensors", **config},
+        source.quantize(weight),
+        in_features=columns,
+        out_features=33,
+    )
+    assert torch.equal(layer.dequantize(), source.dequantize(source.quantize(weight), (33, columns)))
+    return layer
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_padded_words_are_told_by_their_number(bits: int) -> None:
+    assert packed_layer(bits, 320, padded=True, version=None).format.is_padded
+    assert not packed_layer(bits, 320, padded=False, version="0.17.0").format.is_padded
+
+
+def test_version_decides_where_the_number_of_words_is_the_same() -> None:
+    assert packed_layer(3, 100, padded=True, version="0.17.1").format.is_padded
+    assert not packed_layer(3, 100, padded=False, version="0.18.0").format.is_padded
+    assert not packed_layer(3, 100, padded=False, version=None).format.is_padded
+
+
+def test_zero_points_of_old_files_are_not_packed() -> None:
+    scaling = Scaling("int4", 1, 16, False)
+    new, old = (PackedWeight(scaling, "float32", has_zero=True, plain_zero=plain) for plain in (False, True))
+    weight = torch.randn(12, 48, generator=torch.Generator().manual_seed(0))
+    layer = QuantizedLinear.from_tensors(new, old.quantize(weight), in_features=48, out_features=12)
+    assert layer.stored["weight_zero_point"].dtype == torch.int8
+    assert torch.equal(layer.dequantize(), new.dequantize(new.quantize(weight), (12, 48)))
+
+
+def test_index_that_was_never_set_means_runs_of_columns() -> None:
+    plain = PackedWeight(Scaling("int4", 1, 16), "float32")
+    weight = torch.randn(12, 48, generator=torch.Generator().manual_seed(0))
+    stored = {**plain.quantize(weight), "weight_g_idx": torch.full((48,), -1, dtype=torch.int32)}
+    layer = QuantizedLinear.from_tensors(plain, stored, in_features=48, out_features=12)
+    assert torch.equal(layer.dequantize(), plain.dequantize(plain.quantize(weight), (12, 48)))
+    assert differences(layer.state_dict(), stored) == []
+
+
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+def test_one_scale_is_read_with_and_without_a_dimension(shape: tuple[int, ...]) -> None:
+    plain = FloatWeight(Scaling("e4m3", 0, 0), "bfloat16")
+    stored = plain.quantize(torch.randn(8, 16, dtype=torch.bfloat16))
+    stored["weight_scale"] = stored["weight_scale"].reshape(shape)
+    layer = QuantizedLinear.from_tensors(plain, stored, in_features=16, out_features=8)
+    assert differences(layer.state_dict(), stored) == []
+    assert torch.isfinite(layer(torch.randn(2, 16))).all()
+
+
+def test_sparse_weight_may_have_rows_without_values() -> None:
+    weight = torch.zeros(5, 20, dtype=torch.bfloat16)
+    weight[1, 3], weight[4, 19] = 1.0, -2.0
+    sparse = SparseWeight(dtype="bfloat16", is_structured=False)
+    stored = sparse.quantize(weight)
+    assert stored["row_offsets"].tolist() == [0, 0, 1, 1, 1]
+    layer = QuantizedLinear.from_tensors(sparse, stored, in_features=20, out_features=5)
+    assert torch.equal(layer.dequantize(), weight)
+
+
+def test_2_4_sparsity_keeps_the_two_largest_of_four() -> None:
+    weight = torch.tensor([[1.0, -3.0, 2.0, 0.5, 0.0, 0.0, 0.0, 7.0]])
+    sparse = SparseWeight(dtype="float32")
+    stored = sparse.quantize(weight)
+    assert stored["compressed"].tolist() == [[-3.0, 2.0, 0.0, 7.0]]
+    assert stored["bitmask"].tolist() == [[0b10010110]]
+
+
+def test_weight_of_another_shape_than_it_says_is_refused() -> None:
+    plain = PackedWeight(Scaling("int4", 1, 16), "float32")
+    stored = plain.quantize(torch.randn(12, 48))
+    stored["weight_shape"] = torch.tensor([12, 40])
+    with pytest.raises(CheckpointError, match=r"weight_shape is \[12, 40\], but the layer's weight has \[12, 48\]"):
+        QuantizedLinear.from_tensors(plain, stored, in_features=48, out_features=12)

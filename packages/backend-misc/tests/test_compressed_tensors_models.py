@@ -309,5 +309,5 @@ def test_rows_of_a_batch_are_rounded_apart_whatever_its_shape() -> None:
         nn.Linear(64, 8), {"quant_method": "compressed-tensors", "scheme": "FP8_DYNAMIC"}
     )
     x = torch.randn(6, 64) * torch.logspace(0, 3, 6)[:, None]
-    torch.testing.assert_close(layer(x), torch.cat([layer(row[None]) for row in x]))
-    torch.testing.assert_close(layer(x.view(2, 3, 64)).view(6, 8), layer(x))
+    torch.testing.assert_close(layer(x), torch.cat([layer(row[None]) for row in x]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(x.view(2, 3, 64)).view(6, 8), layer(x), rtol=1e-4, atol=1e-4)

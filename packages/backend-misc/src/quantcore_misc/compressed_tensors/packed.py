@@ -26,8 +26,9 @@ class PackedWeight(CompressedWeight):
     """Format pack-quantized: codes of 1 to 8 bits, shifted to 0 and above, in int32 words along each row.
 
     is_padded: words hold whole codes and unused bits, as compressed-tensors before 0.18 wrote widths that do not divide
-    32. plain_zero: zeros are int8 [grid], as before 0.9.4, not packed along the rows. has_index: weight_g_idx holds the
-    group of each column. version: of the file, which decides where stored shapes do not.
+    32. plain_zero: zeros are int8 [grid], as before 0.9.4 and where one scale spans the tensor, not packed along the
+    rows. has_index: weight_g_idx holds the group of each column. version: of the file, which decides where stored
+    shapes do not.
     """
 
     family: ClassVar[str | None] = "affine"
@@ -115,11 +116,9 @@ class PackedWeight(CompressedWeight):
     def holds(cls, tensors: Mapping[str, Tensor]) -> bool:
         return has_dtype(tensors, "weight_packed", torch.int32) and "meta" not in tensors
 
-    def as_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> PackedWeight:
+    def as_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> CompressedWeight:
         """The format with the layout in which codes, zeros and groups are stored."""
-        found = super().as_stored(tensors, shape)
-        assert isinstance(found, PackedWeight)
-        return found._with_layout_of(tensors, shape)
+        return super(PackedWeight, self._with_layout_of(tensors, shape)).as_stored(tensors, shape)
 
     def _with_layout_of(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> PackedWeight:
         assert self.scaling is not None

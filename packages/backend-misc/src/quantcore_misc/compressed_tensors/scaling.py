@@ -25,9 +25,9 @@ from quantcore.formats.minifloat import (
     minifloat,
     pack_fp4,
 )
-from quantcore.threads import one_cpu_thread
 
 NVFP4_RANGE = 6.0 * E4M3.maximum
+_FLOAT16_ZERO_GROUP = 127  # the byte of 1: upstream's power of two is 0 in float16, and is replaced
 _SMALLEST_E4M3_SCALE = 0.125  # float8's eps, which stands in for a scale of 0
 
 
@@ -93,9 +93,8 @@ class Scaling(Description):
         Codes are int8, float8, or uint8 with the bits of a smaller float; 4-bit floats are packed, [N, K / 2]. Zeros
         are int8, None when symmetric. global_scale: one to use instead of the weight's own.
         """
-        with one_cpu_thread():
-            scale, zero, global_scale = self._scales(weight, global_scale)
-            return self.encode(weight, scale, zero, global_scale), scale, zero, global_scale
+        scale, zero, global_scale = self._scales(weight, global_scale)
+        return self.encode(weight, scale, zero, global_scale), scale, zero, global_scale
 
     def encode(self, weight: Tensor, scale: Tensor, zero: Tensor | None, global_scale: Tensor | None) -> Tensor:
         """Codes [N, K] of a weight under given scales; 4-bit floats two in a byte, [N, K / 2]."""
@@ -165,7 +164,8 @@ class Scaling(Description):
         amax = block_abs_max(weight, self.block(tuple(weight.shape)))
         if self.scales == "e8m0":
             rule = "even_fp4" if self.minifloat is E4M3 else "even"
-            return e8m0_codes(amax, self.minifloat, rule), None, None
+            zero = _FLOAT16_ZERO_GROUP if weight.dtype == torch.float16 else 0
+            return e8m0_codes(amax, self.minifloat, rule, zero=zero), None, None
         if self.scales == "nvfp4":
             return self._nvfp4_scales(amax, global_scale)
         least, largest = self.bounds

@@ -46,7 +46,11 @@ def weight_format(
         has_zero=not scheme.weights.symmetric,
     )
     if isinstance(found, PackedWeight):
-        return found.replace(version=version, has_index=scheme.weights.actorder == "group")  # type: ignore[return-value]
+        return found.replace(
+            version=version,
+            has_index=scheme.weights.actorder == "group",
+            plain_zero=scheme.weights.strategy == "tensor",
+        )  # type: ignore[return-value]
     return sparse_format(found, sparsity) if sparsity is not None and kind in (FloatWeight, IntegerWeight) else found
 
 

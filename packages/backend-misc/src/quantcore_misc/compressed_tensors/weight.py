@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantcore.formats.activation import Activation
 from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
+from quantcore.threads import one_cpu_thread
 from quantcore_misc.compressed_tensors.scaling import Scaling
 
 _SCALE_DTYPES = {"e8m0": torch.uint8, "nvfp4": torch.float8_e4m3fn}
@@ -98,8 +99,9 @@ class CompressedWeight(WeightFormat):
         if self.scaling is None:
             return self.pack(weight.clone())
         weight = self.in_own_dtype(weight)
-        codes, scale, zero, global_scale = self.scaling.quantize(weight, global_scale)
-        tensors = {**self.pack(codes), **self.store_scales(scale, zero, tuple(weight.shape))}
+        with one_cpu_thread():
+            codes, scale, zero, global_scale = self.scaling.quantize(weight, global_scale)
+            tensors = {**self.pack(codes), **self.store_scales(scale, zero, tuple(weight.shape))}
         if global_scale is not None:
             tensors["weight_global_scale"] = global_scale
         return tensors
