@@ -105,3 +105,20 @@ LITERAL = Literal["a"]  # an annotation of another kind than the flags know
 
 def test_an_annotation_that_flags_do_not_know_takes_json() -> None:
     assert ConfigValue(LITERAL).convert('"a"', None, None) == "a"
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class WithPreset(quantcore.QuantizationConfigMixin):
+    """A config whose constructor takes what is no field."""
+
+    quant_method: ClassVar[str] = "with-preset"
+
+    preset: dataclasses.InitVar[str | None] = None
+
+    def __post_init__(self, preset: str | None) -> None:
+        super().__post_init__()
+
+
+def test_argument_that_is_no_field_gets_a_flag_of_its_own_kind() -> None:
+    (field,) = config_fields(WithPreset)
+    assert ConfigValue(field.annotation).name == "text|none"

@@ -133,7 +133,7 @@ def _hints(cls: type[QuantizationConfigMixin]) -> dict[str, Any]:
             found.update(typing.get_type_hints(target))
         except NameError:  # an annotation that only a type checker can resolve: its flag takes any JSON
             continue
-    return found
+    return {name: hint.type if isinstance(hint, dataclasses.InitVar) else hint for name, hint in found.items()}
 
 
 def _default(field: dataclasses.Field[Any], default: Any) -> Any:
