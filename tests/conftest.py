@@ -182,6 +182,17 @@ def make_causal(family: str, **changes: Any) -> Any:
     return build(getattr(transformers, f"{family}Config")(**config))
 
 
+def make_llama4() -> Any:
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    sizes = {**SIZES, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 128, "intermediate_size_mlp": 128}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1}
+    model = Llama4ForCausalLM(Llama4TextConfig(**sizes, **experts, max_position_embeddings=32))
+    for parameter in model.parameters():  # its experts are left as they were in memory
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
 # Families that differ in what transformers does to names and weights while it loads.
 FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: make_causal("Qwen3", head_dim=32),
@@ -191,6 +202,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         "Qwen3Moe", head_dim=32, num_experts=4, moe_intermediate_size=64, num_experts_per_tok=2
     ),
     "mamba": lambda: make_causal("Mamba", state_size=8),
+    "llama4": make_llama4,
     "t5": make_t5,
     "llava": make_llava,
 }

@@ -28,6 +28,7 @@ NF4 = {
 }
 INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0}
 HQQ = {"quant_method": "hqq", "nbits": 4, "group_size": 32}
+FBGEMM = {"quant_method": "fbgemm_fp8"}
 IDS = torch.arange(12).view(2, 6) * 7 % 90
 
 # Every family, each method on some: what a family needs of the loader does not depend on the method.
@@ -42,6 +43,7 @@ CASES = [
     ("t5", HQQ),
     ("mixtral", NF4),
     ("qwen3-moe", HQQ),
+    ("llama4", FBGEMM),  # stores the 3-D weights of experts whole
     ("mamba", INT8),
     ("llava", NF4),
 ]

@@ -51,7 +51,8 @@ def derive_operands(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Read each quantized layer that is away once, for what its kernels need besides the stored tensors."""
     for name, module in quantized_modules(model):
         if module.is_offloaded:
-            module.store({suffix: tensors[f"{name}.{suffix}" if name else suffix] for suffix in module.stored})
+            prefix = f"{name}." if name else ""
+            module.store({suffix: tensors[module.full_name(prefix, suffix)] for suffix in module.stored})
             for attribute in module._attributes.values():
                 module._parameters[attribute] = nn.Parameter(getattr(module, attribute).to("meta"), requires_grad=False)
 

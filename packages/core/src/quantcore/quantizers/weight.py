@@ -164,7 +164,7 @@ class WeightQuantizer(HfQuantizer):
         for layer in plan.layers:
             check_finite(layer.dense.weight.flatten(0, -2), layer.name)
         formats = {layer.name: layer.weight_format for layer in plan.layers}
-        _report(plan, model)
+        report_plan(plan, model)
         del plan, layer  # they hold views of every float weight
         done = quantize_stacks(model, formats)
         self.take_apart(model, formats)
@@ -348,7 +348,8 @@ def _nothing_to_do(model: nn.Module, left: Mapping[str, str]) -> str:
     return f"every Linear layer of {type(model).__name__} is left float ({reasons}); shorten the skip list"
 
 
-def _report(plan: Plan, model: nn.Module) -> None:
+def report_plan(plan: Plan, model: nn.Module) -> None:
+    """Log how much of a model will be quantized, in how many bytes, and what stays float with the reason."""
     count, total = plan.quantized_weights, sum(parameter.numel() for parameter in model.parameters())
     logger.info(
         "quantizing %d layers: %d of %d weights (%.1f %%), stored in %d bytes",

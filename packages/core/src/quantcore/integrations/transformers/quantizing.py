@@ -13,10 +13,12 @@ from quantcore.checkpoints.devices import is_on_disk
 from quantcore.errors import CheckpointError
 from quantcore.integrations.transformers.conversion import LayerConverter, LayerOperation, name_with_prefix
 from quantcore.integrations.transformers.placing import restore_operands, settle
-from quantcore.nn.experts import FusedWeight, QuantizedExperts
+from quantcore.nn.experts import FusedWeight, QuantizedExperts, fused_weights
 from quantcore.nn.module import QuantizedModule
+from quantcore.nn.replace import quantized_modules
 from quantcore.quantizers.base import HfQuantizer
-from quantcore.quantizers.weight import PlannedLayer, WeightQuantizer
+from quantcore.quantizers.stacks import quantize_stacks
+from quantcore.quantizers.weight import PlannedLayer, WeightQuantizer, report_plan
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class QuantizingLoad:
         self.operation = LayerOperation(self._receive)
         self._dtype = dtype
         self._layers: dict[str, PlannedLayer] = {}  # by the name of the weight
+        self._stacks: dict[str, PlannedLayer] = {}  # 3-D weights of experts that are stored whole, by name
         self._fused: dict[str, tuple[str, FusedWeight]] = {}  # by the name of the parameter: its module, what it holds
 
     def begin(self, conversions: list[Any]) -> list[Any]:
@@ -46,22 +49,27 @@ class QuantizingLoad:
         taken when no conversion of transformers changes them; those that one makes come through `operation`.
         """
         plan = self.quantizer.plan(self.model)
-        self._layers = {f"{layer.name}.weight": layer for layer in plan.layers}
-        self.quantizer.take_apart(self.model, [layer.name for layer in plan.layers])
+        report_plan(plan, self.model)
+        for layer in plan.layers:
+            if layer.dense.kind is QuantizedExperts:
+                self._stacks[layer.name] = layer
+            else:
+                self._layers[f"{layer.name}.weight"] = layer
+        self.quantizer.take_apart(self.model, [layer.name for layer in self._layers.values()])
         self.quantizer.preprocess_model(self.model, self._dtype, self.device_map)
         for name, module in self.model.named_modules():
             if isinstance(module, QuantizedExperts):
-                self._fused |= {f"{name}.{weight}": (name, module._fused[weight]) for weight in module._fused}
+                self._fused |= {f"{name}.{weight.name}": (name, weight) for weight in module.fused}
         before = LayerConverter(_EXPERTS, self._claim_expert, self.operation)
         return [before, *conversions, LayerConverter(_WEIGHTS, self._claim, self.operation)]
 
     def takes(self, name: str) -> bool:
-        """Whether a parameter is the weight of a layer to quantize."""
-        return name in self._layers
+        """Whether a parameter is to be quantized."""
+        return name in self._layers or name in self._stacks
 
     def bits_per_weight(self, name: str) -> float | None:
         """Stored bits a weight of a parameter that will be quantized, None for another."""
-        layer = self._layers.get(name)
+        layer = self._layers.get(name) or self._stacks.get(name)
         return None if layer is None else layer.weight_format.bits_per_weight(layer.dense.shape)
 
     def finish(self) -> None:
@@ -86,7 +94,7 @@ class QuantizingLoad:
 
     def _claim(self, name: str) -> str | None:
         final = name_with_prefix(name, self.model)
-        return final if final in self._layers else None
+        return final if self.takes(final) else None
 
     def _claim_expert(self, name: str) -> str | None:
         final = name_with_prefix(name, self.model)
@@ -100,6 +108,8 @@ class QuantizingLoad:
     def _receive(self, name: str, tensors: dict[str, Tensor], missing: set[str]) -> dict[str, Tensor]:
         (tensor,) = tensors.values()
         tensors.clear()
+        if name in self._stacks:
+            return self._quantize_stack(name, tensor, missing)
         if tensor.ndim != 3:
             return self._quantize(name, tensor, missing)
         return self._quantize_experts(name, tensor, missing)
@@ -112,9 +122,24 @@ class QuantizingLoad:
             if name == f"{module}.0.{weight.parts[0]}.weight"
         )
         result: dict[str, Tensor] = {}
-        for part, matrices in zip(weight.parts, weight.split(tensor), strict=True):
-            for expert, matrix in enumerate(matrices):
-                result |= self._quantize(f"{module}.{expert}.{part}.weight", matrix, missing)
+        for inner, matrix in weight.matrices(tensor):
+            result |= self._quantize(f"{module}.{inner}.weight", matrix, missing)
+        return result
+
+    def _quantize_stack(self, name: str, tensor: Tensor, missing: set[str]) -> dict[str, Tensor]:
+        """As `_quantize`, for a 3-D weight that is stored whole: when all of its module are there, they are."""
+        owner, _, parameter = name.rpartition(".")
+        module = self.model.get_submodule(owner)
+        module._parameters[parameter] = nn.Parameter(tensor, requires_grad=False)
+        missing.discard(name)
+        weights = [f"{owner}.{weight.name}" for weight in fused_weights(module)]
+        if any(self.model.get_parameter(weight).is_meta for weight in weights):
+            return {}  # the others come later; those that stay float come before, for a method takes all or none
+        formats = {weight: self._stacks[weight].weight_format for weight in weights if weight in self._stacks}
+        quantize_stacks(self.model, formats)
+        result: dict[str, Tensor] = {}
+        for stack_name, stack in quantized_modules(self.model.get_submodule(owner)):
+            result |= self._settle(f"{owner}.{stack_name}", stack)
         return result
 
     def _quantize(self, name: str, tensor: Tensor, missing: set[str]) -> dict[str, Tensor]:
@@ -127,7 +152,10 @@ class QuantizingLoad:
         missing.discard(name)
         module = self.model.get_submodule(planned.name)
         assert isinstance(module, QuantizedModule)
-        on_disk = is_on_disk(self.device_map, planned.name)
-        stored = {f"{planned.name}.{suffix}": value.detach() for suffix, value in module.stored.items()}
+        return self._settle(planned.name, module)
+
+    def _settle(self, name: str, module: QuantizedModule) -> dict[str, Tensor]:
+        on_disk = is_on_disk(self.device_map, name)
+        stored = {module.full_name(f"{name}.", suffix): value.detach() for suffix, value in module.stored.items()}
         settle(module, on_disk)
         return stored if on_disk else {}

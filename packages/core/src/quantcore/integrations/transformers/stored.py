@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,8 +15,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import WeightConverter
 
 from quantcore.checkpoints.devices import is_on_disk
-from quantcore.checkpoints.names import part_names
-from quantcore.checkpoints.read import Checkpoint, by_owner, is_plain
+from quantcore.checkpoints.read import Checkpoint
 from quantcore.checkpoints.stream import slots
 from quantcore.errors import CheckpointError
 from quantcore.formats.base import describe
@@ -25,10 +26,13 @@ from quantcore.integrations.transformers.conversion import (
     names_after_renaming,
 )
 from quantcore.integrations.transformers.placing import restore_operands, settle
-from quantcore.nn.experts import QuantizedExperts, split_experts
+from quantcore.nn.dense import view_dense
+from quantcore.nn.experts import QuantizedExperts, fuse_float_experts
 from quantcore.nn.module import QuantizedModule
 from quantcore.nn.replace import quantized_modules
 from quantcore.quantizers.base import HfQuantizer
+
+logger = logging.getLogger(__name__)
 
 _LABEL = "stored tensors of a quantized layer"
 
@@ -60,12 +64,11 @@ class StoredLoad:
         renamed = names_after_renaming(checkpoint.headers, conversions)
         final = {name: name_with_prefix(other, self.model) for name, other in renamed.items()}
         named = checkpoint.renamed(final)
-        split_experts(self.model, _quantized_owners(named), part_names(self.model))
         self.quantizer.preprocess_model(self.model, self._dtype, self.device_map, checkpoint=named)
         self._check_surplus(named, conversions)
         self._give_dtype()
         layers = {
-            f"{layer}.{suffix}": (layer, suffix)
+            module.full_name(f"{layer}.", suffix): (layer, suffix)
             for layer, module in quantized_modules(self.model)
             for suffix in module.stored
         }
@@ -83,11 +86,23 @@ class StoredLoad:
     def finish(self) -> None:
         """Called when transformers has filled the model."""
         restore_operands(self.model)
+        self._report()
+        if len(set(getattr(self.model, "hf_device_map", {}).values())) < 2:  # else hooks are on the layers by now
+            fuse_float_experts(self.model)
+
+    def _report(self) -> None:
+        weights = [module.quantized_weight for _, module in quantized_modules(self.model)]
+        left = [name for name, module in self.model.named_modules() if view_dense(module) is not None]
+        logger.info(
+            "loaded %d quantized weights of %d values in %d bytes; linear layers that the checkpoint has as float: %s",
+            *(len(weights), sum(math.prod(w.shape) for w in weights), sum(w.nbytes for w in weights)),
+            ", ".join(left) or "none",
+        )
 
     def _claim_stored(self, name: str, renamed: str, layer: str, suffix: str) -> None:
         module = self.model.get_submodule(layer)
         assert isinstance(module, QuantizedModule)
-        first = f"{layer}.{next(iter(module.stored))}"
+        first = module.full_name(f"{layer}.", next(iter(module.stored)))
         self._targets[renamed], self._suffixes[name], self._layers[first] = first, suffix, layer
 
     def _float_layers_of_experts(self) -> set[str]:
@@ -117,7 +132,7 @@ class StoredLoad:
         module = self.model.get_submodule(layer)
         assert isinstance(module, QuantizedModule)
         module.store({self._suffixes[name]: tensor for name, tensor in tensors.items()})
-        missing.difference_update(f"{layer}.{suffix}" for suffix in module.stored)
+        missing.difference_update(module.full_name(f"{layer}.", suffix) for suffix in module.stored)
         # What is on the disk is read from the checkpoint itself, where transformers' index points.
         settle(module, is_on_disk(self.device_map, layer))
         return {}
@@ -144,15 +159,6 @@ class StoredLoad:
                 f"{checkpoint.directory}: {len(faults)} tensors belong to layers of the model and nothing would read "
                 "them; quantization_config and weights do not fit each other\n" + "\n".join(faults)
             )
-
-
-def _quantized_owners(checkpoint: Checkpoint) -> set[str]:
-    """Modules that own more in a checkpoint than a float weight and bias."""
-    return {
-        owner
-        for owner, tensors in by_owner(checkpoint.headers).items()
-        if set(tensors) - {"weight", "bias"} or not is_plain(tensors.values())
-    }
 
 
 def _is_part_of_a_layer(name: str, model: nn.Module) -> bool:
