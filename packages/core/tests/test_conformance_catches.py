@@ -44,6 +44,7 @@ FAULTS = [
     ("wrong-gradient", "layer", "test_gradient_of_the_input_is_that_of_the_dequantized_weight"),
     ("rounds-what-it-loads", "model", "test_loaded_model_gives_the_same_bits"),
     ("mixes-its-rows", "kinds", "test_rows_are_those_of_the_dequantized_weight"),
+    ("changes-with-time", "calibration", "test_calibration_gives_the_same_bits_again_and_from_its_finished_blocks"),
     ("checks-no-tensors", "damage", "test_each_tensor_of_wrong_dtype_is_named"),
 ]
 
@@ -83,8 +84,9 @@ def test_broken_method_fails(outcomes: Mapping[str, tuple[int, list[str]]], meth
     assert expected in failed
 
 
-def test_method_that_the_broken_ones_are_made_from_passes() -> None:
-    result = _python(RUN_WHOLE, "sound", paths=[BROKEN_PLUGINS], plugins="broken_plugins_entry")
+@pytest.mark.parametrize("method", ["sound", "sound-calibrated"])
+def test_method_that_the_broken_ones_are_made_from_passes(method: str) -> None:
+    result = _python(RUN_WHOLE, method, paths=[BROKEN_PLUGINS], plugins="broken_plugins_entry")
     assert result.returncode == pytest.ExitCode.OK, result.stdout
 
 

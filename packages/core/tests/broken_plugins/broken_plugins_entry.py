@@ -30,6 +30,7 @@ LAYER_FAULTS = (
     "wrong-gradient",
     "rounds-what-it-loads",
 )
+CALIBRATED = ("sound-calibrated", "changes-with-time")
 CONFIG_FAULTS = ("forgets-unknown-keys", "checks-no-types", "shares-its-lists", "hides-its-calibration")
 
 
@@ -40,12 +41,14 @@ def _backend(method: str, module: str) -> Backend:
         f"{module}:{name}Config",
         f"{module}:{name}Quantizer",
         kernels=(f"{module}:kernels",) if module == "layer_faults" else (),
+        needs_calibration=method in CALIBRATED,
     )
 
 
 @hookimpl
 def quantcore_backends() -> Iterable[Backend]:
     modules = {"format_faults": FORMAT_FAULTS, "layer_faults": LAYER_FAULTS, "config_faults": CONFIG_FAULTS}
+    modules["calibrated_faults"] = CALIBRATED
     yield _backend(SOUND, "sound")
     for module, methods in modules.items():
         for method in methods:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from quantcore.errors import MissingExtraError
 
-THEMES = ("config", "format", "values", "layer", "state", "model", "kinds", "damage")
+THEMES = ("config", "format", "values", "layer", "state", "model", "kinds", "calibration", "damage")
 
 
 def run(method: str, verbose: bool = False, themes: Sequence[str] = THEMES) -> int:

@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     asked = metafunc.fixturenames
-    if not {"example", "family_example", "backend"} & set(asked):
+    if not {"example", "family_example", "calibrated_example", "backend"} & set(asked):
         return
     for name, values in _AXES.items():
         if name in asked:
@@ -94,6 +94,19 @@ def _family_examples(config: pytest.Config) -> Iterator[tuple[str, Any]]:
             yield label, example
 
 
+def _calibrated_examples(config: pytest.Config) -> Iterator[tuple[str, Any]]:
+    for label, example in _examples(config):
+        if _calibrates(example):
+            yield label, example
+
+
+def _calibrates(example: Any) -> bool:
+    try:
+        return bool(getattr(example.quantizer(), "needs_data", False))
+    except Exception:  # noqa: BLE001 - as in `_lowers`
+        return False
+
+
 def _lowers(example: Any) -> bool:
     from quantcore.testing.subjects import make_linear
 
@@ -122,6 +135,7 @@ _AXES: dict[str, Callable[[pytest.Config], Iterator[tuple[str, Any]]]] = {
     "backend": _backends,
     "example": _examples,
     "family_example": _family_examples,
+    "calibrated_example": _calibrated_examples,
     "device": _devices,
     "dtype": _dtypes,
     "odd_shape": _odd_shapes,
