@@ -69,6 +69,12 @@ def test_older_spellings_mean_the_same(values: dict[str, Any], expected: dict[st
     assert {name: getattr(config, name) for name in expected} == expected
 
 
+def test_layout_that_was_published_as_a_method_is_gptq() -> None:
+    config = AutoQuantizationConfig.from_dict({"quant_method": "marlin", "bits": 4, "group_size": 128})
+    assert isinstance(config, GPTQConfig)
+    assert (config.format, config.to_dict()["quant_method"]) == ("marlin", "gptq")
+
+
 def test_file_without_a_method_is_recognised() -> None:
     values = {"bits": 4, "group_size": 128, "damp_percent": 0.01, "desc_act": False, "sym": True}
     assert type(AutoQuantizationConfig.from_dict(values)) is GPTQConfig

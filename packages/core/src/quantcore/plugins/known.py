@@ -50,6 +50,8 @@ ALIASES: dict[str, str] = {
     "bitsandbytes_8bit": "bitsandbytes",
     "bnb": "bitsandbytes",
     "fp-quant": "fp_quant",
+    "marlin": "gptq",  # layouts of GPTQ weights that were published as methods
+    "bitblas": "gptq",
 }
 
 
