@@ -101,7 +101,7 @@ SKELETONS = ["dequantize_kernel", "gemv_kernel", "gemv_kernel", "sum_splits_kern
 
 
 # Instructions on tensor cores of gemv of 5 rows, gemm and grouped: fewer would leave some products to other units.
-FEWEST_PRODUCTS = {"sm_80": (4, 32, 32), "sm_90": (4, 4, 4), "sm_100": (4, 8, 8), "gfx942": (8, 16, 16)}
+FEWEST_PRODUCTS = {"sm_80": (4, 16, 16), "sm_90": (4, 4, 4), "sm_100": (4, 8, 8), "gfx942": (8, 16, 16)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

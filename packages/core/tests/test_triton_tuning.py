@@ -104,6 +104,17 @@ def test_many_rows_of_gemm_alone_dequantize_the_whole_weight(rows: int, is_dense
     assert default(Shape("grouped", INT4, rows, 4096, 4096, 2)) != DENSE
 
 
+def test_gemm_takes_narrow_tiles_where_programs_are_few() -> None:
+    few, many = (default(Shape("gemm", INT4, 64, N, 4096, 2)) for N in (4096, 65536))
+    across = default(Shape("gemm", LAYOUTS["along_n"], 64, 4096, 4096, 2))
+    assert (few.BN, many.BN, across.BN) == (32, 64, 64)
+
+
+@pytest.mark.parametrize(("rows", "BM"), [(1, 16), (17, 32), (33, 64), (900, 64)])
+def test_tiles_of_gemm_are_no_taller_than_needed(rows: int, BM: int) -> None:
+    assert default(Shape("gemm", INT4, rows, 65536, 4096, 2)).BM == BM
+
+
 def test_few_rows_of_programs_share_k() -> None:
     few, many = (default(Shape("gemv", INT4, 1, N, 8192, 2)) for N in (128, 65536))
     assert (few.SPLITS, many.SPLITS) == (8, 1)

@@ -9,8 +9,13 @@ from quantcore.kernels.triton.decoder import Words
 GEMV_ROWS = 16  # the fewest rows that a tensor core takes, and so the most that gemv serves
 _ENOUGH_PROGRAMS = 512  # about four a multiprocessor; fewer rows of programs than this share K among splits
 _MOST_SPLITS = 8
+_FEW_PROGRAMS = 256  # of gemm, which does not split K: with fewer than this, multiprocessors stand idle
 _MOST_VALUES = 4096  # of a tile in the registers of four warps: 32 a thread
 _BYTES = 2048  # of words that four warps load at once, 16 a thread
+_GEMM_SIZES = (  # [BM, BN, BK] worth measuring
+    *((16, 64, 128), (32, 32, 128), (32, 64, 64), (32, 128, 64)),
+    *((64, 32, 64), (64, 64, 64), (64, 128, 64), (128, 64, 64), (128, 128, 64)),
+)
 
 
 class Launch(NamedTuple):
@@ -93,7 +98,10 @@ def _gemm(shape: Shape) -> Launch:
 def _grouped(shape: Shape) -> Launch:
     if shape.itemsize > 2:  # float32 tiles hold twice the registers: larger ones spill
         return Launch(32, 32, 32)
-    return Launch(64, 64, 64)
+    BM = min(64, max(GEMV_ROWS, _next_power_of_2(shape.M)))
+    programs = -(-shape.M // BM) * -(-shape.N // 64)
+    is_narrow = programs < _FEW_PROGRAMS and not (shape.words and shape.words.along == "n")  # whose words lie across N
+    return Launch(BM, 32 if is_narrow else 64, 64)
 
 
 def _one_row_tile(words: Words | None) -> tuple[int, int]:
@@ -146,8 +154,7 @@ def _more_gemm(shape: Shape) -> list[Launch]:
 def _more_grouped(shape: Shape) -> list[Launch]:
     if shape.itemsize > 2:
         return [Launch(32, 64, 32), Launch(64, 32, 32), Launch(64, 64, 32, num_warps=8)]
-    sizes = ((16, 128, 64), (32, 64, 128), (32, 128, 64), (64, 64, 64), (64, 128, 64), (128, 64, 64), (128, 128, 64))
-    fitting = [size for size in sizes if size[0] <= max(16, 2 * shape.M)]
+    fitting = [size for size in _GEMM_SIZES if size[0] <= max(16, 2 * shape.M)]
     return [Launch(*size, 1, 8 if size[0] == 128 else 4, stages) for size in fitting for stages in (3, 4)]
 
 
