@@ -180,6 +180,11 @@ def test_format_with_a_description_is_rebuilt_from_its_repr() -> None:
     assert _parse(format_key(weight_format)) == weight_format
 
 
+def test_repr_names_what_is_not_the_default() -> None:
+    assert repr(Activation()) == "Activation()"
+    assert repr(Activation("e4m3", "group", 128)) == "Activation(element='e4m3', strategy='group', group_size=128)"
+
+
 def test_descriptions_in_a_repr_are_never_evaluated() -> None:
     with pytest.raises(ValueError, match="description 'print' is unknown here"):
         _parse("Rounding(activation=print(end='x'))")

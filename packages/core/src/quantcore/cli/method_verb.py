@@ -76,9 +76,12 @@ def chosen_config(
             f"method {method} needs {flags}; see quantcore {ctx.info_name} {_flag(ctx)} {method} --help"
         )
     try:
-        config = _from_file(cls, ctx.meta[_FILE], given) if ctx.meta[_FILE] else cls(**{**usual, **given})
+        own = {"quant_method": method}  # one class may serve several methods, and mean other defaults by each
+        file = ctx.meta[_FILE]
+        config = _from_file(cls, {**file, **own}, given) if file else cls.from_dict({**own, **usual, **given})
     except (TypeError, ValueError) as error:
         raise click.UsageError(str(error)) from error
+    assert isinstance(config, QuantizationConfigMixin)
     for key in config.extra_keys:
         output.note(f"warning: {cls.__name__} has no field {key!r}{nearest(key, fields)}; it is kept in config.json")
     return config

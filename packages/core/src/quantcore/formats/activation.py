@@ -44,7 +44,7 @@ class QuantizedInput:
     zero: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Activation(Description):
     """The rounding of a layer's input. A value is (code - zero) * scale.
 

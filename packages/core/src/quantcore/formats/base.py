@@ -49,7 +49,14 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Description:
-    """Base of what a field of a weight format may hold besides literals: a frozen dataclass of literals itself."""
+    """Base of what a field of a weight format may hold besides literals: a frozen dataclass of literals itself.
+
+    Declare subclasses with repr=False: theirs names only the fields that are not the default.
+    """
+
+    def __repr__(self) -> str:
+        changed = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
+        return f"{type(self).__qualname__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,10 @@ class WeightFormat:
         Raises ValueError when the description is unreadable or contradicts shape.
         """
         return self
+
+    def describe_shape(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Stored tensors with what they say of the weight's shape made anew, for a part of a weight that was cut."""
+        return dict(tensors)
 
     def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
         """The shape of the weight that stored tensors hold, None when they hold none of this format.
