@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import quantcore
+from quantcore.cli import main
 from quantcore.errors import CheckpointError
 from quantcore.nn import QuantizedLinear
 from quantcore.testing.compare import relative_error
@@ -115,6 +116,21 @@ def test_embedding_that_the_config_names_is_stored_under_one_scale(tmp_path: Pat
     assert tensors["embed.weight_scale"].shape == (1,)
     loaded = quantcore.load(folder, Model)
     assert torch.equal(loaded.embed(ids()), (tensors["embed.weight"].float() * tensors["embed.weight_scale"])[ids()])
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("mxfp8", torch.uint8), ("fp8", torch.float32)])
+def test_command_line_quantizes_by_the_method_it_names(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(vocab_size=32, num_key_value_heads=2, head_dim=32, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "float")
+    with pytest.raises(SystemExit) as ended:
+        main(["quantize", str(tmp_path / "float"), str(tmp_path / "made"), "--method", method])
+    assert ended.value.code == 0
+    written = json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]
+    assert written["quant_method"] == method
+    tensors = load_file(tmp_path / "made" / "model.safetensors")
+    assert tensors["model.layers.0.mlp.up_proj.weight_scale_inv"].dtype == dtype
 
 
 @pytest.mark.parametrize("block", [(128, 128), (3, 5), (1, 32), TENSOR, ROW], ids=str)

@@ -41,7 +41,7 @@ class Fp8Quantizer(CalibratedQuantizer):
     def format_for(self, name: str, module: nn.Module) -> WeightFormat:
         config, dtype = self.quantization_config, dtype_name(module.weight.dtype)  # type: ignore[arg-type]
         if config.expert_dtype == "fp4" and _ROUTED_EXPERT.search(name):
-            return Fp4Expert(activation=_input_rounding(config), dtype=dtype)
+            return Fp4Expert(activation=input_rounding(config), dtype=dtype)
         is_vllm, has_exponents = config.dialect == "vllm", config.scale_fmt == "ue8m0"
         scalar = 0 if is_vllm or self.needs_data else 2
         return Fp8(
@@ -51,7 +51,7 @@ class Fp8Quantizer(CalibratedQuantizer):
             scale_rank=scalar if config.weight_block_size is None else 2,
             writer="deepgemm" if config.dialect == "deepseek" and not _is_mx(config) else "transformers",
             power_of_two=has_exponents or _is_mx(config),
-            activation=_input_rounding(config),
+            activation=input_rounding(config),
             input_scale="input_scale" if is_vllm else "activation_scale",
             dtype=dtype,
         )
@@ -108,7 +108,7 @@ def _is_mx(config: FineGrainedFP8Config) -> bool:
     return config.weight_block_size == MX_BLOCK and (config.quant_method == "mxfp8" or config.scale_fmt == "ue8m0")
 
 
-def _input_rounding(config: FineGrainedFP8Config) -> Activation:
+def input_rounding(config: FineGrainedFP8Config) -> Activation:
     """How layers round their input: groups as wide as the blocks, tokens where there are none, or a stored scale.
 
     Scales of groups are float32 in transformers' kernels whatever those of weights are; DeepSeek's follow scale_fmt.
