@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -51,12 +52,21 @@ def _fit(values: Tensor, costs: Tensor, settings: GridSettings) -> tuple[Tensor,
     best = torch.full_like(scale, torch.inf)
     for step in range(_TRIED):
         shrink = 1 - step / _STEPS
-        tried = affine_of(shrink * low, shrink * high, settings.bits, settings.sym, *settings.zero_range)
-        error = _error(values, *tried, settings).mul_(costs).sum(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
+        for tried in _grids(shrink * low, shrink * high, settings):
+            error = _error(values, *tried, settings).mul_(costs).sum(1)
+            better = error < best
+            best = torch.where(better, error, best)
+            scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
     return scale, zero
+
+
+def _grids(low: Tensor, high: Tensor, settings: GridSettings) -> Iterator[tuple[Tensor, Tensor]]:
+    """The grids to try for a range. With four codes, the zero point on the other side of the exact one counts too."""
+    scale, zero = affine_of(low, high, settings.bits, settings.sym, *settings.zero_range)
+    yield scale, zero
+    if settings.bits == 2 and not settings.sym:
+        exact = torch.where(low == high, zero, -low / scale)
+        yield scale, (exact.floor() + exact.ceil() - zero).clamp(*settings.zero_range)
 
 
 def _error(values: Tensor, scale: Tensor, zero: Tensor, settings: GridSettings) -> Tensor:
