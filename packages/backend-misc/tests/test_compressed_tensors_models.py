@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import quantcore
 from quantcore.checkpoints.files import write_json
 from quantcore.checkpoints.write import write_tensors
+from quantcore.distributed.tensor_parallel import shard_linear
 from quantcore.errors import CheckpointError
 from quantcore.nn import QuantizedLinear
 from quantcore.nn.replace import quantized_modules
@@ -311,3 +312,30 @@ def test_rows_of_a_batch_are_rounded_apart_whatever_its_shape() -> None:
     x = torch.randn(6, 64) * torch.logspace(0, 3, 6)[:, None]
     torch.testing.assert_close(layer(x), torch.cat([layer(row[None]) for row in x]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(layer(x.view(2, 3, 64)).view(6, 8), layer(x), rtol=1e-4, atol=1e-4)
+
+
+SPLITS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "int4": ({"weights": INT4}, ("colwise", "rowwise")),
+    "int4-asymmetric": ({"weights": {**INT4, "symmetric": False}}, ("colwise", "rowwise")),
+    "int3": ({"weights": {**INT4, "num_bits": 3}}, ("colwise",)),
+    "fp8-channel": ({"weights": FP8}, ("colwise", "rowwise")),
+    "fp8-block": ({"weights": {**FP8, "strategy": "block", "block_structure": [16, 32]}}, ("colwise", "rowwise")),
+    "nvfp4": (
+        {"weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}},
+        ("colwise", "rowwise"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_shares_of_a_layer_are_parts_of_its_weight(name: str) -> None:
+    scheme, styles = SPLITS[name]
+    config = {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": ["Linear"], **scheme}}}
+    layer = QuantizedLinear.from_linear(nn.Linear(128, 64), config)
+    for style in ("colwise", "rowwise"):
+        if style not in styles:
+            with pytest.raises(ValueError, match="runs along K"):
+                shard_linear(layer, style, 0, 2)
+            continue
+        shares = [shard_linear(layer, style, rank, 2).dequantize() for rank in range(2)]
+        assert torch.equal(torch.cat(shares, 0 if style == "colwise" else 1), layer.dequantize())

@@ -129,3 +129,23 @@ def test_plan_of_a_config_is_extended_by_name(hook: str, attribute: str) -> None
         "layers.*.up_proj.scale": "colwise",
         "layers.*.up_proj.input_scale": "replicate",
     }
+
+
+@dataclass(frozen=True)
+class Described(Blocks):
+    """Blocks with the shape of the weight stored beside."""
+
+    def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        return (*super().tensor_specs(shape), TensorSpec("shape", torch.int64, (2,), metadata=True))
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        return {**super().quantize(weight), "shape": torch.tensor(weight.shape)}
+
+    def describe_shape(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+        return {**tensors, "shape": torch.tensor(shape)}
+
+
+@pytest.mark.parametrize(("style", "shape"), [("colwise", [4, 16]), ("rowwise", [8, 8])])
+def test_share_of_a_format_that_stores_its_shape_says_its_own(style: str, shape: list[int]) -> None:
+    whole = QuantizedLinear.from_linear(nn.Linear(16, 8), Described())
+    assert shard_linear(whole, style, 1, 2).stored["shape"].tolist() == shape

@@ -49,7 +49,7 @@ class PackedWeight(CompressedWeight):
 
     def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         return (
-            TensorSpec("weight_packed", torch.int32, (shape[0], self.layout.count_words(shape[1]))),
+            self.code_spec("weight_packed", torch.int32, (shape[0], self.layout.count_words(shape[1])), self._whole),
             TensorSpec("weight_shape", torch.int64, (2,), metadata=True),
         )
 
@@ -61,7 +61,26 @@ class PackedWeight(CompressedWeight):
         if self.plain_zero:
             return super().zero_spec(shape)
         rows, groups = self._grid(shape)
-        return TensorSpec("weight_zero_point", torch.int32, (self.layout.count_words(rows), groups))
+        along_n, along_k = (0, self._whole), super().zero_spec(shape).along_k
+        stored = (self.layout.count_words(rows), groups)
+        return TensorSpec(
+            "weight_zero_point", torch.int32, stored, along_n=along_n if self._whole else None, along_k=along_k
+        )
+
+    @property
+    def splits(self) -> tuple[bool, bool]:
+        packs_zero = self.has_zero and not self.plain_zero
+        return self._whole > 0 or not packs_zero, self._whole > 0 and not self.has_index
+
+    @property
+    def _whole(self) -> int:
+        """Codes in a word, 0 where they cross from one into the next."""
+        assert self.scaling is not None
+        return 32 // self.scaling.bits if self.is_padded or 32 % self.scaling.bits == 0 else 0
+
+    def describe_shape(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+        stored = tensors["weight_shape"]
+        return {**tensors, "weight_shape": torch.tensor(shape, dtype=stored.dtype, device=stored.device)}
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
         words = pack_words(self._shift(codes), self.layout, dim=1)
@@ -172,7 +191,12 @@ class SmallFloatWeight(CompressedWeight):
 
     def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         assert self.scaling is not None
-        return (TensorSpec("weight_packed", torch.uint8, (shape[0], shape[1] * self.scaling.bits // 8)),)
+        columns = 2 if self._is_fp4 else 0  # four codes of 6 bits lie in three bytes
+        return (self.code_spec("weight_packed", torch.uint8, (shape[0], shape[1] * self.scaling.bits // 8), columns),)
+
+    @property
+    def splits(self) -> tuple[bool, bool]:
+        return True, self._is_fp4
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
         return {"weight_packed": codes if self._is_fp4 else pack_fp6(codes)}

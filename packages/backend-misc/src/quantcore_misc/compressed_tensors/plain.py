@@ -26,7 +26,7 @@ class IntegerWeight(CompressedWeight):
         return has_dtype(tensors, "weight", torch.int8)
 
     def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("weight", torch.int8, tuple(shape)),)
+        return (self.code_spec("weight", torch.int8, tuple(shape)),)
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
         return {"weight": codes}
@@ -50,7 +50,7 @@ class FloatWeight(CompressedWeight):
         return has_dtype(tensors, "weight", torch.float8_e4m3fn)
 
     def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("weight", torch.float8_e4m3fn, tuple(shape)),)
+        return (self.code_spec("weight", torch.float8_e4m3fn, tuple(shape)),)
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
         return {"weight": codes}
@@ -72,7 +72,7 @@ class FakeWeight(CompressedWeight):
         return has_dtype(tensors, "weight", *FLOATS) and "weight_scale" in tensors
 
     def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("weight", self.torch_dtype, tuple(shape)),)
+        return (self.code_spec("weight", self.torch_dtype, tuple(shape)),)
 
     def quantize_under(self, weight: Tensor, global_scale: Tensor | None = None) -> dict[str, Tensor]:
         assert self.scaling is not None

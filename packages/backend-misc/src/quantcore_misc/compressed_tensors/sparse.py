@@ -29,6 +29,7 @@ class SparseWeight(CompressedWeight):
     is_structured: bool = True
 
     rows_apart = False
+    splits = (False, False)
 
     @classmethod
     def holds(cls, tensors: Mapping[str, Tensor]) -> bool:

@@ -66,16 +66,37 @@ class CompressedWeight(WeightFormat):
         """The tensors that scale and shift codes."""
         if self.scaling is None:
             return ()
-        scale = _SCALE_DTYPES.get(self.scaling.scales, self.torch_dtype)
-        specs = [self._spec("weight_scale", scale, self._scale_shape(shape))]
+        specs = [self._grid_spec("weight_scale", _SCALE_DTYPES.get(self.scaling.scales, self.torch_dtype), shape)]
         if self.has_zero:
             specs.append(self.zero_spec(shape))
         if self.scaling.scales == "nvfp4":
-            specs.append(self._spec("weight_global_scale", torch.float32, (1,)))
+            specs.append(
+                TensorSpec("weight_global_scale", torch.float32, self._stored_shape("weight_global_scale", (1,)))
+            )
         return tuple(specs)
 
+    @property
+    def splits(self) -> tuple[bool, bool]:
+        """Whether the stored tensors can be cut along N and along K."""
+        return True, True
+
+    def code_spec(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], columns: int = 1) -> TensorSpec:
+        """The spec of codes [N, K / columns], `columns` of them in an element."""
+        rows_apart, columns_apart = self.splits
+        along_n, along_k = (0, 1) if rows_apart else None, (1, columns) if columns_apart else None
+        return TensorSpec(name, dtype, shape, along_n=along_n, along_k=along_k)
+
+    def _grid_spec(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorSpec:
+        """The spec of one number for each block of a weight of this shape."""
+        assert self.scaling is not None
+        rows_apart, columns_apart = self.splits
+        along_n = (0, self.scaling.rows) if self.scaling.rows and rows_apart else None
+        along_k = (1, self.scaling.columns) if self.scaling.columns and columns_apart else None
+        stored = self._stored_shape(name, self._scale_shape(shape))
+        return TensorSpec(name, dtype, stored, along_n=along_n, along_k=along_k)
+
     def zero_spec(self, shape: tuple[int, ...]) -> TensorSpec:
-        return self._spec("weight_zero_point", torch.int8, self._scale_shape(shape))
+        return self._grid_spec("weight_zero_point", torch.int8, shape)
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         if self.scaling is not None:
@@ -218,8 +239,8 @@ class CompressedWeight(WeightFormat):
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)  # type: ignore[no-any-return]  # checked where it is read
 
-    def _spec(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], **kind: bool) -> TensorSpec:
-        return TensorSpec(name, dtype, self._stored_shape(name, shape), **kind)
+    def _spec(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorSpec:
+        return TensorSpec(name, dtype, self._stored_shape(name, shape))
 
     def _stored_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape[:-1] if name in self.flat else shape

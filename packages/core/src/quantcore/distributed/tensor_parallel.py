@@ -56,6 +56,7 @@ def shard_linear(layer: QuantizedLinear, style: str, rank: int, world: int) -> Q
     tensors = shard_tensors(layer.format, layer.stored, layer.shape, style, rank, world)
     N, K = layer.shape
     shape = (N // world, K) if style == COLWISE else (N, K // world)
+    tensors = layer.format.describe_shape(tensors, shape)
     bias = None if layer.bias is None or style == ROWWISE else layer.bias.chunk(world)[rank].clone()
     return QuantizedLinear(
         layer.format,

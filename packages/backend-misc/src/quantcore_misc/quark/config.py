@@ -1,0 +1,91 @@
+"""The config of AMD Quark, as it stands in config.json, and what it says of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from quantcore.quantization_config import Config, QuantizationConfigMixin, QuantizationMethod, option
+from quantcore_misc.quark.spec import LayerSpec, TensorQuant
+
+
+@dataclass(eq=False, repr=False)
+class QuarkConfig(QuantizationConfigMixin):
+    """Specs of weights, inputs and outputs: global ones, and others for layers by name or by type.
+
+    Source: the exports of AMD Quark 0.13, and of versions that wrote no `export`.
+    """
+
+    quant_method = QuantizationMethod.QUARK
+
+    global_quant_config: dict[str, Any] = option(help="specs of weight, input_tensors, output_tensors and bias")
+    exclude: list[str] | None = option(default_factory=lambda: ["lm_head"], help="patterns of layers that stay float")
+    layer_quant_config: dict[str, Any] | None = option(default_factory=dict, help="specs by pattern of layer names")
+    layer_type_quant_config: dict[str, Any] | None = option(default_factory=dict, help="specs by type of layers")
+    kv_cache_quant_config: dict[str, Any] | None = option(default_factory=dict, help="specs of key and value layers")
+    kv_cache_post_rope: bool | None = option(False, help="kept for other tools")
+    quant_mode: str | None = option("eager_mode", help="kept for other tools")
+    algo_config: Any = option(None, help="how the checkpoint was made; kept")
+    softmax_quant_spec: Any = option(None, help="kept for other tools")
+    export: dict[str, Any] | None = option(None, help="pack_method, weight_format, kv_cache_group, min_kv_scale")
+    version: str | None = option(None, help="of quark")
+
+    def validate(self) -> None:
+        """Check every field and spec. Raises TypeError or ValueError naming it."""
+        super().validate()
+        for label, layer in self._layers():
+            LayerSpec.parse(layer, f"QuarkConfig.{label}")
+        pack = self.pack_method
+        if pack not in ("reorder", "order"):
+            raise ValueError(f"QuarkConfig.export.pack_method must be 'reorder' or 'order', got {pack!r:.80}")
+
+    @classmethod
+    def from_dict(
+        cls: type[Config], config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Config | tuple[Config, dict[str, Any]]:
+        """A config of a dict as in config.json; files older than `export` may hold null for any list or dict."""
+        if isinstance(config_dict, Mapping) and "exclude" not in config_dict:
+            config_dict = {**config_dict, "exclude": None}
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)  # type: ignore[misc,no-any-return]
+
+    @property
+    def pack_method(self) -> str:
+        """The order of 4-bit codes in a word."""
+        return str((self.export or {}).get("pack_method", "reorder"))
+
+    @property
+    def custom_mode(self) -> str:
+        """The mode of the export; only quark's own is read here."""
+        return "quark"
+
+    @property
+    def legacy(self) -> bool:
+        """Whether the file is older than the key `export`."""
+        return self.export is None
+
+    def for_layer(self, name: str, type_name: str) -> LayerSpec | None:
+        """What is rounded of the layer of this name and type; None where it stays float."""
+        if any(fnmatchcase(name, pattern) for pattern in self.exclude or ()):
+            return None
+        by_name = (spec for pattern, spec in (self.layer_quant_config or {}).items() if fnmatchcase(name, pattern))
+        found = next(by_name, None) or (self.layer_type_quant_config or {}).get(type_name) or self.global_quant_config
+        layer = LayerSpec.parse(found, f"the spec of {name}")
+        return layer if layer.weight is not None else None
+
+    def cache_spec(self) -> TensorQuant | None:
+        """How keys and values are rounded where their scales stand with attention modules."""
+        for spec in (self.kv_cache_quant_config or {}).values():
+            output = LayerSpec.parse(spec, "QuarkConfig.kv_cache_quant_config").output
+            if output is not None:
+                return output
+        return None
+
+    def _layers(self) -> list[tuple[str, Any]]:
+        named = {
+            field: getattr(self, field) or {}
+            for field in ("layer_quant_config", "layer_type_quant_config", "kv_cache_quant_config")
+        }
+        others = [(f"{field}[{key!r}]", spec) for field, specs in named.items() for key, spec in specs.items()]
+        return [("global_quant_config", self.global_quant_config), *others]
