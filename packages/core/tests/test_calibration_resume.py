@@ -45,7 +45,7 @@ def interrupt_in(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 def assert_same(first: nn.Module, second: nn.Module) -> None:
     theirs: dict[str, Tensor] = second.state_dict()
-    assert first.state_dict().keys() == theirs.keys()
+    assert list(first.state_dict()) == list(theirs)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in first.state_dict().items())
     assert [module.format for _, module in quantized_modules(first)] == [
         module.format for _, module in quantized_modules(second)

@@ -59,9 +59,9 @@ class ResumeFolder:
             {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, self._new(file)
         )
         self._take(file)
-        formats = {name: _stored_format(model, name) for name in step.layers}
+        layers = {name: _described(model, name) for name in step.layers}
         lines = [dataclasses.asdict(line) for line in report]
-        self._steps[str(number)] = {"name": step.name, "file": file, "formats": formats, "report": lines}
+        self._steps[str(number)] = {"name": step.name, "file": file, "layers": layers, "report": lines}
         state = {"fingerprint": self._fingerprint, "steps": self._steps}
         self._new(STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         self._take(STATE)
@@ -73,14 +73,14 @@ class ResumeFolder:
         """
         entry = self._steps[str(number)]
         path = self.directory / entry["file"]
-        if entry["name"] != step.name or set(entry["formats"]) != set(step.layers):
+        if entry["name"] != step.name or set(entry["layers"]) != set(step.layers):
             raise CheckpointError(f"{path}: holds {entry['name']!r}, expected {step.name!r}; delete {self.directory}")
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}; delete {self.directory}") from error
         for name in step.layers:
-            _restore_layer(model, name, tensors, entry["formats"][name])
+            _restore_layer(model, name, tensors, entry["layers"][name])
         _restore_rest(model, step, tensors)
         return [LayerReport(**line) for line in entry["report"]]
 
@@ -155,20 +155,23 @@ def _tensors(model: nn.Module, step: Step) -> dict[str, Tensor]:
     }
 
 
-def _stored_format(model: nn.Module, name: str) -> str:
+def _described(model: nn.Module, name: str) -> dict[str, Any]:
+    """Format of a quantized layer, and its tensors in their order, which the file does not keep."""
     module = model.get_submodule(name)
     assert isinstance(module, QuantizedModule)
-    return format_key(module.format)
+    return {"format": format_key(module.format), "tensors": list(module.stored)}
 
 
-def _restore_layer(model: nn.Module, name: str, tensors: Mapping[str, Tensor], key: str) -> None:
+def _restore_layer(model: nn.Module, name: str, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
     module = model.get_submodule(name)
     dense = view_dense(module)
     assert dense is not None
     prefix = f"{name}."
     stored = {suffix.removeprefix(prefix): t for suffix, t in tensors.items() if suffix.startswith(prefix)}
-    stored = {suffix: tensor.to(dense.weight.device) for suffix, tensor in stored.items()}
-    layer = QuantizedLinear.from_stored(format_from_key(key), stored, dense, name)
+    names = [*entry["tensors"], *(suffix for suffix in stored if suffix not in entry["tensors"])]  # then the bias
+    stored = {suffix: stored[suffix].to(dense.weight.device) for suffix in names}
+    weight_format = format_from_key(entry["format"])
+    layer = QuantizedLinear.from_stored(weight_format, stored, dense, name)
     replace_module(model, name, layer.train(module.training))
 
 
