@@ -31,7 +31,8 @@ METHODS = [method for methods in BACKENDS.values() for method in methods]
 
 CORE = "packages/core"
 PACKAGES = [CORE, *(f"packages/backend-{name}" for name in BACKENDS)]
-EVERYTHING = [f"{CORE}[transformers]", *PACKAGES[1:]]
+EVERYTHING = [f"{CORE}[transformers,peft]", *PACKAGES[1:]]
+TRANSFORMERS = ("5.12.0", "5.23.0")  # the oldest release that from_pretrained is served in, and the newest tested
 TEST_TOOLS = ["pytest", "pytest-randomly", "pytest-xdist"]
 
 
@@ -88,6 +89,23 @@ def demo(session: nox.Session) -> None:
     """Quantizes the bundled model with every method that needs no calibration, and prints one table."""
     install(session, *EVERYTHING)
     session.run("python", "examples/demo.py", *session.posargs)
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """The examples of docs and front page, with few enough steps for two cores."""
+    install(session, *EVERYTHING)
+    session.run("python", "examples/use_with_transformers.py")
+    session.run("python", "examples/finetune_qlora.py", "--steps", "40", "--eval-tokens", "4096")
+
+
+@nox.session
+@nox.parametrize("version", TRANSFORMERS)
+def transformers(session: nox.Session, version: str) -> None:
+    """What depends on transformers' loader, in the oldest and the newest release that is served."""
+    install_torch(session)
+    session.install(*EVERYTHING, f"transformers=={version}", *TEST_TOOLS)  # the pins of the others suit the newest
+    run_pytest(session, *(str(path) for path in sorted(Path("tests").glob("test_transformers_*.py"))))
 
 
 @nox.session

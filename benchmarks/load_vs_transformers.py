@@ -1,0 +1,105 @@
+"""Time and peak memory of loading a random Llama of 300 M parameters in NF4: quantcore beside stock bitsandbytes.
+
+Each load is a process of its own, and each runs --repeats times; medians are printed. "on the fly" quantizes a bfloat16
+checkpoint while it loads, "quantized" loads the checkpoint that stock transformers saved. Memory is the most that the
+process held, less what it held when torch and transformers were imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+LOADERS = ("stock", "quantcore, from_pretrained", "quantcore.load, quantize")
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+SIZES = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 16,
+    "vocab_size": 32_000,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--load", nargs=3, metavar=("LOADER", "KIND", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.load:
+        print(json.dumps(load(*options.load)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_models(Path(folder))
+        print(f"{'checkpoint':12s} {'loader':28s} {'seconds':>8s} {'peak MB':>8s} {'model MB':>8s}")
+        for kind in ("on the fly", "quantized"):
+            for loader in LOADERS:
+                runs = [measure(loader, kind, folder) for _ in range(options.repeats)]
+                cells = [statistics.median(run[key] for run in runs) for key in ("seconds", "peak", "model")]
+                print(f"{kind:12s} {loader:28s} {cells[0]:8.2f} {cells[1]:8.0f} {cells[2]:8.0f}", flush=True)
+
+
+def write_models(folder: Path) -> None:
+    """The float checkpoint, and what stock transformers and bitsandbytes make of it."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZES)).to(torch.bfloat16).save_pretrained(folder / "on the fly")
+    stock = AutoModelForCausalLM.from_pretrained(
+        folder / "on the fly", quantization_config=BitsAndBytesConfig(**NF4), device_map="cpu"
+    )
+    stock.save_pretrained(folder / "quantized")
+
+
+def measure(loader: str, kind: str, folder: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--load", loader, kind, folder]
+    found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
+
+
+def load(loader: str, kind: str, folder: str) -> dict[str, float]:
+    """Seconds and megabytes of one load in this process."""
+    import bitsandbytes  # noqa: F401 - imported by stock in any case
+    import transformers  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+    import quantcore.integrations.transformers.adapter  # noqa: F401
+
+    before, start = peak_megabytes(), time.perf_counter()
+    model = load_with(loader, kind, Path(folder, kind))
+    seconds = time.perf_counter() - start
+    size = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e6
+    return {"seconds": seconds, "peak": peak_megabytes() - before, "model": size}
+
+
+def load_with(loader: str, kind: str, path: Path) -> Any:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    import quantcore as qc
+    from quantcore.integrations.transformers import use
+
+    config = BitsAndBytesConfig(**NF4) if kind == "on the fly" else None
+    if loader == "stock":
+        return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, device_map="cpu")
+    if loader == "quantcore.load, quantize":
+        model = qc.load(path)
+        return model if config is None else qc.quantize(model, config)
+    with use():
+        return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, device_map="cpu")
+
+
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
