@@ -13,7 +13,8 @@ from quantcore.checkpoints.files import write_json
 from quantcore.checkpoints.read import Checkpoint
 from quantcore.checkpoints.write import write_tensors
 from quantcore.errors import CheckpointError
-from quantcore.nn.experts import QuantizedExperts, QuantizedStack, stored_whole
+from quantcore.nn.experts import QuantizedExperts
+from quantcore.nn.stack import QuantizedStack, stored_whole
 from quantcore.testing.compare import differences
 from quantcore.testing.experts import FusedExperts, SmallMixtureModel, TransposedExperts
 from quantcore.testing.golden import GoldenLayer, golden_folder

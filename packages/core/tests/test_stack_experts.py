@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantcore.formats.base import TensorSpec, WeightFormat
-from quantcore.nn.experts import QuantizedStack
+from quantcore.nn.stack import QuantizedStack
 
 
 @dataclass(frozen=True)

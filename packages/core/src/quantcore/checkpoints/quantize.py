@@ -17,8 +17,9 @@ from quantcore.checkpoints.read import Checkpoint, quantization_dict, read_confi
 from quantcore.checkpoints.shards import ShardWriter
 from quantcore.checkpoints.stream import fill_empty
 from quantcore.checkpoints.write import atomic_directory, parse_size
-from quantcore.nn.experts import QuantizedExperts, QuantizedStack, stacked_name
+from quantcore.nn.experts import QuantizedExperts
 from quantcore.nn.kinds import quantize_layer
+from quantcore.nn.stack import QuantizedStack, stacked_name
 from quantcore.quantization_config import as_dtype
 from quantcore.quantizers.auto import AutoHfQuantizer
 from quantcore.quantizers.weight import PlannedLayer, WeightQuantizer

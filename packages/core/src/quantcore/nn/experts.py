@@ -6,25 +6,19 @@ import copy
 import inspect
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from quantcore.formats.base import WeightFormat
-from quantcore.nn.dense import build_dense, check_finite, view_dense
+from quantcore.nn.dense import build_dense, view_dense
 from quantcore.nn.linear import QuantizedLinear
-from quantcore.nn.module import QuantizedModule
 from quantcore.nn.replace import quantized_modules, replace_module
+from quantcore.nn.stack import STACK, QuantizedStack, stored_whole
 from quantcore.nn.standins import StackedWeight
 
 PartNames = Mapping[str, Sequence[str]]  # parameter -> the linear layers of one expert that it holds
 NamesByModule = Mapping[str, PartNames]  # experts module -> its part names
-
-_STACK = (
-    "_stack"  # what the module of a stack has after the name of its parameter, under which model code finds a stand-in
-)
 
 
 @dataclass(frozen=True)
@@ -115,7 +109,7 @@ class QuantizedExperts(nn.Module):
             parameter = self._parameters.pop(weight.name)
             assert parameter is not None
             if stacks and weight.name in stacks:
-                self._modules[weight.name + _STACK] = stacks[weight.name]
+                self._modules[weight.name + STACK] = stacks[weight.name]
                 continue
             for name, matrix in weight.matrices(parameter.detach()):
                 index, _, part = name.partition(".")
@@ -159,7 +153,7 @@ class QuantizedExperts(nn.Module):
 
     def run(self, weight: str, expert: int, x: Tensor) -> Tensor:
         """x [..., K] times one expert's part of a 3-D weight: [..., N]."""
-        stack = self._modules.get(weight + _STACK)
+        stack = self._modules.get(weight + STACK)
         if isinstance(stack, QuantizedStack):
             return stack.run(expert, x, transposed=self._fused[weight].transposed)
         return self._fused[weight].join([layer(x) for layer in self.layers(expert, weight)])
@@ -181,13 +175,13 @@ class QuantizedExperts(nn.Module):
         for weight in self._fused.values():
             trained = any(p.requires_grad for layer in self.layers(0, weight.name) for p in layer.parameters())
             fused._parameters[weight.name] = nn.Parameter(self.dense_weight(weight.name, dtype), requires_grad=trained)
-        for name in [name for name in fused._modules if name.isdigit() or name.removesuffix(_STACK) in self._fused]:
+        for name in [name for name in fused._modules if name.isdigit() or name.removesuffix(STACK) in self._fused]:
             del fused._modules[name]
         return fused
 
     def dense_weight(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A 3-D weight in its own shape, dequantized expert by expert."""
-        stack = self._modules.get(name + _STACK)
+        stack = self._modules.get(name + STACK)
         if isinstance(stack, QuantizedStack):
             return stack.dequantize(dtype)
         shape = self._fused[name].shape
@@ -198,7 +192,7 @@ class QuantizedExperts(nn.Module):
 
     def expert_weight(self, name: str, expert: int, dtype: torch.dtype | None = None) -> Tensor:
         """One expert's matrix of a 3-D weight, [N, K], or [K, N] where that is transposed, in dtype (None: its own)."""
-        stack = self._modules.get(name + _STACK)
+        stack = self._modules.get(name + STACK)
         if isinstance(stack, QuantizedStack):
             return stack.expert(expert, dtype)
         parts = [_weight_of(layer, dtype) for layer in self.layers(expert, name)]
@@ -211,7 +205,7 @@ class QuantizedExperts(nn.Module):
 
     def device_of(self, name: str) -> torch.device:
         """The device of a 3-D weight."""
-        holder = self._modules.get(name + _STACK) or self.layers(0, name)[0]
+        holder = self._modules.get(name + STACK) or self.layers(0, name)[0]
         return next(holder.parameters()).device
 
     def _load_from_state_dict(
@@ -229,7 +223,7 @@ class QuantizedExperts(nn.Module):
         taken: set[str] = set()
         for name, stack in self._modules.items():
             if isinstance(stack, QuantizedStack):
-                keys = stored_whole(own, name.removesuffix(_STACK), self._parameters)
+                keys = stored_whole(own, name.removesuffix(STACK), self._parameters)
                 stored = {suffix: state_dict[key] for suffix, key in keys.items()}
                 assign = bool(local_metadata.get("assign_to_params_buffers", False))
                 stack.load_stored(stored, f"{prefix}{name}.", assign, missing_keys, error_msgs)
@@ -252,67 +246,6 @@ class QuantizedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"architecture={self._architecture.__name__}, weights={list(self._fused)}"
-
-
-class QuantizedStack(QuantizedModule):
-    """A 3-D weight of experts that is stored whole, in its own orientation: the experts are its rows.
-
-    Its tensors are named after the parameter: a suffix "weight.absmax" follows it as "gate_up_proj.absmax", and
-    "weight_blocks" as "gate_up_proj_blocks".
-    """
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, weight_format: WeightFormat, *, name: str = "") -> QuantizedStack:
-        """The quantized form of a float weight [E, N, K], which a format stores in blocks over all of it.
-
-        Raises ValueError naming the weight when it holds NaN or inf, or does not fit the format.
-        """
-        check_finite(weight.flatten(0, 1), name)
-        weight_format.check_shape(tuple(weight.shape))
-        return cls(weight_format, weight_format.quantize(weight.detach()), tuple(weight.shape), name)
-
-    def expert(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix of one expert, in dtype (None: the one that it was quantized from)."""
-        operands = dict(zip(self.format.operand_names(self.shape), self.operands, strict=True))
-        rows = torch.tensor([index], device=self.operands[0].device)
-        return self.format.dequantize_rows(operands, self.shape, rows, dtype)[0]
-
-    def run(self, index: int, x: Tensor, transposed: bool) -> Tensor:
-        """x [..., K] times the matrix of one expert, as its own format defines it, else in the dtype for computing."""
-        operands = dict(zip(self.format.operand_names(self.shape), self.operands, strict=True))
-        part = self.format.expert(operands, self.shape, index)
-        if part is not None:
-            shape = (self.shape[2], self.shape[1]) if transposed else (self.shape[1], self.shape[2])
-            return part[0].linear(x, part[1], None, shape)
-        dtype = self.format.compute_torch_dtype or x.dtype
-        weight = self.expert(index, dtype)
-        return linear(x.to(dtype), weight.t() if transposed else weight).to(x.dtype)
-
-    def full_name(self, prefix: str, suffix: str) -> str:
-        return stacked_name(prefix.removesuffix(f"{_STACK}."), suffix)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the experts module, which sees all names of the stack, has loaded it."""
-
-
-def stacked_name(parameter: str, suffix: str) -> str:
-    """The name of a tensor, by suffix, that stores a 3-D parameter whole."""
-    return parameter + suffix.removeprefix("weight")
-
-
-T = TypeVar("T")
-
-
-def stored_whole(tensors: Mapping[str, T], parameter: str, besides: Container[str]) -> dict[str, T]:
-    """Those of an experts module's tensors that store a 3-D parameter whole, by suffix ("weight.absmax").
-
-    besides: names of other parameters of the module.
-    """
-    return {
-        f"weight{name[len(parameter) :]}": value
-        for name, value in tensors.items()
-        if (name == parameter or name.startswith((f"{parameter}.", f"{parameter}_"))) and name not in besides
-    }
 
 
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

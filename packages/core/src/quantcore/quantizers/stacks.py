@@ -9,15 +9,9 @@ from torch import Tensor, nn
 from quantcore.checkpoints.names import part_names
 from quantcore.checkpoints.read import Checkpoint
 from quantcore.formats.base import WeightFormat
-from quantcore.nn.experts import (
-    FusedWeight,
-    QuantizedExperts,
-    QuantizedStack,
-    fused_experts,
-    fused_weights,
-    stored_whole,
-)
+from quantcore.nn.experts import FusedWeight, QuantizedExperts, fused_experts, fused_weights
 from quantcore.nn.replace import replace_module
+from quantcore.nn.stack import QuantizedStack, stored_whole
 from quantcore.plugins.manager import plugins
 
 
