@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from quantcore.plugins import Backend, hookimpl
-from quantcore_misc import compressed_tensors
+from quantcore_misc import compressed_tensors, quark
 
 # A method per row.
-_METHODS = (compressed_tensors,)
+_METHODS = (compressed_tensors, quark)
 
 
 @hookimpl

@@ -74,6 +74,10 @@ class QuarkConfig(QuantizationConfigMixin):
         layer = LayerSpec.parse(found, f"the spec of {name}")
         return layer if layer.weight is not None else None
 
+    def layers(self) -> list[LayerSpec]:
+        """Every spec of a layer that the config holds, but those of keys and values, which stand in others too."""
+        return [LayerSpec.parse(spec, label) for label, spec in self._layers() if not label.startswith("kv_cache")]
+
     def cache_spec(self) -> TensorQuant | None:
         """How keys and values are rounded where their scales stand with attention modules."""
         for spec in (self.kv_cache_quant_config or {}).values():

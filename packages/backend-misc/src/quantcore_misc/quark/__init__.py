@@ -1,0 +1,51 @@
+"""The method quark: how quantcore finds its classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from quantcore.plugins import Backend, hookimpl
+
+if TYPE_CHECKING:
+    from quantcore.kernels.dispatch import Kernel
+
+_MODULE = "quantcore_misc.quark"
+
+
+def _example(**parts: dict[str, Any]) -> dict[str, Any]:
+    return {"global_quant_config": {"input_tensors": None, "output_tensors": None, "bias": None, **parts}}
+
+
+_GROUP_MX = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "ch_axis": -1, "scale_format": "e8m0"}
+_CHANNEL_FP8 = {"dtype": "fp8_e4m3", "qscheme": "per_channel", "ch_axis": 0, "symmetric": True, "is_dynamic": False}
+_TOKEN_FP8 = {"dtype": "fp8_e4m3", "qscheme": "per_channel", "ch_axis": 1, "symmetric": True, "is_dynamic": True}
+_GROUP_UINT4 = {"dtype": "uint4", "qscheme": "per_group", "group_size": 32, "ch_axis": -1, "symmetric": False}
+_GROUP_INT4 = {"dtype": "int4", "qscheme": "per_group", "group_size": 64, "ch_axis": -1, "symmetric": True}
+
+BACKEND = Backend(
+    method="quark",
+    config=f"{_MODULE}.config:QuarkConfig",
+    quantizer=f"{_MODULE}.quantizer:QuarkQuantizer",
+    kernels=(f"{_MODULE}:triton_kernels",),
+    summary="AMD Quark exports: FP8, int8, int4, OCP MX and FP4",
+    example_configs=(
+        _example(weight=_CHANNEL_FP8, input_tensors=_TOKEN_FP8),
+        _example(weight=_GROUP_UINT4),
+        _example(weight=_GROUP_INT4),
+        _example(weight={**_GROUP_MX, "is_dynamic": False}, input_tensors={**_GROUP_MX, "is_dynamic": True}),
+        _example(weight={**_GROUP_MX, "dtype": "fp6_e2m3"}),
+    ),
+)
+
+
+@hookimpl
+def quantcore_backends() -> Iterable[Backend]:
+    return [BACKEND]
+
+
+def triton_kernels() -> list[Kernel]:
+    """The Triton kernels of this method; triton is imported when a problem on a GPU is asked about."""
+    from quantcore.kernels.triton.kernels import kernels_for
+
+    return kernels_for("quark", f"{_MODULE}.decode:decoder_for")
