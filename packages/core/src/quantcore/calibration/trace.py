@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from quantcore.calibration.endings import Ending
 from quantcore.calibration.replay import watch
@@ -78,11 +80,12 @@ def _kind(name: str) -> str:
 
 class _Recorder:
     def __init__(self) -> None:
-        self._held: list[Tensor] = []  # so that no address is used twice
+        self._known: dict[Any, tuple[int, StorageWeakRef]] = {}  # identity -> number, while the memory is in use
+        self._count = itertools.count()
         self._order: list[str] = []
         self._readers: dict[Any, list[str]] = {}
         self._sources: dict[Any, str | None] = {}
-        self._outputs: list[tuple[str, Tensor, Any]] = []  # of modules that return one tensor, innermost first
+        self._outputs: list[tuple[str, Any, Any]] = []  # of modules that return one tensor, innermost first
 
     def enter(self, name: str, args: Any, kwargs: Any) -> None:
         self._order.append(name)
@@ -93,7 +96,7 @@ class _Recorder:
     def leave(self, name: str, output: Any) -> None:
         tensors, skeleton = flatten(output)
         if len(tensors) == 1:
-            self._outputs.append((name, tensors[0], skeleton))
+            self._outputs.append((name, (self._number(tensors[0]), tensors[0].shape), skeleton))
         for key in self._keys(output):
             self._sources.setdefault(key, name)
 
@@ -108,19 +111,26 @@ class _Recorder:
     def endings(self, layers: frozenset[str]) -> dict[str, Ending]:
         """By layer, the outermost module around it that returns its output. Both are called once."""
         found: dict[str, Ending] = {}
-        of_tensor: dict[int, str] = {}
+        layer_of: dict[Any, str] = {}
         for name, tensor, skeleton in self._outputs:
-            layer = of_tensor.get(id(tensor))
+            layer = layer_of.get(tensor)
             if name in layers:
-                of_tensor[id(tensor)] = name
+                layer_of[tensor] = name
             elif layer is not None and layer.startswith(f"{name}.") and self._order.count(name) == 1:
                 found[layer] = Ending(name, layer, skeleton)
         return {layer: ending for layer, ending in found.items() if self._order.count(layer) == 1}
 
-    def _keys(self, tree: Any) -> list[Any]:
-        tensors = list(leaves(tree))
-        self._held += tensors
-        return list(dict.fromkeys(_identity(tensor) for tensor in tensors))
+    def _keys(self, tree: Any) -> list[int]:
+        return list(dict.fromkeys(self._number(tensor) for tensor in leaves(tree)))
+
+    def _number(self, tensor: Tensor) -> int:
+        """A number for the values of a tensor; memory that is used again later holds other values."""
+        identity = _identity(tensor)
+        number, memory = self._known.get(identity, (-1, None))
+        if memory is None or memory.expired():
+            number = next(self._count)
+            self._known[identity] = number, StorageWeakRef(tensor.untyped_storage())
+        return number
 
 
 def _identity(tensor: Tensor) -> Any:
