@@ -16,7 +16,7 @@ from quantcore.nn.dense import view_dense
 from quantcore_misc.compressed_tensors.rotations import Rotation
 
 if TYPE_CHECKING:
-    from quantcore.checkpoints.read import Header
+    from quantcore.checkpoints.safetensors_file import Header
 
 logger = logging.getLogger(__name__)
 

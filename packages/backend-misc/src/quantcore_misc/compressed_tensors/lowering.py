@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quantcore.formats.families import Affine, Family, Grouping, column_grouping
+from quantcore.formats.families import Affine, ColumnGroups, Family, Grouping, column_grouping
 
 if TYPE_CHECKING:
     from quantcore_misc.compressed_tensors.weight import CompressedWeight
@@ -65,7 +65,7 @@ def raise_integers(weight_format: CompressedWeight, family: Family, *, has_index
     return {**weight_format.pack(codes), **weight_format.store_scales(scale, zero, shape)}
 
 
-def _grouping(weight_format: CompressedWeight, shape: tuple[int, ...], index: Tensor | None) -> object:
+def _grouping(weight_format: CompressedWeight, shape: tuple[int, ...], index: Tensor | None) -> Grouping | ColumnGroups:
     scaling = weight_format.scaling
     assert scaling is not None
     if scaling.rows == 0 and scaling.columns == 0:

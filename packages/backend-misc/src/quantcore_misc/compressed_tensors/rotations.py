@@ -16,7 +16,7 @@ from quantcore_misc.compressed_tensors.transform_config import Transform
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from quantcore.checkpoints.read import Header
+    from quantcore.checkpoints.safetensors_file import Header
 
 _STORED = ("weight", "perm")
 
