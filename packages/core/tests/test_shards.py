@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantcore.checkpoints.read import INDEX_NAME
-from quantcore.checkpoints.safetensors_file import DTYPE_NAMES
+from quantcore.checkpoints.safetensors_file import _NAMES
 from quantcore.checkpoints.shards import ShardWriter
 from quantcore.checkpoints.write import write_tensors
+
+Write = Callable[[dict[str, Tensor], Path, int], None]
 
 
 def tensors() -> dict[str, Tensor]:
     """Every dtype, odd lengths, scalars, an empty one, strides, and a name that JSON escapes."""
     floats = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) * 3
-    cast = {name: floats.to(getattr(torch, name)) for name in DTYPE_NAMES if not name.startswith(("uint", "float8_e8"))}
+    cast = {name: floats.to(getattr(torch, name)) for name in _NAMES if not name.startswith(("uint", "float8_e8"))}
     return {
         **cast,
         "scalar": torch.tensor(7.5),
@@ -36,10 +39,21 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
+def write_streaming(tensors: dict[str, Tensor], directory: Path, limit: int) -> None:
+    writer = ShardWriter(directory, limit, tensors)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.finish()
+
+
+WRITERS = pytest.mark.parametrize("write", [write_tensors, write_streaming], ids=["at-once", "streaming"])
+
+
+@WRITERS
 @pytest.mark.parametrize("limit", [10**9, 64, 1], ids=["one-file", "several-files", "a-file-each"])
-def test_library_reads_what_was_written(tmp_path: Path, limit: int) -> None:
+def test_library_reads_what_was_written(tmp_path: Path, limit: int, write: Write) -> None:
     written = tensors()
-    write_tensors(written, tmp_path, limit)
+    write(written, tmp_path, limit)
     found = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert found.keys() == written.keys()
     for name, tensor in written.items():
@@ -47,8 +61,16 @@ def test_library_reads_what_was_written(tmp_path: Path, limit: int) -> None:
         assert torch.equal(as_bytes(found[name]), as_bytes(tensor)), name
 
 
-def test_every_tensor_is_aligned(tmp_path: Path) -> None:
+def test_file_has_the_bytes_that_the_library_gives_it(tmp_path: Path) -> None:
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors().items()}
+    save_file(contiguous, tmp_path / "library.safetensors", metadata={"format": "pt"})
     write_tensors(tensors(), tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "library.safetensors").read_bytes()
+
+
+@WRITERS
+def test_every_tensor_is_aligned(tmp_path: Path, write: Write) -> None:
+    write(tensors(), tmp_path, 10**9)
     content = (tmp_path / "model.safetensors").read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -69,11 +91,13 @@ def test_file_whose_header_is_full_is_followed_by_another(tmp_path: Path) -> Non
             assert torch.equal(file.get_tensor(f"tensor.{number}"), torch.full((2,), float(number)))
 
 
-def test_nothing_to_write_gives_an_empty_file(tmp_path: Path) -> None:
-    write_tensors({}, tmp_path)
+@WRITERS
+def test_nothing_to_write_gives_an_empty_file(tmp_path: Path, write: Write) -> None:
+    write({}, tmp_path, 10**9)
     assert load_file(tmp_path / "model.safetensors") == {}
 
 
-def test_dtype_that_safetensors_lacks_is_named(tmp_path: Path) -> None:
+@WRITERS
+def test_dtype_that_safetensors_lacks_is_named(tmp_path: Path, write: Write) -> None:
     with pytest.raises(ValueError, match=r"layer\.weight: safetensors has no dtype complex64"):
-        write_tensors({"layer.weight": torch.zeros(2, dtype=torch.complex64)}, tmp_path)
+        write({"layer.weight": torch.zeros(2, dtype=torch.complex64)}, tmp_path, 10**9)

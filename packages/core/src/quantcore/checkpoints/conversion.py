@@ -121,7 +121,7 @@ def _recode(
 ) -> dict[str, Tensor]:
     """The tensors that hold the same numbers in the writer's format; ValueError says why none do."""
     family = weight.lower()
-    weight_format = _format_for(name, writer, weight.shape, getattr(family.scale, "dtype", dtype))
+    weight_format = _format_for(name, writer, weight.shape, getattr(family.scale, "dtype", dtype)).for_family(family)
     stored = weight_format.raise_(family)
     new = QuantizedWeight(weight_format.read(stored, weight.shape), stored, weight.shape)
     if not torch.equal(new.dequantize(torch.float32), weight.dequantize(torch.float32)):

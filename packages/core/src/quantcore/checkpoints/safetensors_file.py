@@ -1,4 +1,4 @@
-"""One safetensors file: its header, checked, and its tensors read one by one.
+"""One safetensors file: its header, checked, and its tensors read and written one by one.
 
 The safetensors library maps a whole file into memory to look at it, which counts against a limit on address space and
 keeps pages resident. Source of the layout: https://github.com/huggingface/safetensors, README, section Format.
@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quantcore.errors import CheckpointError
+from quantcore.formats.base import dtype_name
 
 _SAFETENSORS_DTYPES = {
     "BOOL": "bool",
@@ -36,7 +38,14 @@ _SAFETENSORS_DTYPES = {
     "F32": "float32",
     "F64": "float64",
 }
-DTYPE_NAMES = {torch_name: name for name, torch_name in _SAFETENSORS_DTYPES.items()}
+_NAMES = {torch_name: name for name, torch_name in _SAFETENSORS_DTYPES.items()}
+# The order in which the library writes dtypes: widest first, so that each tensor is aligned.
+_WRITTEN = (
+    *("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+)
+METADATA = {"__metadata__": {"format": "pt"}}
+ALIGNMENT = 8  # bytes; readers view a tensor's bytes in place, so its offset must be a multiple of its itemsize
 _MOST_HEADER = 100_000_000  # bytes; the library refuses more
 
 
@@ -85,6 +94,52 @@ def read_tensors(path: Path, headers: Mapping[str, Header]) -> Iterator[tuple[st
             if stream.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != header.nbytes:
                 raise CheckpointError(f"{path}: ends within {name}; the file changed or is damaged, download it again")
             yield name, tensor
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file with the bytes that the safetensors library gives it; of tensors elsewhere, one is on the CPU."""
+    order = sorted(tensors, key=lambda name: (_WRITTEN.index(stored_dtype(name, tensors[name].dtype)), name))
+    entries, end = {}, 0
+    for name in order:
+        entries[name] = entry_of(name, tensors[name], end)
+        end += tensors[name].nbytes
+    header = json.dumps(METADATA | entries, separators=(",", ":"), ensure_ascii=False).encode()
+    length = -(-len(header) // ALIGNMENT) * ALIGNMENT
+    with path.open("wb", buffering=0) as stream:
+        write_all(stream, length.to_bytes(8, "little") + header.ljust(length))
+        for name in order:
+            write_all(stream, raw_bytes(tensors[name]))
+
+
+def entry_of(name: str, tensor: Tensor, start: int) -> dict[str, Any]:
+    """What a header says of a tensor whose bytes begin at start. Raises ValueError for a dtype that files lack."""
+    offsets = [start, start + tensor.nbytes]
+    return {"dtype": stored_dtype(name, tensor.dtype), "shape": list(tensor.shape), "data_offsets": offsets}
+
+
+def stored_dtype(tensor: str, dtype: torch.dtype) -> str:
+    """The name of a dtype in files. Raises ValueError naming the tensor where they have none."""
+    name = _NAMES.get(dtype_name(dtype))
+    if name is None:
+        raise ValueError(f"{tensor}: safetensors has no dtype {dtype_name(dtype)}; cast it before saving")
+    return name
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor of any device and strides, row-major; its own memory where it lies so on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def write_all(stream: RawIOBase, content: bytes | memoryview) -> None:
+    """Write everything to an unbuffered stream. Raises OSError naming the file."""
+    view = memoryview(content)
+    try:
+        while view:
+            view = view[stream.write(view) or 0 :]
+    except OSError as error:
+        path = Path(stream.name)  # type: ignore[attr-defined]
+        where = path.parent.parent
+        raise OSError(f"{path.name}: cannot be written: {error}; is there space in {where}?") from error
 
 
 def _read_entries(path: Path) -> tuple[dict[str, Any], int]:

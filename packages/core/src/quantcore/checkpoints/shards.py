@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quantcore.checkpoints.files import write_json
 from quantcore.checkpoints.read import INDEX_NAME, SINGLE_NAME
-from quantcore.checkpoints.safetensors_file import DTYPE_NAMES
-from quantcore.formats.base import dtype_name
+from quantcore.checkpoints.safetensors_file import ALIGNMENT, METADATA, entry_of, raw_bytes, write_all
 
-_ALIGNMENT = 8  # bytes; readers view a tensor's bytes in place, so its offset must be a multiple of its itemsize
 _ENTRY = 160  # bytes of a header entry besides the name: dtype, a shape of eight numbers, two offsets
 _MOST_HEADER = 8 << 20  # bytes reserved for the header of one file; safetensors refuses more than 100 MB
 _MOST_HELD = 64 << 20  # bytes of tensors that wait for the end of their file
-_METADATA = {"__metadata__": {"format": "pt"}}
 
 
 class ShardWriter:
@@ -62,8 +58,12 @@ class ShardWriter:
 
     def _write_index(self, names: list[str]) -> None:
         weight_map = {tensor: name for file, name in zip(self._files, names, strict=True) for tensor in file.entries}
-        index = {"metadata": {"total_size": sum(file.size for file in self._files)}, "weight_map": weight_map}
-        write_json(index, self._directory / INDEX_NAME)
+        write_index(weight_map, sum(file.size for file in self._files), self._directory)
+
+
+def write_index(weight_map: Mapping[str, str], total_size: int, directory: Path) -> None:
+    """Write the index of several files; total_size: bytes of all tensors."""
+    write_json({"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)}, directory / INDEX_NAME)
 
 
 def shard_name(number: int, count: str) -> str:
@@ -80,7 +80,7 @@ class _File:
         self.entries: dict[str, dict[str, Any]] = {}
         self._held: list[tuple[str, Tensor]] = []
         self._written = 0
-        self._room = -(-(room + len(json.dumps(_METADATA))) // _ALIGNMENT) * _ALIGNMENT
+        self._room = -(-(room + len(json.dumps(METADATA))) // ALIGNMENT) * ALIGNMENT
         self._room_left = room
         self._stream = path.open("wb", buffering=0)
         self._stream.seek(8 + self._room)
@@ -94,7 +94,7 @@ class _File:
         self.size += tensor.nbytes
         self._room_left -= _entry_room(name)
         self.entries[name] = {}
-        if tensor.nbytes % _ALIGNMENT:
+        if tensor.nbytes % ALIGNMENT:
             self._held.append((name, tensor))
         else:
             self._append(name, tensor)
@@ -104,39 +104,20 @@ class _File:
         for name, tensor in sorted(self._held, key=lambda item: -item[1].itemsize):
             self._append(name, tensor)
         self._held.clear()
-        header = json.dumps(_METADATA | self.entries, separators=(",", ":")).encode()
+        header = json.dumps(METADATA | self.entries, separators=(",", ":")).encode()
         assert len(header) <= self._room, "an entry is longer than _entry_room says"
         self._write(self._room.to_bytes(8, "little") + header.ljust(self._room), at=0)
         self._stream.close()
 
     def _append(self, name: str, tensor: Tensor) -> None:
-        start = self._written
-        self._write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), at=8 + self._room + start)
+        self._write(raw_bytes(tensor), at=8 + self._room + self._written)
+        self.entries[name] = entry_of(name, tensor, self._written)
         self._written += tensor.nbytes
-        self.entries[name] = {
-            "dtype": _stored_name(name, tensor.dtype),
-            "shape": list(tensor.shape),
-            "data_offsets": [start, self._written],
-        }
 
-    def _write(self, content: Any, at: int) -> None:
-        view = memoryview(content)
-        try:
-            self._stream.seek(at)
-            while view:
-                view = view[self._stream.write(view) :]
-        except OSError as error:
-            self._stream.close()
-            where = self.path.parent.parent
-            raise OSError(f"{self.path.name}: cannot be written: {error}; is there space in {where}?") from error
+    def _write(self, content: bytes | memoryview, at: int) -> None:
+        self._stream.seek(at)
+        write_all(self._stream, content)
 
 
 def _entry_room(name: str) -> int:
     return len(json.dumps(name)) + _ENTRY
-
-
-def _stored_name(tensor: str, dtype: torch.dtype) -> str:
-    name = DTYPE_NAMES.get(dtype_name(dtype))
-    if name is None:
-        raise ValueError(f"{tensor}: safetensors has no dtype {dtype_name(dtype)}; cast it before saving")
-    return name

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from quantcore.checkpoints.shards import ShardWriter
+from quantcore.checkpoints.read import SINGLE_NAME
+from quantcore.checkpoints.safetensors_file import write_tensors as write_file
+from quantcore.checkpoints.shards import shard_name, write_index
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -43,13 +45,17 @@ def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) ->
 def write_tensors(tensors: Mapping[str, Tensor], directory: Path, max_shard_size: int | str = "5GB") -> None:
     """Write tensors as model.safetensors, or as shards with an index when they exceed max_shard_size.
 
-    max_shard_size: bytes, or a string such as "5GB" or "500MiB". Contiguous tensors on the CPU are written without a
-    copy, others one by one.
+    max_shard_size: bytes, or a string such as "5GB" or "500MiB". The files have the bytes that the safetensors library
+    gives them. Contiguous tensors on the CPU are written without a copy, others one by one.
     """
-    writer = ShardWriter(directory, parse_size(max_shard_size), tensors)
-    for name, tensor in tensors.items():
-        writer.add(name, tensor)
-    writer.finish()
+    shards = _split(tensors, parse_size(max_shard_size))
+    count = len(shards)
+    names = [SINGLE_NAME] if count == 1 else [shard_name(number, str(count)) for number in range(1, count + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        write_file(directory / name, shard)
+    if count > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        write_index(weight_map, sum(tensor.nbytes for tensor in tensors.values()), directory)
 
 
 def parse_size(size: int | str) -> int:
@@ -59,6 +65,19 @@ def parse_size(size: int | str) -> int:
     if not match or match[2] not in _UNITS or float(match[1]) * _UNITS[match[2]] < 1:
         raise ValueError(f"size {size!r} is not understood; write it as '5GB', '500MiB' or a number of bytes")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _split(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Consecutive shards of at most limit bytes; a single larger tensor gets a shard of its own."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
 
 
 def _check_free(final: Path, overwrite: bool) -> None:
