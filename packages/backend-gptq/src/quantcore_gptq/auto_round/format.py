@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantcore.formats.base import WeightFormat
+from quantcore.formats.families import Family
 from quantcore_gptq.auto_round.grid import Groups, Scales, asymmetric_scales, encode, symmetric_scales
 from quantcore_gptq.auto_round.search import SEARCHED_BITS, search_scales
 from quantcore_gptq.awq.format import Awq
@@ -30,9 +32,13 @@ class AutoRoundGptq(Gptq):
     def is_symmetric(self) -> bool:
         return self.sym
 
+    def for_family(self, family: Family) -> WeightFormat:
+        """The format as it is: scales are float16 and groups runs in every export."""
+        return self
+
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         groups = Groups.of(weight, self.run(weight.shape[1]))
-        scales = round_scales(groups, self.bits, self.sym, self.search)
+        scales = round_scales(groups, self.bits, self.is_symmetric, self.search)
         return self.store_rounded(groups.ungroup(encode(groups, scales, self.bits)), scales)
 
     def store_rounded(self, codes: Tensor, scales: Scales) -> dict[str, Tensor]:

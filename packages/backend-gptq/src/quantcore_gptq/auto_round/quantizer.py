@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from quantcore.calibration.engine import Source
 
 ITERS = 200
-SAMPLES, SEQLEN, BATCH_SIZE = 128, 2048, 8
+BATCH_SIZE = 8
 _MULTIPLE = 32  # of both sides of a weight; others stay float, as in every export of auto-round
-_HEAD = "lm_head"
 
 
 class AutoRoundQuantizer(CalibratedQuantizer):
@@ -80,8 +79,8 @@ class AutoRoundQuantizer(CalibratedQuantizer):
     def prepare_calibration(self, calibration: Calibration) -> Calibration:
         """Rows one by one: the solver joins them to batches of its own."""
         config = self.quantization_config
-        samples, seqlen = config.setting("nsamples", SAMPLES), config.setting("seqlen", SEQLEN)
-        return dataclasses.replace(calibration.filled(samples=samples, seqlen=seqlen), batch_size=1)
+        filled = calibration.filled(samples=config.nsamples, seqlen=config.seqlen)
+        return dataclasses.replace(filled, batch_size=1)
 
     def solve_block(self, block: Block) -> None:
         if block.name:

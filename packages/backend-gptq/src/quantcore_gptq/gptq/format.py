@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
-from quantcore.formats.families import Affine, Family, column_grouping
+from quantcore.formats.families import Affine, ColumnGroups, Family, column_grouping
 from quantcore.formats.packing import Layout, pack_words, planar_layout, stream_layout, unpack_words
 from quantcore_gptq.gptq.zeros import read_zeros, write_zeros, zero_range
 from quantcore_gptq.rounding import Grid, fit_grid
@@ -118,6 +118,15 @@ class Gptq(WeightFormat):
             grouping=column_grouping(shape[1], self.run(shape[1]), operands.get("groups"), scales.device),
             bits=self.bits,
         )
+
+    def for_family(self, family: Family) -> WeightFormat:
+        """The format with the family's dtype of scales and order of groups."""
+        if not isinstance(family, Affine):
+            return self
+        index = family.grouping.index if isinstance(family.grouping, ColumnGroups) else None
+        is_run = index is None or torch.equal(index, self._runs(index.numel(), index.device))
+        plain = "runs" if self.g_idx == "any" else self.g_idx
+        return self.replace(scale_dtype=dtype_name(family.scale.dtype), g_idx=plain if is_run else "any")
 
     def raise_(self, family: Family) -> dict[str, Tensor]:
         if not isinstance(family, Affine) or family.bits > self.bits:

@@ -168,6 +168,10 @@ class WeightFormat:
         """The same numbers in their canonical family. `raise_` is the exact inverse."""
         raise NotImplementedError(f"{type(self).__name__} lowers to no family")
 
+    def for_family(self, family: Family) -> WeightFormat:
+        """The format with those of its details that follow from the numbers to store, such as an order of groups."""
+        return self
+
     def raise_(self, family: Family) -> dict[str, Tensor]:
         """The stored tensors of numbers that this format can hold exactly. Raises ValueError when it cannot."""
         raise NotImplementedError(f"{type(self).__name__} cannot be raised from a family")

@@ -19,6 +19,9 @@ class Grouping:
     size: int
     strided: bool = False
 
+    def __str__(self) -> str:
+        return f"groups of {self.size}{' strided' if self.strided else ''} weights"
+
     def count(self, numel: int) -> int:
         """Number of groups of a weight with numel elements."""
         return numel // self.size if self.strided else -(-numel // self.size)
@@ -49,6 +52,9 @@ class ColumnGroups:
 
     index: Tensor
     groups: int
+
+    def __str__(self) -> str:
+        return f"{self.groups} groups of columns in an order of their own"
 
     def count(self, numel: int) -> int:
         """Number of groups of a weight with numel elements."""
@@ -123,7 +129,7 @@ class Affine:
         scale, zero, index = self.by_columns()
         first = index[::size]
         if not torch.equal(first.repeat_interleave(size)[: index.numel()], index):
-            raise ValueError(f"columns of one run of {size} belong to different groups of {self.grouping}")
+            raise ValueError(f"columns of one run of {size} belong to different groups: {self.grouping}")
         return scale.index_select(1, first), zero.index_select(1, first)
 
 
