@@ -144,6 +144,20 @@ def test_adapters_stay_in_float32_over_a_bfloat16_model(make_model: Make) -> Non
     assert logits(model).dtype == torch.bfloat16
 
 
+def test_model_with_experts_trains_and_merges_what_has_adapters(
+    make_model: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = adapters.get_peft_model(quantcore.quantize(make_model("mixtral"), NF4_DOUBLE), lora())
+    assert "24 of 32 quantized layers got no adapter" in caplog.text
+    losses = train(model, steps=4)
+    assert losses[-1] < losses[0]
+    expected = logits(model)
+    merged = adapters.merge_to_float(model, torch.float32)
+    assert type(merged.model.layers[0].mlp.experts).__name__ == "MixtralExperts"
+    torch.testing.assert_close(logits(merged), expected)
+
+
 def test_another_kind_of_adapter_is_refused(make_model: Make) -> None:
     with pytest.raises(TypeError, match="LoRA or DoRA; got a IA3Config"):
         adapters.register(peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))

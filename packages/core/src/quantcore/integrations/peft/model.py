@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,8 @@ from quantcore.nn.dense import build_dense, view_dense
 from quantcore.nn.linear import QuantizedLinear
 from quantcore.nn.replace import quantized_modules
 from quantcore.quantizers.model import dequantize
+
+logger = logging.getLogger(__name__)
 
 _ALL_LINEAR = "all-linear"
 
@@ -37,8 +40,20 @@ def register(config: Any, model: nn.Module | None = None) -> Any:
 
 
 def get_peft_model(model: nn.Module, config: Any, **options: Any) -> Any:
-    """PEFT's get_peft_model, on quantized and float layers alike. options: PEFT's own."""
-    return _peft().get_peft_model(model, register(config, model), **options)
+    """PEFT's get_peft_model, on quantized and float layers alike. options: PEFT's own.
+
+    PEFT looks for the experts of some architectures in fused parameters, which quantized ones do not have: a warning
+    tells how many layers got no adapter.
+    """
+    from quantcore.integrations.peft.layer import lora_layers
+
+    takes_all = str(getattr(config, "target_modules", "")).lower() == _ALL_LINEAR
+    wanted = sum(isinstance(module, QuantizedLinear) for module in model.modules()) if takes_all else 0
+    adapted = _peft().get_peft_model(model, register(config, model), **options)
+    left = wanted - sum(1 for _ in lora_layers(adapted))
+    if left > 0:
+        logger.warning("%d of %d quantized layers got no adapter: experts, or the output head", left, wanted)
+    return adapted
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], **options: Any) -> Any:
