@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,11 +44,21 @@ def rows() -> Iterator[tuple[str, ...]]:
             yield (
                 f"`{info.method}`",
                 package,
-                ", ".join(f"`{key}={value}`" for key, value in example.items()) or "defaults",
+                ", ".join(f"`{key}={_brief(value)}`" for key, value in example.items()) or "defaults",
                 f"{weight_format.bits_per_weight(SHAPE):.2f}",
                 weight_format.family or "",
                 "with calibration data" if backend.needs_calibration else "without data",
             )
+
+
+def _brief(value: Any) -> str:
+    """A value as a table cell shows it: of nested settings what tells one example from another."""
+    if not isinstance(value, dict):
+        return str(value)
+    found = {key: inner for key, inner in value.items() if isinstance(inner, dict)}
+    if found:
+        return "; ".join(f"{key}: {_brief(inner)}" for key, inner in found.items())
+    return " ".join(str(value[key]) for key in ("type", "num_bits", "dtype", "qscheme", "group_size") if value.get(key))
 
 
 def main() -> int:
