@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
 from torch import nn
 
 from quantcore.formats.base import dtype_name
+from quantcore.nn.replace import replace_module
 from quantcore.quantization_config import QuantizationConfigMixin
 from quantcore.quantizers.base import HfQuantizer
 from quantcore.quantizers.weight import WeightQuantizer
 from quantcore_bnb.bitsandbytes.config import BitsAndBytesConfig
 from quantcore_bnb.bitsandbytes.format import Bnb4Bit
 from quantcore_bnb.bitsandbytes.format_int8 import Bnb8Bit
+from quantcore_bnb.bitsandbytes.trained import Int8TrainedLinear
+
+if TYPE_CHECKING:
+    from quantcore.checkpoints.read import Checkpoint
 
 
 def quantizer_for(config: QuantizationConfigMixin) -> type[HfQuantizer]:
     """The quantizer of the width that the config asks for; 4 bits when it asks for none, as upstream does."""
     assert isinstance(config, BitsAndBytesConfig)
-    return Bnb8BitQuantizer if config.load_in_8bit else Bnb4BitQuantizer
+    if not config.load_in_8bit:
+        return Bnb4BitQuantizer
+    return BnbTrainedQuantizer if config.llm_int8_has_fp16_weight else Bnb8BitQuantizer
 
 
 class Bnb4BitQuantizer(WeightQuantizer):
@@ -51,14 +62,6 @@ class Bnb8BitQuantizer(WeightQuantizer):
 
     quantization_config: BitsAndBytesConfig
 
-    def __init__(self, quantization_config: BitsAndBytesConfig, pre_quantized: bool = True, **kwargs: object) -> None:
-        if quantization_config.llm_int8_has_fp16_weight:
-            raise ValueError(
-                "BitsAndBytesConfig.llm_int8_has_fp16_weight is not supported: it stores no quantized weight; "
-                "set it to false"
-            )
-        super().__init__(quantization_config, pre_quantized, **kwargs)
-
     @property
     def skip_patterns(self) -> list[str] | None:
         return self.quantization_config.llm_int8_skip_modules
@@ -66,3 +69,34 @@ class Bnb8BitQuantizer(WeightQuantizer):
     def format_for(self, name: str, module: nn.Module) -> Bnb8Bit:
         threshold = self.quantization_config.llm_int8_threshold
         return Bnb8Bit(dtype=dtype_name(module.weight.dtype), threshold=threshold)  # type: ignore[arg-type]
+
+
+class BnbTrainedQuantizer(Bnb8BitQuantizer):
+    """LLM.int8() for training: layers keep their float weights, which are saved, and round them in each forward."""
+
+    def quantize_model(self, model: nn.Module) -> nn.Module:
+        """Let the planned linear layers round their weights as they run; nothing is copied."""
+        self._round_as_they_run(model, [layer.name for layer in self.plan(model).layers])
+        self.preprocess_model(model)
+        return self.postprocess_model(model)
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint: Checkpoint | None = None, **kwargs: Any
+    ) -> None:
+        super()._process_model_before_weight_loading(model, checkpoint=checkpoint, **kwargs)
+        if checkpoint is not None:
+            self._round_as_they_run(model, [layer.name for layer in self.plan(model).layers])
+
+    def _round_as_they_run(self, model: nn.Module, names: Iterable[str]) -> None:
+        modules = dict(model.named_modules())
+        for name in names:
+            module = modules.get(name)  # parts of fused experts are no modules, and stay float
+            if type(module) is nn.Linear:
+                layer = Int8TrainedLinear(module, self.quantization_config.llm_int8_threshold)
+                replace_module(model, name, layer.train(module.training))
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Int8TrainedLinear):
+                replace_module(model, name, module.to_linear().to(dtype))
+        return model
