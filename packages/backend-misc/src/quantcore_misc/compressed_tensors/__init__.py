@@ -11,20 +11,6 @@ if TYPE_CHECKING:
     from quantcore.kernels.dispatch import Kernel
 
 _MODULE = "quantcore_misc.compressed_tensors"
-_THREE_BITS = {
-    "targets": ["Linear"],
-    "weights": {
-        "num_bits": 3,
-        "type": "int",
-        "symmetric": False,
-        "group_size": 8,
-        "strategy": "group",
-        "dynamic": False,
-    },
-    "input_activations": None,
-    "output_activations": None,
-    "format": None,
-}
 
 BACKEND = Backend(
     method="compressed-tensors",
@@ -39,7 +25,7 @@ BACKEND = Backend(
         {"scheme": "NVFP4A16"},
         {"scheme": "MXFP8"},
         {"scheme": "MXFP6A16"},
-        {"config_groups": {"group_0": _THREE_BITS}},
+        {"scheme": "W4A16_ASYM"},
     ),
 )
 

@@ -151,9 +151,8 @@ class Scaling(Description):
         return codes.to(dtype) if self.is_integer else decode(codes, self.minifloat, dtype)
 
     def _round(self, values: Tensor) -> Tensor:
-        values = values.clamp_(*self.bounds)
         if self.is_integer:
-            return values.round_()
+            return values.clamp_(*self.bounds).round_()
         codes = encode(values, self.minifloat)
         return pack_fp4(codes) if self.element == "e2m1" else codes
 
@@ -177,8 +176,7 @@ class Scaling(Description):
             low[0, 0], high[0, 0] = torch.aminmax(weight)
         else:
             for rows, blocks in self._tiles(weight.shape):
-                parts = self._split(weight[rows]).transpose(1, 2).flatten(2)
-                torch.aminmax(parts, dim=2, out=(low[blocks], high[blocks]))
+                low[blocks], high[blocks] = _ends(self._split(weight[rows]).transpose(1, 2).flatten(2))
         low, high = low.clamp_(max=0), high.clamp_(min=0)
         least, largest = self.bounds
         scale = (high - low) / (largest - least)
@@ -212,6 +210,20 @@ class Scaling(Description):
         """operation(tile [T, K], the number of each value's block), per_block: [blocks down, blocks across]."""
         parts = operation(self._split(tile), per_block[:, None, :, None])  # type: ignore[operator]
         return parts.flatten(2).flatten(0, 1)[: tile.shape[0], : tile.shape[1]]
+
+
+def _ends(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest of the last dimension."""
+    if values.itemsize != 2:
+        return values.amin(-1), values.amax(-1)
+    # Halves are ordered as integers once negative ones are turned round, and integers are compared much faster.
+    keys = _ordered(values.view(torch.int16))
+    return _ordered(keys.amin(-1)).view(values.dtype), _ordered(keys.amax(-1)).view(values.dtype)
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """The bits of halves as integers of the same order; its own inverse."""
+    return (bits >> 15).bitwise_and_(0x7FFF).bitwise_xor_(bits)
 
 
 def _no_zeros(scale: Tensor) -> Tensor:
