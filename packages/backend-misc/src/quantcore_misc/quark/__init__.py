@@ -18,6 +18,7 @@ def _example(**parts: dict[str, Any]) -> dict[str, Any]:
 
 
 _GROUP_MX = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "ch_axis": -1, "scale_format": "e8m0"}
+_DYNAMIC = {"is_dynamic": True}
 _CHANNEL_FP8 = {"dtype": "fp8_e4m3", "qscheme": "per_channel", "ch_axis": 0, "symmetric": True, "is_dynamic": False}
 _TOKEN_FP8 = {"dtype": "fp8_e4m3", "qscheme": "per_channel", "ch_axis": 1, "symmetric": True, "is_dynamic": True}
 _GROUP_UINT4 = {"dtype": "uint4", "qscheme": "per_group", "group_size": 32, "ch_axis": -1, "symmetric": False}
@@ -33,8 +34,10 @@ BACKEND = Backend(
         _example(weight=_CHANNEL_FP8, input_tensors=_TOKEN_FP8),
         _example(weight=_GROUP_UINT4),
         _example(weight=_GROUP_INT4),
-        _example(weight={**_GROUP_MX, "is_dynamic": False}, input_tensors={**_GROUP_MX, "is_dynamic": True}),
-        _example(weight={**_GROUP_MX, "dtype": "fp6_e2m3"}),
+        _example(weight=_GROUP_MX),
+        _example(
+            weight={**_GROUP_MX, "dtype": "fp6_e2m3"}, input_tensors={**_GROUP_MX, "dtype": "fp6_e2m3", **_DYNAMIC}
+        ),
     ),
 )
 

@@ -10,6 +10,8 @@ from typing import Any
 from quantcore.quantization_config import Config, QuantizationConfigMixin, QuantizationMethod, option
 from quantcore_misc.quark.spec import LayerSpec, TensorQuant
 
+_EXPORT_CHOICES = {"pack_method": ("reorder", "order"), "weight_format": ("real_quantized", "fake_quantized")}
+
 
 @dataclass(eq=False, repr=False)
 class QuarkConfig(QuantizationConfigMixin):
@@ -37,9 +39,10 @@ class QuarkConfig(QuantizationConfigMixin):
         super().validate()
         for label, layer in self._layers():
             LayerSpec.parse(layer, f"QuarkConfig.{label}")
-        pack = self.pack_method
-        if pack not in ("reorder", "order"):
-            raise ValueError(f"QuarkConfig.export.pack_method must be 'reorder' or 'order', got {pack!r:.80}")
+        for name, allowed in _EXPORT_CHOICES.items():
+            value = (self.export or {}).get(name, allowed[0])
+            if value not in allowed:
+                raise ValueError(f"QuarkConfig.export.{name} must be one of {', '.join(allowed)}, got {value!r:.80}")
 
     @classmethod
     def from_dict(
@@ -56,8 +59,13 @@ class QuarkConfig(QuantizationConfigMixin):
         return str((self.export or {}).get("pack_method", "reorder"))
 
     @property
+    def is_fake(self) -> bool:
+        """Whether weights are stored as floats, beside the scales to round them under."""
+        return (self.export or {}).get("weight_format") == "fake_quantized"
+
+    @property
     def custom_mode(self) -> str:
-        """The mode of the export; only quark's own is read here."""
+        """The mode of the export; those of other modes are files of fp8 and awq, and name these methods."""
         return "quark"
 
     @property
@@ -66,17 +74,16 @@ class QuarkConfig(QuantizationConfigMixin):
         return self.export is None
 
     def for_layer(self, name: str, type_name: str) -> LayerSpec | None:
-        """What is rounded of the layer of this name and type; None where it stays float."""
+        """What is rounded of the layer of this name and type, by the first pattern that fits; None where nothing is."""
         if any(fnmatchcase(name, pattern) for pattern in self.exclude or ()):
             return None
-        by_name = (spec for pattern, spec in (self.layer_quant_config or {}).items() if fnmatchcase(name, pattern))
-        found = next(by_name, None) or (self.layer_type_quant_config or {}).get(type_name) or self.global_quant_config
+        found = self._spec_of(name, type_name)
         layer = LayerSpec.parse(found, f"the spec of {name}")
-        return layer if layer.weight is not None else None
+        return None if layer == LayerSpec(None, None, None) else layer
 
     def layers(self) -> list[LayerSpec]:
-        """Every spec of a layer that the config holds, but those of keys and values, which stand in others too."""
-        return [LayerSpec.parse(spec, label) for label, spec in self._layers() if not label.startswith("kv_cache")]
+        """Every spec of a layer that the config holds."""
+        return [LayerSpec.parse(spec, label) for label, spec in self._layers()]
 
     def cache_spec(self) -> TensorQuant | None:
         """How keys and values are rounded where their scales stand with attention modules."""
@@ -85,6 +92,13 @@ class QuarkConfig(QuantizationConfigMixin):
             if output is not None:
                 return output
         return None
+
+    def _spec_of(self, name: str, type_name: str) -> Any:
+        for specs in (self.layer_quant_config, self.kv_cache_quant_config):
+            for pattern, spec in (specs or {}).items():
+                if fnmatchcase(name, pattern):
+                    return spec
+        return (self.layer_type_quant_config or {}).get(type_name, self.global_quant_config)
 
     def _layers(self) -> list[tuple[str, Any]]:
         named = {

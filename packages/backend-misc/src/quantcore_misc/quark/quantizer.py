@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from quantcore.calibration.statistics import MinMax
-from quantcore.formats.base import dtype_name
+from quantcore.formats.base import FLOAT_DTYPES, dtype_name
 from quantcore.quantizers import selection
 from quantcore.quantizers.calibrated import CalibratedQuantizer
-from quantcore_misc.compressed_tensors import kv_cache
+from quantcore_misc.compressed_tensors.kv_cache import attach, stored_scales
+from quantcore_misc.quark import kv_cache
 from quantcore_misc.quark.config import QuarkConfig
+from quantcore_misc.quark.layer import SIDES, QuarkLayer, is_measured
+from quantcore_misc.quark.plain import FakeWeight, FloatWeight
 from quantcore_misc.quark.spec import LayerSpec, TensorQuant
 from quantcore_misc.quark.weight import QuarkWeight
 
@@ -39,19 +43,15 @@ class QuarkQuantizer(CalibratedQuantizer):
     quantization_config: QuarkConfig
 
     def __init__(self, quantization_config: QuarkConfig, pre_quantized: bool = True, **kwargs: Any) -> None:
-        stored = (quantization_config.export or _EXPORT).get("weight_format", "real_quantized")
-        if stored != "real_quantized":
-            raise ValueError(
-                f"QuarkConfig.export.weight_format is {stored!r}: such files hold float weights, not codes; export the "
-                "model with weight_format 'real_quantized'"
-            )
         if not pre_quantized:
+            _check_quantizable(quantization_config)
             quantization_config = copy.deepcopy(quantization_config)
             quantization_config.update(
                 export={**_EXPORT, **(quantization_config.export or {})},
                 version=quantization_config.version or _WRITTEN,
             )
         super().__init__(quantization_config, pre_quantized, **kwargs)
+        self._scaled: frozenset[str] = frozenset()  # attention modules that have the scales of keys and values
 
     @property
     def skip_patterns(self) -> list[str] | None:
@@ -64,35 +64,37 @@ class QuarkQuantizer(CalibratedQuantizer):
             return fnmatchcase(name, pattern)
         return selection.matches_pattern(name, pattern)
 
-    def format_for(self, name: str, module: nn.Module) -> QuarkWeight | None:
+    def format_for(self, name: str, module: nn.Module) -> QuarkLayer | None:
         layer = self.quantization_config.for_layer(name, type(module).__name__)
         if layer is None:
             return None
-        return format_of(layer, self.quantization_config, dtype_name(module.weight.dtype))  # type: ignore[arg-type]
+        owner, _, last = name.rpartition(".")
+        if owner in self._scaled and last in kv_cache.PROJECTIONS:
+            layer = dataclasses.replace(layer, output=None)
+        found = format_of(layer, self.quantization_config, dtype_name(module.weight.dtype))  # type: ignore[arg-type]
+        is_float = isinstance(found, FloatWeight) and not any(map(found.measures, SIDES))
+        return None if is_float else found
 
     # Quantizing
 
     @property
     def needs_data(self) -> bool:
         """Whether a spec stores something of the range of activations."""
-        sides = (side for layer in self.quantization_config.layers() for side in (layer.input, layer.output))
-        return any(_is_measured(side) for side in sides if side is not None)
+        specs = (spec for layer in self.quantization_config.layers() for spec in (layer.input, layer.output))
+        return any(is_measured(spec.activation()) for spec in specs if spec is not None)
 
     def solve_block(self, block: Block) -> None:
         """Round every layer, and store the scales of what reaches and leaves it; unreached layers keep the scale 1."""
-        formats: dict[str, QuarkWeight] = {name: layer.weight_format for name, layer in block.layers.items()}  # type: ignore[misc]
-        inputs = [name for name, each in formats.items() if each.measures("input")]
-        ranges = block.collect(inputs, lambda layer: MinMax(layer.dense.shape[1])) if inputs else {}
-        outputs = _output_amax(block, [name for name, each in formats.items() if each.measures("output")])
-        least = float((self.quantization_config.export or _EXPORT).get("min_kv_scale") or 0.0)
+        formats: dict[str, QuarkLayer] = {name: layer.weight_format for name, layer in block.layers.items()}  # type: ignore[misc]
+        ranges = {
+            side: _ranges(block, [name for name in formats if formats[name].measures(side)], side) for side in SIDES
+        }
+        floor = float((self.quantization_config.export or _EXPORT).get("min_kv_scale") or 0.0)
         for name, layer in block.layers.items():
             tensors = formats[name].quantize(layer.dense.weight)
-            found = ranges.get(name)
-            if found is not None and found.tokens:
-                amax = torch.maximum(found.low.amin().abs(), found.high.amax().abs())
-                tensors |= formats[name].activation_tensors("input", amax)
-            if name in outputs:
-                tensors |= formats[name].activation_tensors("output", outputs[name], least)
+            for side, least in zip(SIDES, (0.0, floor), strict=True):
+                if name in ranges[side]:
+                    tensors |= formats[name].range_tensors(side, *ranges[side][name], least)
             block.replace(name, {suffix: tensor.to(layer.dense.weight.device) for suffix, tensor in tensors.items()})
 
     # Loading
@@ -103,16 +105,21 @@ class QuarkQuantizer(CalibratedQuantizer):
         """Scales of keys and values that stand with attention modules are given to these, and used by their caches."""
         if checkpoint is None:
             return super()._process_model_before_weight_loading(model, checkpoint=checkpoint, **kwargs)
-        scales = kv_cache.stored_scales(model, checkpoint.headers)
+        scales = stored_scales(model, checkpoint.headers)
+        self._scaled = frozenset(scales)
         besides = {f"{owner}.{suffix}" for owner, suffixes in scales.items() for suffix in suffixes}
         rest = copy.copy(checkpoint)
         rest.headers = {name: header for name, header in checkpoint.headers.items() if name not in besides}
         super()._process_model_before_weight_loading(model, checkpoint=rest, **kwargs)
-        kv_cache.attach(model, scales, checkpoint.headers)
-        spec = self.quantization_config.cache_spec() or _CACHE
-        for owner in scales:
-            kv_cache.run_with(model.get_submodule(owner), spec.activation())
+        attach(model, scales, checkpoint.headers)
         return None
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        super()._process_model_after_weight_loading(model, **kwargs)
+        config = self.quantization_config
+        activation = (config.cache_spec() or _CACHE).activation()
+        for owner in self._scaled:
+            kv_cache.apply(model.get_submodule(owner), activation, post_rope=bool(config.kv_cache_post_rope))
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         model = super()._dequantize(model, dtype)
@@ -120,43 +127,61 @@ class QuarkQuantizer(CalibratedQuantizer):
         return model
 
 
-def format_of(layer: LayerSpec, config: QuarkConfig, dtype: str) -> QuarkWeight:
+def format_of(layer: LayerSpec, config: QuarkConfig, dtype: str) -> QuarkLayer:
     """The format of a layer; dtype: of the model."""
     weight = layer.weight
-    assert weight is not None
-    return QuarkWeight(
+    shared: dict[str, Any] = {
+        "dtype": dtype,
+        "scale_dtype": _scale_dtype(weight, dtype),
+        "input": None if layer.input is None else layer.input.activation(),
+        "input_dtype": _scale_dtype(layer.input, dtype),
+        "output": None if layer.output is None else layer.output.activation(),
+        "output_dtype": _scale_dtype(layer.output, dtype),
+    }
+    if weight is None:
+        return FloatWeight(**shared)
+    return (FakeWeight if config.is_fake else QuarkWeight)(
+        **shared,
         element=weight.element,
         strategy=weight.strategy,
         group_size=weight.group_size,
+        block_rows=weight.block_rows,
         is_symmetric=weight.is_symmetric,
         scale=weight.scale,
         mode=weight.mode,
         is_reordered=config.pack_method == "reorder",
-        dtype=dtype,
-        scale_dtype=_scale_dtype(weight, dtype),
-        input=None if layer.input is None else layer.input.activation(),
-        input_dtype=_scale_dtype(layer.input, dtype),
-        output=None if layer.output is None else layer.output.activation(),
-        output_dtype=_scale_dtype(layer.output, dtype),
     )
 
 
+def _check_quantizable(config: QuarkConfig) -> None:
+    """Raise ValueError for what is read, but not made, here."""
+    if config.is_fake:
+        raise ValueError(
+            "QuarkConfig.export.weight_format 'fake_quantized' is read, not made; write 'real_quantized' to quantize"
+        )
+    specs = (spec for layer in config.layers() for spec in (layer.weight, layer.input, layer.output))
+    if any(spec is not None and spec.scale_type == "pof2" for spec in specs):
+        raise ValueError("QuarkConfig: scale_type 'pof2' is read, not made; use 'float' to quantize")
+
+
 def _scale_dtype(spec: TensorQuant | None, dtype: str) -> str:
-    """Float scales have the model's dtype, but those of 8-bit integers."""
-    return "float32" if spec is not None and spec.element in ("int8", "uint8") else dtype
+    """Float scales have the dtype that the spec says; else the model's, but those of 8-bit integers."""
+    if spec is None or spec.scale_type in FLOAT_DTYPES:
+        return dtype if spec is None else spec.scale_type
+    return "float32" if spec.element in ("int8", "uint8") else dtype
 
 
-def _is_measured(spec: TensorQuant) -> bool:
-    return not spec.is_dynamic or spec.scale == "e4m3"
-
-
-def _output_amax(block: Block, names: list[str]) -> dict[str, Tensor]:
-    """The largest magnitude of what each named layer gives, over all samples."""
-    found: dict[str, Tensor] = {}
+def _ranges(block: Block, names: list[str], side: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """The least and the largest of what reaches or leaves each named layer, over all samples."""
     if not names:
-        return found
+        return {}
+    if side == "input":
+        seen = block.collect(names, lambda layer: MinMax(layer.dense.shape[1]))
+        return {name: (each.low.amin(), each.high.amax()) for name, each in seen.items() if each.tokens}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     for calls in block.calls(names):
         for name, call in calls.items():
-            amax = call.output.abs().amax()
-            found[name] = torch.maximum(found[name], amax) if name in found else amax
+            low, high = torch.aminmax(call.output)
+            before = found.get(name, (low, high))
+            found[name] = torch.minimum(low, before[0]), torch.maximum(high, before[1])
     return found

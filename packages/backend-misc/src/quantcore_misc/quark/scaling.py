@@ -1,23 +1,25 @@
 """The arithmetic of Quark's weights: scales, codes and values, in the order and the dtypes of upstream.
 
-Scales are 0-dimensional by tensor, [N, 1] by channel and [N, G] by group. Source: AMD Quark 0.13.
+Scales are 0-dimensional by tensor, [N, 1] by channel, [N, G] by group, and [ceil(N/rows), ceil(K/columns)] by block.
+Source: AMD Quark 0.13.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from quantcore.formats.activation import abs_max
-from quantcore.formats.blocks import row_pieces
+from quantcore.formats.activation import Activation, abs_max
+from quantcore.formats.blocks import block_abs_max, row_pieces
 from quantcore.formats.minifloat import E5M3, MiniFloat, decode, e4m3_scale, e8m0_codes, e8m0_values, encode, minifloat
 
 if TYPE_CHECKING:
     from quantcore_misc.quark.weight import QuarkWeight
 
-_LEAST_SCALE = 2.0**-23
+LEAST_SCALE = 2.0**-23
 _OUTER_LIMIT = 2688.0  # 448 * 6: the largest scale times the largest code
 _INTEGERS = {"int8": (-128, 127), "int4": (-8, 7), "uint4": (0, 15), "uint8": (0, 255)}
 
@@ -27,104 +29,60 @@ class Parts(NamedTuple):
 
     codes: Tensor
     scale: Tensor
-    zero: Tensor
+    zero: Tensor | None = None
     outer: Tensor | None = None
 
 
 def quantize_weight(weight: Tensor, weight_format: QuarkWeight) -> Parts:
     """The parts of a weight [N, K] in the model's dtype."""
     if weight_format.element in _INTEGERS:
-        return _integers(weight, weight_format)
-    return _floats(weight, weight_format)
+        scale, zero = _integer_scales(weight, weight_format)
+        return Parts(encode_weight(weight, scale.float(), zero, weight_format), scale, zero)
+    stored, scale, outer = _float_scales(weight, weight_format)
+    return Parts(encode_weight(weight, scale, None, weight_format), stored, None, outer)
+
+
+def encode_weight(weight: Tensor, scale: Tensor, zero: Tensor | None, weight_format: QuarkWeight) -> Tensor:
+    """Codes [N, K] of a weight under given scales, as `Packing` takes them.
+
+    Integers are divided in float32, and rounded before a zero point is added; floats in the dtype of their scale.
+    """
+    element = weight_format.element
+    dtype = _code_dtype(element)
+    codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    if element.endswith("int4"):
+        divide, scale = torch.mul, 1 / scale
+    else:
+        divide, scale = torch.div, torch.where(scale == 0, 1.0, scale)
+    for rows, factor, shift in _pieces(codes, weight_format, scale, zero):
+        steps = weight_format.each(divide, weight[rows].to(factor.dtype), factor)
+        if element in _INTEGERS:
+            low, high = _INTEGERS[element]
+            steps = steps.round_() if shift is None else weight_format.each(torch.add, steps.round_(), shift)
+            codes[rows] = steps.clamp_(low, high)
+        else:
+            codes[rows] = _without_negative_zero(encode(steps, minifloat(element)), minifloat(element))
+    return codes
 
 
 def dequantize_codes(
     codes: Tensor, scale: Tensor, zero: Tensor | None, weight_format: QuarkWeight, dtype: torch.dtype
 ) -> Tensor:
     """(code - zero) * scale in float32, rounded once to dtype, a few rows at a time."""
-    N, K = codes.shape
-    weight = torch.empty((N, K), dtype=dtype, device=codes.device)
-    scale = scale.expand(N, scale.shape[1] if scale.ndim == 2 else 1)
-    zeros = None if zero is None else zero.expand(scale.shape)
-    for rows in row_pieces((N, K)):
-        part = _values(codes[rows], weight_format.element).unflatten(1, (scale.shape[1], -1))
-        if zeros is not None:
-            part = part - zeros[rows, :, None]
-        weight[rows] = (part * scale[rows, :, None]).flatten(1)
+    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for rows, factor, shift in _pieces(codes, weight_format, scale, zero):
+        part = _values(codes[rows], weight_format.element)
+        if shift is not None:
+            part = weight_format.each(torch.sub, part, shift)
+        weight[rows] = weight_format.each(torch.mul, part, factor)
     return weight
 
 
-def unsigned_scales(stored: Tensor, kind: str) -> Tensor:
-    """Block scales of small floats in float32."""
-    return decode(stored, minifloat(kind))
-
-
-def _values(codes: Tensor, element: str) -> Tensor:
-    return codes.float() if element in _INTEGERS else decode(codes.contiguous(), minifloat(element))
-
-
-def _grouped(weight: Tensor, weight_format: QuarkWeight) -> Tensor:
-    """A view [R, G, size] of the weight by what shares a scale."""
-    if weight_format.strategy == "tensor":
-        return weight.reshape(1, 1, -1)
-    return weight.unflatten(1, (-1, weight_format.group_size or weight.shape[1]))
-
-
-def _integers(weight: Tensor, weight_format: QuarkWeight) -> Parts:
-    """Scales in the weight's dtype; codes are rounded before a zero point is added, in float32."""
-    low_code, high_code = _INTEGERS[weight_format.element]
-    groups = _grouped(weight, weight_format)
-    dtype = torch.uint8 if low_code == 0 else torch.int8
-    if weight_format.is_symmetric:
-        scale = abs_max(groups) / ((high_code - low_code) / 2)
-        zero = torch.zeros_like(scale)
-    else:
-        low, high = torch.aminmax(groups, dim=2)
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = ((high - low) / (high_code - low_code)).clamp_(min=_LEAST_SCALE)
-        zero = (-(low / scale).round_() + low_code).clamp_(low_code, high_code)
-    scale = scale.clamp_(min=_LEAST_SCALE)
-    codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    wide, shift = _by_rows(scale.float(), weight), _by_rows(zero, weight)
-    for rows in row_pieces(tuple(weight.shape)):
-        part = weight[rows].float().unflatten(1, (wide.shape[1], -1))
-        steps = part / wide[rows, :, None] if weight_format.element.endswith("8") else part * (1 / wide[rows, :, None])
-        codes[rows] = steps.round_().add_(shift[rows, :, None]).clamp_(low_code, high_code).flatten(1)
-    return Parts(codes, scale, zero.to(dtype))
-
-
-def _floats(weight: Tensor, weight_format: QuarkWeight) -> Parts:
-    element = minifloat(weight_format.element)
-    amax = abs_max(_grouped(weight, weight_format))
-    stored, outer = amax, None
-    if weight_format.scale == "e8m0":
-        stored = e8m0_codes(amax, element, weight_format.mode)
-        scale = e8m0_values(stored)
-    elif weight_format.scale == "e4m3":
-        outer = outer_scale(weight.abs().amax())
-        stored = e4m3_scale(amax.float() / element.maximum / outer)
-        scale = stored.float() * outer
-    elif weight_format.scale == "e5m3":
-        stored = encode(amax.float() / element.maximum, E5M3)
-        scale = decode(stored, E5M3)
-    else:
-        stored = scale = (amax / element.maximum).clamp_(min=_LEAST_SCALE)
-    codes = torch.empty(weight.shape, dtype=element.dtype or torch.uint8, device=weight.device)
-    wide = _by_rows(scale if weight_format.scale == "float" else torch.where(scale == 0, 1.0, scale), weight)
-    for rows in row_pieces(tuple(weight.shape)):
-        part = weight[rows].to(wide.dtype).unflatten(1, (wide.shape[1], -1))  # float scales divide in their own dtype
-        codes[rows] = _without_negative_zero(encode((part / wide[rows, :, None]).flatten(1), element), element)
-    return Parts(codes, stored, torch.zeros((), device=weight.device), outer)
-
-
-def _without_negative_zero(codes: Tensor, element: MiniFloat) -> Tensor:
-    """Codes of less than 8 bits with one zero, as upstream's look-up gives them."""
-    return codes if element.bits == 8 else codes.masked_fill_(codes == element.sign_bit, 0)
-
-
-def _by_rows(scale: Tensor, weight: Tensor) -> Tensor:
-    """One number for each group of each row, [N, G]."""
-    return scale.expand(weight.shape[0], scale.shape[1])
+def read_scales(stored: Tensor, kind: str) -> Tensor:
+    """Scales in float32 as `TensorQuant.scale` says they are stored."""
+    if kind == "float":
+        return stored.float()
+    return e8m0_values(stored) if kind == "e8m0" else decode(stored, minifloat(kind))
 
 
 def outer_scale(amax: Tensor) -> Tensor:
@@ -133,6 +91,97 @@ def outer_scale(amax: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
-def activation_scale(amax: Tensor, limit: float, dtype: torch.dtype) -> Tensor:
-    """The scale of activations up to amax, 0-dimensional, chosen in the model's dtype."""
-    return (amax.to(dtype) / limit).clamp_(min=_LEAST_SCALE)
+def range_scale(low: Tensor, high: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of activations between low and high, 0-dimensional, in their dtype."""
+    smallest, largest = activation.code_range
+    return _scale_and_zero(low, high, smallest, largest, is_symmetric=activation.is_symmetric)
+
+
+def _scale_and_zero(
+    low: Tensor, high: Tensor, smallest: float, largest: float, *, is_symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, in the dtype of low and high, for codes from smallest to largest."""
+    if is_symmetric:
+        scale = (torch.maximum(low.abs(), high.abs()) / ((largest - smallest) / 2)).clamp_(min=LEAST_SCALE)
+        middle = (smallest + largest + 1) // 2 if smallest == 0 else 0.0
+        return scale, torch.full_like(scale, middle)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = ((high - low) / (largest - smallest)).clamp_(min=LEAST_SCALE)
+    return scale, (smallest - (low / scale).round_()).clamp_(smallest, largest)
+
+
+def _integer_scales(weight: Tensor, weight_format: QuarkWeight) -> tuple[Tensor, Tensor]:
+    """Scales in the weight's dtype, and zero points as numbers."""
+    if weight_format.strategy == "tensor":
+        low, high = torch.aminmax(weight)
+    else:
+        low, high = torch.aminmax(weight.unflatten(1, (-1, weight_format.group_size or weight.shape[1])), dim=2)
+    ends = _INTEGERS[weight_format.element]
+    scale, zero = _scale_and_zero(low, high, *ends, is_symmetric=weight_format.is_symmetric)
+    return scale, zero.to(_code_dtype(weight_format.element))
+
+
+def _float_scales(weight: Tensor, weight_format: QuarkWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scales as stored and as factors, and the second one."""
+    element, amax = minifloat(weight_format.element), _largest(weight, weight_format)
+    if weight_format.scale == "e8m0":
+        stored = e8m0_codes(amax, element, weight_format.mode)
+        return stored, e8m0_values(stored), None
+    if weight_format.scale == "e4m3":
+        outer = outer_scale(weight.abs().amax())
+        stored = e4m3_scale(amax.float() / element.maximum / outer)
+        return stored, stored.float() * outer, outer
+    if weight_format.scale == "e5m3":
+        stored = encode(amax.float() / element.maximum, E5M3)
+        return stored, decode(stored, E5M3), None
+    scale = (amax / element.maximum).clamp_(min=LEAST_SCALE)
+    return scale, scale, None
+
+
+def _largest(weight: Tensor, weight_format: QuarkWeight) -> Tensor:
+    """The largest magnitude of what shares a scale, in the weight's dtype."""
+    if weight_format.strategy == "tensor":
+        return abs_max(weight.reshape(-1))
+    columns = weight_format.group_size or max(1, weight.shape[1])
+    return block_abs_max(weight, (weight_format.block_rows or 1, columns))
+
+
+def _pieces(
+    codes: Tensor, weight_format: QuarkWeight, scale: Tensor, zero: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Rows of a weight, with the scales and zero points of each, [r, G] or 0-dimensional."""
+    count = weight_format.block_rows
+    for rows in row_pieces((codes.shape[0], codes.shape[1])):
+        if scale.ndim == 0:
+            yield rows, scale, zero
+        elif count > 1:
+            yield rows, scale[torch.arange(rows.start, rows.stop, device=scale.device) // count], None
+        else:
+            yield rows, scale[rows], None if zero is None else zero[rows]
+
+
+def each_group(operation: Callable[[Tensor, Tensor], Tensor], part: Tensor, table: Tensor, size: int) -> Tensor:
+    """operation(part [r, K], the number of each group), table: [r, G] for groups of size columns, or one number.
+
+    The last group may be short.
+    """
+    if table.ndim == 0:
+        return operation(part, table)
+    if part.shape[1] % size:
+        return operation(part, table.repeat_interleave(size, 1)[:, : part.shape[1]])
+    return operation(part.unflatten(1, (-1, size)), table[:, :, None]).flatten(1)
+
+
+def _values(codes: Tensor, element: str) -> Tensor:
+    return codes.float() if element in _INTEGERS else decode(codes, minifloat(element))
+
+
+def _code_dtype(element: str) -> torch.dtype:
+    if element in _INTEGERS:
+        return torch.uint8 if _INTEGERS[element][0] == 0 else torch.int8
+    return minifloat(element).dtype or torch.uint8
+
+
+def _without_negative_zero(codes: Tensor, element: MiniFloat) -> Tensor:
+    """Codes of less than 8 bits with one zero, as upstream's look-up gives them."""
+    return codes if element.bits == 8 else codes.masked_fill_(codes == element.sign_bit, 0)

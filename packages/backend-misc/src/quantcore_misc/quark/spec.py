@@ -22,16 +22,19 @@ _ELEMENTS = {
     "uint4": "uint4",
 }
 _FLOATS = ("bfloat16", "float16", "float32")
-_STRATEGIES = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group"}
+_STRATEGIES = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group", "per_block": "block"}
 _MODES = ("even", "floor", "ceil")
-_ZERO_SCALE = 2.0**-23
+_SCALE_TYPES = ("float", *_FLOATS, "pof2", "float8_e5m3", "float8_e8m0fnu")
+_SECOND = "fp8_e4m3"  # what scales of a first stage are rounded to
 
 
 @dataclass(frozen=True)
 class TensorQuant:
-    """element: our name of it. strategy: what shares a scale: the tensor, a channel, a group of group_size columns.
+    """element: our name of it. strategy: what shares a scale: the tensor, a channel, a group of group_size columns, or
+    a block of block_rows by group_size.
 
-    scale: what scales are: "float", "e8m0" (by the rounding mode), "e5m3", or "e4m3" under a second scale.
+    scale: what scales are: "float", "e8m0" (by the rounding mode), "e5m3", or "e4m3" under a second scale. scale_type:
+    how a float scale is stored, "float" as the model's weights, "pof2" a power of two, else a dtype.
     """
 
     element: str
@@ -41,6 +44,8 @@ class TensorQuant:
     is_symmetric: bool
     scale: str
     mode: str = "even"
+    block_rows: int = 0
+    scale_type: str = "float"
 
     @classmethod
     def parse(cls, values: Any, label: str) -> TensorQuant | None:
@@ -48,50 +53,52 @@ class TensorQuant:
 
         Raises TypeError or ValueError naming the key.
         """
-        second = None
-        if isinstance(values, list):
-            if len(values) > 2 or not values:
-                raise ValueError(f"{label}: a list holds one spec, or two: of the tensor and of its scales")
-            values, second = values[0], (values[1] if len(values) == 2 else None)
-        if values is None:
+        values, second = _stages(values, label)
+        if values is None or values.get("dtype") in _FLOATS:
             return None
-        if not isinstance(values, Mapping):
-            raise TypeError(f"{label} must be a spec, a list of specs or null, got {values!r:.80}")
-        dtype = values.get("dtype")
-        if dtype in _FLOATS:
-            return None
-        scheme, size = values.get("qscheme") or "per_tensor", values.get("group_size")
-        _check(dtype, _ELEMENTS, f"{label}.dtype")
+        _check(values.get("dtype"), _ELEMENTS, f"{label}.dtype")
+        scheme, mode = values.get("qscheme") or "per_tensor", values.get("scale_calculation_mode") or "even"
         _check(scheme, _STRATEGIES, f"{label}.qscheme")
-        if scheme == "per_group" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"{label}.group_size must be a positive integer, got {size!r:.80}")
-        mode = values.get("scale_calculation_mode") or "even"
         _check(mode, _MODES, f"{label}.scale_calculation_mode")
+        _check(values.get("scale_type") or "float", _SCALE_TYPES, f"{label}.scale_type")
+        element, (rows, columns) = _ELEMENTS[values["dtype"]], _block(scheme, values, label)
+        if scheme == "per_block" and "int" in element:
+            raise ValueError(f"{label}.qscheme per_block serves floats of 8 bits and fewer, not {values['dtype']}")
         return cls(
-            element=_ELEMENTS[dtype],
+            element=element,
             strategy=_STRATEGIES[scheme],
-            group_size=size if scheme == "per_group" and size is not None else 0,
+            group_size=columns,
             is_dynamic=bool(values.get("is_dynamic")),
             is_symmetric=values.get("symmetric") is not False,
-            scale=_scale_of(values, second),
+            scale=_scale_of(values, second, label),
             mode=mode,
+            block_rows=rows,
+            scale_type=values.get("scale_type") or "float",
         )
 
     def activation(self) -> Activation:
         """The rounding of a layer's input or output. Scales per channel are meant, and taken, per token.
 
-        Raises ValueError for an unsigned element, which has no activation here.
+        Raises ValueError for what has no activation here: unsigned elements, blocks of several rows, and stored scales
+        of more than the tensor.
         """
         from quantcore.formats.activation import Activation
+        from quantcore_misc.quark.scaling import LEAST_SCALE
 
         if self.element.startswith("uint"):
             raise ValueError(f"activations in {self.element} are not supported; use int8 or a float")
+        if self.block_rows > 1:
+            raise ValueError(f"activations in blocks of {self.block_rows} rows are not supported; use 1")
+        if self.scale == "float" and not self.is_dynamic and self.strategy != "tensor":
+            raise ValueError(
+                f"static activations by {self.strategy} are not supported; use per_tensor, or dynamic ones"
+            )
         shared: dict[str, Any] = {
             "element": self.element,
-            "strategy": "token" if self.strategy == "channel" else self.strategy,
+            "strategy": {"channel": "token", "block": "group"}.get(self.strategy, self.strategy),
             "group_size": self.group_size,
-            "is_symmetric": self.is_symmetric,
-            "zero_scale": _ZERO_SCALE,
+            "is_symmetric": self.is_symmetric or "int" not in self.element,
+            "zero_scale": LEAST_SCALE,
         }
         if self.scale == "e8m0":
             return Activation(**shared, scale=f"e8m0-{self.mode}")
@@ -123,8 +130,39 @@ class LayerSpec:
         return cls(*(TensorQuant.parse(values.get(part), f"{label}.{part}") for part in parts))
 
 
-def _scale_of(values: Mapping[str, Any], second: Any) -> str:
+def _stages(values: Any, label: str) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    """The specs of a tensor and of its scales, each None where there is none."""
+    stages = values if isinstance(values, list) else [values]
+    if not 1 <= len(stages) <= 2:
+        raise ValueError(f"{label}: a list holds one spec, or two: of the tensor and of its scales")
+    for stage in stages:
+        if stage is not None and not isinstance(stage, Mapping):
+            raise TypeError(f"{label} must be a spec, a list of specs or null, got {values!r:.80}")
+    return stages[0], stages[1] if len(stages) == 2 else None
+
+
+def _block(scheme: str, values: Mapping[str, Any], label: str) -> tuple[int, int]:
+    """Rows and columns that share a scale, 0 where the scheme says so without numbers."""
+    if scheme == "per_group":
+        return 0, _size(values.get("group_size"), f"{label}.group_size")
+    if scheme != "per_block":
+        return 0, 0
+    size = values.get("block_size")
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise ValueError(f"{label}.block_size must be two numbers, of rows and of columns, got {size!r:.80}")
+    return _size(size[0], f"{label}.block_size"), _size(size[1], f"{label}.block_size")
+
+
+def _size(value: Any, label: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{label} must be a positive integer, got {value!r:.80}")
+    return value
+
+
+def _scale_of(values: Mapping[str, Any], second: Mapping[str, Any] | None, label: str) -> str:
     if second is not None:
+        if second.get("dtype") != _SECOND or (second.get("qscheme") or "per_tensor") != "per_tensor":
+            raise ValueError(f"{label}[1] must be {_SECOND} per_tensor, got {dict(second)!r:.120}")
         return "e4m3"
     written = str(values.get("scale_format") or values.get("scale_type") or "float")
     if "e8m0" in written:
