@@ -1,0 +1,58 @@
+"""The decoders of quark in the skeletons, in Triton's interpreter: run with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton.language as tl
+
+from quantcore.kernels.triton import launch
+from quantcore.kernels.triton.checks import check_dequantize, check_input_grad, check_linear
+from quantcore_misc.quark.decode import decoder_for
+from quantcore_misc.quark.weight import QuarkWeight
+
+GROUPS = QuarkWeight(element="uint4", strategy="group", group_size=16, is_symmetric=False)
+FORMATS = {
+    "uint4": GROUPS,
+    "uint4-order": GROUPS.replace(is_reordered=False),
+    "int4": GROUPS.replace(element="int4", is_symmetric=True),
+    "int4-channel": QuarkWeight(element="int4", strategy="channel"),
+    "uint4-channel": QuarkWeight(element="uint4", strategy="channel", is_symmetric=False, is_reordered=False),
+    "int8-tensor": QuarkWeight(element="int8", is_symmetric=False, scale_dtype="float32"),
+    "int8-channel": QuarkWeight(element="int8", strategy="channel"),
+    "fp8-tensor": QuarkWeight(),
+    "fp8-channel": QuarkWeight(strategy="channel", dtype="float16", scale_dtype="float16"),
+    "fp8-block": QuarkWeight(strategy="block", group_size=32, block_rows=16),
+    "mxfp4": QuarkWeight(element="e2m1", strategy="group", group_size=16, scale="e8m0"),
+    "mxfp6": QuarkWeight(element="e2m3", strategy="group", group_size=16, scale="e8m0"),
+    "nvfp4": QuarkWeight(element="e2m1", strategy="group", group_size=16, scale="e4m3"),
+    "amdfp4": QuarkWeight(element="e2m1", strategy="group", group_size=16, scale="e5m3"),
+}
+SHAPE = (40, 80)  # a last tile that is not full
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_decoder_gives_the_formats_own_numbers(name: str) -> None:
+    check_dequantize(FORMATS[name], decoder_for(FORMATS[name]), SHAPE, torch.float32)
+
+
+def test_wide_indices_decode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_index_type", lambda N, K: tl.int64)
+    for name in ("uint4", "int4-channel", "fp8-block", "mxfp6"):
+        check_dequantize(FORMATS[name], decoder_for(FORMATS[name]), SHAPE, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["uint4", "int4-channel", "int8-channel", "nvfp4", "amdfp4"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_gemv_matches_reference(name: str, rows: int) -> None:
+    x, bias = torch.randn(rows, 96, dtype=torch.bfloat16), torch.randn(24, dtype=torch.bfloat16)
+    check_linear(launch.gemv, FORMATS[name], decoder_for(FORMATS[name]), x, 24, bias)
+
+
+@pytest.mark.parametrize("name", ["int4", "mxfp4", "fp8-tensor"])
+def test_gemm_matches_reference(name: str) -> None:
+    check_linear(launch.gemm, FORMATS[name], decoder_for(FORMATS[name]), torch.randn(17, 96), 72)
+
+
+def test_input_gradient_is_the_references() -> None:
+    check_input_grad(GROUPS, decoder_for(GROUPS), torch.randn(3, 24), 80)
