@@ -30,7 +30,7 @@ class FineGrainedFP8Config(QuantizationConfigMixin):
     activation_scheme: str = option(
         "dynamic", choices=SCHEMES, help="scales of the inputs: measured at run time, or stored"
     )
-    weight_block_size: tuple[int, int] | None = option(
+    weight_block_size: tuple[int, int] | list[int] | None = option(
         (128, 128), minimum=1, help="rows and columns of weights that share a scale; none: the whole tensor"
     )
     dequantize: bool = option(False, help="load the weights as floats")
@@ -40,13 +40,11 @@ class FineGrainedFP8Config(QuantizationConfigMixin):
     expert_dtype: str = option("fp8", choices=EXPERT_DTYPES, help="fp4: routed experts of 4-bit floats")
 
     def validate(self) -> None:
-        """Check every field; a block size given as a list becomes a tuple."""
+        """Check every field. Raises TypeError or ValueError naming it."""
         if isinstance(self.activation_scheme, str):
             self.activation_scheme = self.activation_scheme.lower()
-        if isinstance(self.weight_block_size, list):
-            self.weight_block_size = tuple(self.weight_block_size)
         size = self.weight_block_size
-        if isinstance(size, tuple) and len(size) != 2:
+        if isinstance(size, tuple | list) and len(size) != 2:
             raise ValueError(f"{self._label('weight_block_size')} must be rows and columns, got {size!r:.80}")
         super().validate()
 
@@ -66,6 +64,12 @@ class FineGrainedFP8Config(QuantizationConfigMixin):
         if config.modules_to_not_convert is None:
             config.update(modules_to_not_convert=config.extra_keys.get("ignored_layers"))
         return result
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """Rows and columns of weights that share a scale, None for the whole tensor."""
+        size = self.weight_block_size
+        return None if size is None else (size[0], size[1])
 
     @property
     def dialect(self) -> str:

@@ -45,10 +45,10 @@ class Fp8Quantizer(CalibratedQuantizer):
         is_vllm, has_exponents = config.dialect == "vllm", config.scale_fmt == "ue8m0"
         scalar = 0 if is_vllm or self.needs_data else 2
         return Fp8(
-            block=config.weight_block_size or TENSOR,
+            block=config.block or TENSOR,
             scale="weight_scale" if is_vllm else "weight_scale_inv",
             scale_dtype="float8_e8m0fnu" if has_exponents else "uint8" if _is_mx(config) else "float32",
-            scale_rank=scalar if config.weight_block_size is None else 2,
+            scale_rank=scalar if config.block is None else 2,
             writer="deepgemm" if config.dialect == "deepseek" and not _is_mx(config) else "transformers",
             power_of_two=has_exponents or _is_mx(config),
             activation=input_rounding(config),
@@ -105,7 +105,7 @@ def _keep_cache_scales(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _is_mx(config: FineGrainedFP8Config) -> bool:
-    return config.weight_block_size == MX_BLOCK and (config.quant_method == "mxfp8" or config.scale_fmt == "ue8m0")
+    return config.block == MX_BLOCK and (config.quant_method == "mxfp8" or config.scale_fmt == "ue8m0")
 
 
 def input_rounding(config: FineGrainedFP8Config) -> Activation:
@@ -116,10 +116,10 @@ def input_rounding(config: FineGrainedFP8Config) -> Activation:
     """
     if config.activation_scheme == "static":
         return replace(STATIC_INPUT, code_math="input") if "export" in config.extra_keys else STATIC_INPUT
-    if config.weight_block_size is None:
+    if config.block is None:
         return ROW_INPUT
     if _is_mx(config):
         return _MX_INPUT
     follows = config.dialect == "deepseek" and config.scale_fmt == "ue8m0"
-    group = replace(_DEEPGEMM_INPUT, group_size=config.weight_block_size[1])
+    group = replace(_DEEPGEMM_INPUT, group_size=config.block[1])
     return replace(group, scale="e8m0-round_up") if follows else group

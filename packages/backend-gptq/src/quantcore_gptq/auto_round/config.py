@@ -105,6 +105,13 @@ class AutoRoundConfig(QuantizationConfigMixin):
     def get_loading_attributes(self) -> dict[str, Any]:
         return {"backend": self.backend}
 
+    def __getattr__(self, name: str) -> Any:
+        """Keys that are no fields are attributes too, as in transformers."""
+        kept = self.__dict__.get("extra_keys", {})
+        if name in kept:
+            return kept[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @property
     def packing(self) -> str:
         """The layout of the stored tensors: "gptq", "native" or "awq".
