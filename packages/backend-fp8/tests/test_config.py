@@ -74,7 +74,9 @@ def test_ignored_layers_is_another_name_of_the_skip_list() -> None:
     ids=["fp8", "mxfp8", "vllm", "vllm-blocks", "null"],
 )
 def test_absent_block_size_means_what_the_dialect_says(config: dict[str, Any], block: object) -> None:
-    assert FineGrainedFP8Config.from_dict(config).weight_block_size == block
+    found = FineGrainedFP8Config.from_dict(config)
+    assert isinstance(found, FineGrainedFP8Config)
+    assert found.block == block
 
 
 def test_scheme_is_read_in_any_case() -> None:

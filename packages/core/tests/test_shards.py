@@ -68,6 +68,13 @@ def test_file_has_the_bytes_that_the_library_gives_it(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "library.safetensors").read_bytes()
 
 
+def test_tensors_mapped_from_a_file_can_be_written_over_it(tmp_path: Path) -> None:
+    write_tensors({"a": torch.arange(4096.0), "b": torch.ones(3)}, tmp_path)
+    mapped = load_file(tmp_path / "model.safetensors")
+    write_tensors({"a": mapped["a"]}, tmp_path)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], torch.arange(4096.0))
+
+
 @WRITERS
 def test_every_tensor_is_aligned(tmp_path: Path, write: Write) -> None:
     write(tensors(), tmp_path, 10**9)

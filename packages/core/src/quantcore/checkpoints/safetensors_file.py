@@ -105,6 +105,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         end += tensors[name].nbytes
     header = json.dumps(METADATA | entries, separators=(",", ":"), ensure_ascii=False).encode()
     length = -(-len(header) // ALIGNMENT) * ALIGNMENT
+    path.unlink(missing_ok=True)  # tensors may be mapped from a file of that name, which must not shrink under them
     with path.open("wb", buffering=0) as stream:
         write_all(stream, length.to_bytes(8, "little") + header.ljust(length))
         for name in order:
