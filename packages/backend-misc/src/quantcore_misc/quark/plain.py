@@ -73,7 +73,8 @@ class FakeWeight(QuarkWeight):
         if self.strategy == "channel":
             scale, zero = scale[:, None], None if zero is None else zero[:, None]
         weight = tensors["weight"].to(float_dtype(self.dtype, "dtype"))
-        codes = encode_weight(weight, scale, zero, self)
+        is_plain = self.scale == "float" and not self.has_zero  # floats are divided in their own dtype
+        codes = encode_weight(weight, scale.to(weight.dtype) if is_plain else scale, zero, self)
         return dequantize_codes(codes, scale, zero, self, dtype or weight.dtype)
 
     def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:

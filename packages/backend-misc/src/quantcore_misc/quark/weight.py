@@ -87,8 +87,8 @@ class QuarkWeight(QuarkLayer):
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
     ) -> Tensor:
         codes = self.packing.unpack(tensors["weight"], shape[0], shape[1])
-        zero = self._unpack_zero(tensors, shape) if self.has_zero else None
-        return dequantize_codes(codes, self._scales(tensors), zero, self, dtype or float_dtype(self.dtype, "dtype"))
+        zero = self.zeros_of(tensors, shape) if self.has_zero else None
+        return dequantize_codes(codes, self.scales_of(tensors), zero, self, dtype or float_dtype(self.dtype, "dtype"))
 
     def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
         weight = tensors.get("weight")
@@ -124,7 +124,7 @@ class QuarkWeight(QuarkLayer):
         down, across = blocks.grid(shape, (self.block_rows or 1, self.group_size))  # type: ignore[arg-type]
         return (across, down) if self._is_transposed else (down, across)
 
-    def _scales(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def scales_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scales in float32, shaped as `quantize_weight` gives them."""
         scale = read_scales(tensors[self.name_of("weight_scale")], self.scale)
         if self.scale == "e4m3":
@@ -147,8 +147,8 @@ class QuarkWeight(QuarkLayer):
         packed = pack_nibbles(rows.contiguous(), self.is_reordered)
         return packed if self._is_transposed else packed[0]
 
-    def _unpack_zero(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        """Zero points as numbers, shaped as `_scales`; the inverse of `_pack_zero`."""
+    def zeros_of(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Zero points as numbers, shaped as `scales_of` gives scales; the inverse of `_pack_zero`."""
         stored = tensors[self.name_of("weight_zero_point")]
         if self.element not in _WORDS:
             return stored[:, None] if self.strategy == "channel" else stored

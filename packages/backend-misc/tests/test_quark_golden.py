@@ -1,0 +1,227 @@
+"""Layers that AMD Quark wrote: read, dequantized, run, quantized anew; and what its files may hold besides."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantcore.errors import CheckpointError
+from quantcore.formats.activation import Activation
+from quantcore.formats.interning import format_from_key, format_key
+from quantcore.formats.minifloat import E4M3
+from quantcore.nn import QuantizedLinear
+from quantcore.testing.compare import differences
+from quantcore.testing.golden import GoldenLayer, golden_folder
+from quantcore_misc.quark.codes import pack_nibbles, unpack_nibbles
+from quantcore_misc.quark.plain import FakeWeight, FloatWeight
+from quantcore_misc.quark.weight import QuarkWeight
+
+GOLDEN = golden_folder("quark", Path(__file__).parents[3] / "tests" / "golden")
+FILES = sorted(GOLDEN.glob("*.safetensors"))
+
+GROUPS = QuarkWeight(element="uint4", strategy="group", group_size=16, is_symmetric=False)
+MX = QuarkWeight(element="e2m1", strategy="group", group_size=32, scale="e8m0")
+FORMATS = {
+    "fp8-tensor": QuarkWeight(),
+    "fp8-channel": QuarkWeight(strategy="channel"),
+    "fp8-group": QuarkWeight(strategy="group", group_size=32),
+    "fp8-block": QuarkWeight(strategy="block", group_size=32, block_rows=32),
+    "e5m2-channel": QuarkWeight(element="e5m2", strategy="channel"),
+    "mxfp8": MX.replace(element="e4m3"),
+    "mxfp4": MX,
+    "mxfp6-e2m3": MX.replace(element="e2m3"),
+    "mxfp6-e3m2": MX.replace(element="e3m2"),
+    "nvfp4": QuarkWeight(element="e2m1", strategy="group", group_size=16, scale="e4m3"),
+    "amdfp4": QuarkWeight(element="e2m1", strategy="group", group_size=16, scale="e5m3"),
+    "int8-tensor": QuarkWeight(element="int8", scale_dtype="float32"),
+    "int8-channel-asymmetric": QuarkWeight(element="int8", strategy="channel", is_symmetric=False),
+    "uint8-tensor-asymmetric": QuarkWeight(element="uint8", is_symmetric=False),
+    "uint8-symmetric": QuarkWeight(element="uint8", strategy="channel"),
+    "int4-tensor": QuarkWeight(element="int4"),
+    "int4-channel": QuarkWeight(element="int4", strategy="channel"),
+    "uint4-symmetric": QuarkWeight(element="uint4", strategy="channel"),
+    "int4-group": GROUPS.replace(element="int4", is_symmetric=True),
+    "uint4-group": GROUPS,
+    "uint4-group-order": GROUPS.replace(is_reordered=False),
+}
+every_format = pytest.mark.parametrize("weight_format", FORMATS.values(), ids=FORMATS)
+
+
+@pytest.fixture(params=FILES, ids=lambda file: file.stem)
+def case(request: pytest.FixtureRequest) -> GoldenLayer:
+    return GoldenLayer.read(request.param)
+
+
+def weight(rows: int = 40, columns: int = 96) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+def layer(weight_format: QuarkWeight, stored: dict[str, Tensor], shape: tuple[int, int] = (40, 96)) -> QuantizedLinear:
+    return QuantizedLinear.from_tensors(weight_format, stored, in_features=shape[1], out_features=shape[0])
+
+
+def test_stored_layer_dequantizes_to_the_golden_weight(case: GoldenLayer) -> None:
+    assert torch.equal(case.layer().dequantize(torch.float32), case.expected["weight"])
+
+
+def test_forward_is_golden(case: GoldenLayer) -> None:
+    assert torch.equal(case.layer()(case.expected["x"]), case.expected["y"])
+
+
+def test_state_dict_gives_back_the_golden_bytes(case: GoldenLayer) -> None:
+    assert differences(case.layer().state_dict(), case.stored) == []
+
+
+def test_quantizing_the_weight_gives_the_golden_bytes(case: GoldenLayer) -> None:
+    found = QuantizedLinear.from_linear(case.linear(), case.config).state_dict()
+    measured = {name for name in case.stored if name.startswith("input_")}
+    assert found.keys() == case.stored.keys()
+    assert (
+        differences(*({name: t for name, t in side.items() if name not in measured} for side in (found, case.stored)))
+        == []
+    )
+
+
+def test_words_hold_codes_as_published() -> None:
+    codes = torch.arange(8, dtype=torch.uint8)[None]
+    assert [pack_nibbles(codes, is_reordered).item() for is_reordered in (True, False)] == [0x75316420, 0x76543210]
+    minus_one = torch.full((1, 8), -1, dtype=torch.int8)
+    assert pack_nibbles(minus_one, True).item() == -1
+    assert torch.equal(unpack_nibbles(torch.tensor([[-1]], dtype=torch.int32), 8, "int4", True), minus_one)
+
+
+@every_format
+def test_values_lie_within_half_a_step_of_the_weight(weight_format: QuarkWeight) -> None:
+    source = weight()
+    stored = weight_format.quantize(source)
+    assert weight_format.faults(stored, (40, 96)) == []
+    error = (weight_format.dequantize(stored, (40, 96), torch.float32) - source.float()).norm() / source.float().norm()
+    bits = 4 if "4" in weight_format.element or weight_format.element == "e2m1" else 6
+    assert error <= (0.16 if bits == 4 and weight_format.strategy != "tensor" else 0.25 if bits == 4 else 0.06)
+
+
+@every_format
+def test_rows_of_zeros_stay_zeros(weight_format: QuarkWeight) -> None:
+    source = weight()
+    source[:32] = 0
+    found = weight_format.dequantize(weight_format.quantize(source), (40, 96), torch.float32)
+    assert torch.isfinite(found).all()
+    assert not found[:32].any()
+
+
+@every_format
+def test_format_is_rebuilt_from_its_key(weight_format: QuarkWeight) -> None:
+    renamed = weight_format.replace(names=(("weight_scale", "weight_quantizer.scale"),))
+    assert format_from_key(format_key(renamed)) == renamed
+
+
+@pytest.mark.parametrize("shape", [(33, 50), (32, 64), (1, 1)], ids=str)
+def test_blocks_may_hang_over_the_edges(shape: tuple[int, int]) -> None:
+    source, block = weight(*shape), QuarkWeight(strategy="block", group_size=32, block_rows=32)
+    stored = block.quantize(source)
+    assert stored["weight_scale"].shape == (-(-shape[0] // 32), -(-shape[1] // 32))
+    corner = source[32:, 32:] if min(shape) > 32 else source[:32, :32]
+    assert stored["weight_scale"][-1, -1 if shape != (32, 64) else 0] == (corner.abs().amax() / E4M3.maximum)
+    found = block.dequantize(stored, shape, torch.float32)
+    assert (found - source.float()).abs().max() <= source.abs().max() / 16
+
+
+@pytest.mark.parametrize(
+    ("renamed", "other"),
+    [
+        ({"weight_scale", "weight_zero_point"}, ("weight_quantizer.scale", "weight_quantizer.zero_point")),
+        ({"weight_scale"}, ("weight_scale_inv",)),
+    ],
+    ids=["modules", "inverse"],
+)
+def test_other_names_are_read_and_written_back(renamed: set[str], other: tuple[str, ...]) -> None:
+    stored = GROUPS.quantize(weight())
+    table = dict(zip(sorted(renamed), other, strict=True))
+    moved = {table.get(name, name): tensor for name, tensor in stored.items()}
+    found = layer(GROUPS, moved)
+    assert torch.equal(found.dequantize(), GROUPS.dequantize(stored, (40, 96)))
+    assert differences(found.state_dict(), moved) == []
+
+
+def test_scales_have_the_dtype_of_the_file() -> None:
+    stored = GROUPS.quantize(weight())
+    stored["weight_scale"] = stored["weight_scale"].half()
+    found = layer(GROUPS, stored)
+    assert found.format.scale_dtype == "float16"
+    assert differences(found.state_dict(), stored) == []
+
+
+def test_scale_that_nobody_reads_is_refused() -> None:
+    stored = {**MX.quantize(weight()), "output_scale": torch.ones(())}
+    with pytest.raises(CheckpointError, match="output_scale: surplus"):
+        layer(MX, stored)
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "shape", "fault"),
+    [
+        (GROUPS, (36, 96), "out_features 36 is not a multiple of 8"),
+        (FORMATS["int4-channel"], (40, 92), "in_features 92 is not a multiple of 8"),
+        (MX, (40, 80), "in_features 80 is not a multiple of group_size 32"),
+    ],
+    ids=["words along N", "words along K", "groups"],
+)
+def test_shape_that_cannot_be_stored_is_refused(weight_format: QuarkWeight, shape: tuple[int, int], fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        QuantizedLinear.from_linear(torch.nn.Linear(shape[1], shape[0]), weight_format)
+
+
+def test_scales_of_tokens_do_not_depend_on_other_tokens() -> None:
+    token = Activation("e4m3", "token", scale="input", scale_math="input", code_math="input")
+    found = QuantizedLinear.from_linear(torch.nn.Linear(96, 40).bfloat16(), QuarkWeight(input=token))
+    x = torch.randn(2, 3, 96).bfloat16()
+    x[1] *= 1000
+    assert torch.equal(found(x)[0], found(x[:1])[0])
+
+
+def test_zero_point_of_a_stored_range_is_used() -> None:
+    static = Activation("int8", "tensor", is_static=True, is_symmetric=False)
+    rounded = QuarkWeight(element="int8", scale_dtype="float32", input=static, input_dtype="float32")
+    tensors = rounded.range_tensors("input", torch.tensor(0.0), torch.tensor(255.0))
+    assert (tensors["input_scale"].item(), tensors["input_zero_point"].item()) == (1.0, -128)
+    found = layer(rounded, {**rounded.quantize(torch.eye(40, 96).bfloat16()), **tensors})
+    x = torch.tensor([[-5.0, 3.2, 200.0, 300.0] + [0.0] * 92])
+    assert torch.allclose(found(x)[0, :4], torch.tensor([0.0, 3.0, 200.0, 255.0]), rtol=0.01)
+
+
+def test_scales_of_a_measured_range_are_those_of_the_page() -> None:
+    static = Activation("e4m3", "tensor", is_static=True, scale="input", scale_math="input", code_math="input")
+    low, high = torch.tensor(-3.1), torch.tensor(2.0)
+    found = QuarkWeight(output=static).range_tensors("output", low, high)
+    assert found["output_scale"] == torch.tensor(3.1).bfloat16() / 448
+    assert QuarkWeight(output=static).range_tensors("output", low, high, 1.0)["output_scale"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["fp8-channel", "mxfp4", "nvfp4", "uint4-group", "int8-channel-asymmetric"])
+def test_floats_with_scales_are_rounded_as_codes_are(name: str) -> None:
+    source, real = weight(), FORMATS[name]
+    stored, end = real.quantize(source), (40,) if real.strategy == "channel" else (40, -1)
+    floats = {"weight": source, "weight_scale": real.scales_of(stored).reshape(end)}
+    if real.has_zero:
+        floats["weight_zero_point"] = real.zeros_of(stored, (40, 96)).int().reshape(end)
+    if real.scale == "e4m3":
+        floats |= {"weight_scale": stored["weight_scale"].float(), "weight_scale_2": stored["weight_scale_2"]}
+    fake = FakeWeight(**vars(real))
+    found = layer(fake, floats)
+    assert torch.equal(found.dequantize(torch.float32), real.dequantize(stored, (40, 96), torch.float32))
+    assert differences(found.state_dict(), floats) == []
+
+
+def test_float_weight_rounds_its_output_alone() -> None:
+    static = Activation("e4m3", "tensor", is_static=True, scale="input", scale_math="input", code_math="input")
+    plain = FloatWeight(output=static)
+    stored = {**plain.quantize(torch.eye(40, 96).bfloat16()), "output_scale": torch.tensor(0.5).bfloat16()}
+    found = layer(plain, stored)  # type: ignore[arg-type]
+    x = torch.zeros(1, 96).bfloat16()
+    x[0, 0], x[0, 1] = 1.03, 1000.0
+    assert found(x)[0, :2].tolist() == [1.0, 224.0]
+    assert replace(found.format, output=None).dequantize(stored, (40, 96)).equal(stored["weight"])
