@@ -87,13 +87,14 @@ def load_with(loader: str, kind: str, path: Path) -> Any:
     from quantcore.integrations.transformers import use
 
     config = BitsAndBytesConfig(**NF4) if kind == "on the fly" else None
+    options = {"device_map": "cpu"} if config is None else {"device_map": "cpu", "quantization_config": config}
     if loader == "stock":
-        return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, device_map="cpu")
+        return AutoModelForCausalLM.from_pretrained(path, **options)
     if loader == "quantcore.load, quantize":
         model = qc.load(path)
         return model if config is None else qc.quantize(model, config)
     with use():
-        return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, device_map="cpu")
+        return AutoModelForCausalLM.from_pretrained(path, **options)
 
 
 def peak_megabytes() -> float:
