@@ -14,6 +14,7 @@ from quantcore.calibration.statistics import MinMax
 from quantcore.formats.base import FLOAT_DTYPES, dtype_name
 from quantcore.quantizers import selection
 from quantcore.quantizers.calibrated import CalibratedQuantizer
+from quantcore.quantizers.weight import Plan
 from quantcore_misc.compressed_tensors.kv_cache import attach, stored_scales
 from quantcore_misc.quark import kv_cache
 from quantcore_misc.quark.config import QuarkConfig
@@ -77,6 +78,16 @@ class QuarkQuantizer(CalibratedQuantizer):
 
     # Quantizing
 
+    def plan(self, model: nn.Module) -> Plan:
+        """As for every method; the config, which is this quantizer's own, then excludes all that stays float."""
+        plan = super().plan(model)
+        if not self.pre_quantized:
+            exclude, modules = list(self.quantization_config.exclude or ()), dict(model.named_modules())
+            kinds = {name: type(modules[name]).__name__ for name in plan.left if name in modules}
+            exclude += [name for name, kind in kinds.items() if self.quantization_config.for_layer(name, kind)]
+            self.quantization_config.update(exclude=exclude)
+        return plan
+
     @property
     def needs_data(self) -> bool:
         """Whether a spec stores something of the range of activations."""
@@ -122,9 +133,8 @@ class QuarkQuantizer(CalibratedQuantizer):
             kv_cache.apply(model.get_submodule(owner), activation, post_rope=bool(config.kv_cache_post_rope))
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        model = super()._dequantize(model, dtype)
         kv_cache.take_off(model)
-        return model
+        return super()._dequantize(model, dtype)
 
 
 def format_of(layer: LayerSpec, config: QuarkConfig, dtype: str) -> QuarkLayer:
