@@ -27,7 +27,7 @@ BACKENDS = {
     "fp8": ("fbgemm_fp8", "fp8", "mxfp8"),
     "gptq": ("auto-round", "awq", "gptq"),
     "hqq": ("hqq",),
-    "misc": ("compressed-tensors",),
+    "misc": ("compressed-tensors", "quark"),
 }
 METHODS = [method for methods in BACKENDS.values() for method in methods]
 
