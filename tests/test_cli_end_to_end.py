@@ -78,8 +78,7 @@ def test_quantize_succeeds_and_warns_of_nothing(made: Made) -> None:
     assert made.result.code == 0
     assert made.result.err.splitlines() == [
         f"reading {MODEL}",
-        f"quantizing 42 layers with {made.method}",
-        f"writing {made.folder}",
+        f"quantizing 42 layers with {made.method} into {made.folder}",
     ]
 
 

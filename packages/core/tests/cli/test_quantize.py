@@ -97,8 +97,7 @@ def test_progress_goes_to_stderr_without_a_bar_when_it_is_no_terminal(
     err = cli("quantize", source, tmp_path / "out", "--method", method).err
     assert err.splitlines() == [
         f"reading {source}",
-        f"quantizing 2 layers with {method}",
-        f"writing {tmp_path / 'out'}",
+        f"quantizing 2 layers with {method} into {tmp_path / 'out'}",
     ]
 
 

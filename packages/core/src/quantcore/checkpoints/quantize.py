@@ -20,6 +20,7 @@ from quantcore.checkpoints.write import atomic_directory, parse_size
 from quantcore.nn.experts import QuantizedExperts
 from quantcore.nn.kinds import quantize_layer
 from quantcore.nn.stack import QuantizedStack, stacked_name
+from quantcore.plugins.manager import plugins
 from quantcore.quantization_config import as_dtype
 from quantcore.quantizers.auto import AutoHfQuantizer
 from quantcore.quantizers.weight import PlannedLayer, WeightQuantizer
@@ -100,12 +101,15 @@ def _quantized(
         layer = layers[name]
         if _is_stack(layer):
             stack = QuantizedStack.from_weight(tensor.to(device), layer.weight_format, name=name)
+            plugins().hook.quantcore_weight_quantized(name=name, before=tensor, after=stack.quantized_weight)
             yield from ((stacked_name(name, suffix), part) for suffix, part in stack.stored.items())
             continue
         module = skeleton.get_submodule(layer.name)
         module.weight = nn.Parameter(tensor.to(device), requires_grad=False)
-        del tensor
         quantized = quantize_layer(module, layer.weight_format, layer.name)
+        after = quantized.quantized_weight
+        plugins().hook.quantcore_weight_quantized(name=layer.name, before=tensor, after=after)
+        del tensor, after
         module.weight = nn.Parameter(layer.dense.weight.detach().to("meta"), requires_grad=False)
         yield from ((f"{layer.name}.{suffix}", part) for suffix, part in quantized.stored.items())
 

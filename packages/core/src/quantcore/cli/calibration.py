@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from quantcore.cli.output import Output, plural, table
-from quantcore.cli.progress import progress_bar, quantizing_bar
+from quantcore.cli.progress import progress_bar
 from quantcore.quantization_config import QuantizationConfigMixin
 
 if TYPE_CHECKING:
@@ -74,15 +74,11 @@ def calibration_from(
 
 
 @contextlib.contextmanager
-def calibrating_bar(calibration: Calibration | None, weights: int, output: Output) -> Iterator[dict[str, Any]]:
-    """While the block quantizes a model, a bar: by weight, or with block, layer and loss. Gives arguments to quantize.
+def calibrating_bar(calibration: Calibration, output: Output) -> Iterator[dict[str, Any]]:
+    """While the block calibrates a model, a bar with block, layer and loss. Gives arguments to quantize.
 
     When the user interrupts, it is said how to go on.
     """
-    if calibration is None:
-        with quantizing_bar(weights, output):
-            yield {}
-        return
     with progress_bar(output) as update:
 
         def show(progress: Progress) -> None:

@@ -84,15 +84,14 @@ def estimate(directory: Path, config: QuantizationConfigMixin, dtype: str | None
     )
 
 
-def measure(model: nn.Module, directory: Path, expected: Sizes) -> Sizes:
-    """The sizes of a model that was quantized as foreseen and saved to a folder."""
-    weights = [module.quantized_weight for _, module in quantized_modules(model)]
-    return dataclasses.replace(
-        expected,
-        quantized_bytes=sum(weight.nbytes for weight in weights),
-        bytes=sum(header.nbytes for header in Checkpoint(directory).headers.values()),
-        formats=_count(weight.format for weight in weights),
-    )
+def measure(directory: Path, expected: Sizes, model: nn.Module | None = None) -> Sizes:
+    """The sizes of a folder that was made as foreseen; model: what was saved there, where it is at hand."""
+    size = sum(header.nbytes for header in Checkpoint(directory).headers.values())
+    formats = expected.formats
+    if model is not None:
+        formats = _count(module.format for _, module in quantized_modules(model))
+    quantized = expected.quantized_bytes + size - expected.bytes
+    return dataclasses.replace(expected, bytes=size, quantized_bytes=quantized, formats=formats)
 
 
 def _quantizer(config: QuantizationConfigMixin) -> WeightQuantizer:

@@ -16,6 +16,7 @@ from quantcore.cli.calibration import calibrating_bar, calibration_from, calibra
 from quantcore.cli.folders import check_target
 from quantcore.cli.method_verb import DTYPES, MethodVerb, chosen_config
 from quantcore.cli.output import Output, in_bytes, output_options, plural
+from quantcore.cli.progress import quantizing_bar
 from quantcore.cli.sizes import size_table
 from quantcore.plugins.known import normalize_method
 from quantcore.quantization_config import QuantizationConfigMixin
@@ -83,22 +84,35 @@ def _quantize(
     directory = resolve(source)
     calibration = calibration_from(config, options, directory)
     expected = estimate(directory, config, options["dtype"])
-    model = quantcore.load(directory, device_map=options["device"], dtype=options["dtype"])
-    output.note(f"quantizing {plural(expected.layers, 'layer')} with {_name(config)}")
-    with calibrating_bar(calibration, expected.weights, output) as arguments:
-        quantcore.quantize(model, config, **arguments)
-    output.note(f"writing {target}")
-    quantcore.save(
-        model, target, max_shard_size=options["max_shard_size"], overwrite=options["force"], companions_from=directory
-    )
-    sizes, seconds = measure(model, target, expected), time.perf_counter() - start
+    output.note(f"quantizing {plural(expected.layers, 'layer')} with {_name(config)} into {target}")
+    writing = {"max_shard_size": options["max_shard_size"], "overwrite": options["force"]}
+    model = None
+    if calibration is None:
+        device = _device(options["device"])
+        with quantizing_bar(expected.weights, output):
+            quantcore.quantize_checkpoint(directory, target, config, device=device, dtype=options["dtype"], **writing)
+    else:
+        with calibrating_bar(calibration, output) as arguments:
+            model = quantcore.load(directory, device_map=options["device"], dtype=options["dtype"])
+            quantcore.quantize(model, config, **arguments)
+            quantcore.save(model, target, companions_from=directory, **writing)
+    sizes, seconds = measure(target, expected, model), time.perf_counter() - start
     data = {"output": str(target), "method": _name(config), "seconds": seconds, **sizes.to_dict()}
     texts = [_summary(sizes), _made(target, sizes, seconds)]
-    report = report_of(model)
+    report = None if model is None else report_of(model)
     if report is not None:
         data["calibration"] = dataclasses.asdict(report)
         texts.insert(0, report_text(report))
     output.result(data, lambda: "\n\n".join(texts), str(target))
+
+
+def _device(name: str) -> str:
+    """Where single weights are quantized; "auto": on a GPU if there is one."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _made(target: Path, sizes: Sizes, seconds: float) -> str:
