@@ -182,3 +182,17 @@ def test_what_is_only_read_is_not_made(fields: dict[str, Any], fault: str) -> No
     QuarkQuantizer(found)
     with pytest.raises(ValueError, match=f"'{fault}' is read, not made"):
         QuarkQuantizer(found, pre_quantized=False)
+
+
+def test_rotation_that_runs_with_the_model_is_refused() -> None:
+    found = config(algo_config=[{"name": "awq"}, {"name": "rotation", "r1": True, "r4": True}])
+    with pytest.raises(ValueError, match=r"rotations run with the model \(r4\)"):
+        QuarkQuantizer(found)
+    QuarkQuantizer(config(algo_config=[{"name": "rotation", "r1": True, "r2": True, "r4": False}]))
+
+
+def test_algorithm_is_not_passed_over_in_silence() -> None:
+    found = config(algo_config=[{"name": "awq"}])
+    QuarkQuantizer(found)
+    with pytest.raises(ValueError, match="algo_config names algorithms"):
+        QuarkQuantizer(found, pre_quantized=False)

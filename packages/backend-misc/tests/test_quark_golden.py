@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantcore.distributed.tensor_parallel import shard_linear
 from quantcore.errors import CheckpointError
 from quantcore.formats.activation import Activation
 from quantcore.formats.interning import format_from_key, format_key
@@ -117,6 +118,18 @@ def test_rows_of_zeros_stay_zeros(weight_format: QuarkWeight) -> None:
 def test_format_is_rebuilt_from_its_key(weight_format: QuarkWeight) -> None:
     renamed = weight_format.replace(names=(("weight_scale", "weight_quantizer.scale"),))
     assert format_from_key(format_key(renamed)) == renamed
+
+
+@every_format
+def test_shares_of_processes_are_parts_of_the_weight(weight_format: QuarkWeight) -> None:
+    whole = layer(weight_format, weight_format.quantize(weight(64, 256)), (64, 256))
+    for style, dim in (("colwise", 0), ("rowwise", 1)):
+        if dim == 1 and not weight_format.splits_columns:
+            with pytest.raises(ValueError, match="runs along K"):
+                shard_linear(whole, style, 0, 2)
+            continue
+        shares = [shard_linear(whole, style, rank, 2).dequantize() for rank in range(2)]
+        assert torch.equal(torch.cat(shares, dim), whole.dequantize())
 
 
 @pytest.mark.parametrize("shape", [(33, 50), (32, 64), (1, 1)], ids=str)

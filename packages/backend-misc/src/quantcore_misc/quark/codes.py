@@ -20,7 +20,8 @@ _BYTES = {"int8": torch.int8, "uint8": torch.uint8}
 class Packing:
     """How codes [N, K] lie in the tensor `weight`. shape: of that tensor. pack, unpack: inverses.
 
-    multiples: what N and K must be multiples of. Codes are int8 or uint8 integers, or as `minifloat.encode` gives them.
+    multiples: what N and K must be multiples of. along_n, along_k: as of a `TensorSpec`. Codes are int8 or uint8
+    integers, or as `minifloat.encode` gives them.
     """
 
     dtype: torch.dtype
@@ -29,6 +30,8 @@ class Packing:
     unpack: Callable[[Tensor, int, int], Tensor]
     size: Callable[[int, int], tuple[int, int]]
     multiples: tuple[int, int] = (1, 1)
+    along_n: tuple[int, int] = (0, 1)
+    along_k: tuple[int, int] | None = (1, 1)
 
 
 @cache
@@ -51,6 +54,7 @@ def packing_for(element: str, by_rows: bool, is_reordered: bool) -> Packing:
         lambda stored, N, K: unpack(stored),
         lambda rows, columns: (rows, columns * 8 // bits),
         (1, 2 if bits == 4 else 4),
+        along_k=(1, 2) if bits == 4 else None,
     )
 
 
@@ -84,12 +88,10 @@ def _words(element: str, by_rows: bool, layout: Layout) -> Packing:
         return codes if by_rows else codes.t()
 
     if by_rows:
-        return Packing(
-            torch.int32, lambda N, K: (N, K // 8), pack, unpack, lambda rows, columns: (rows, columns * 8), (8, 8)
-        )
-    return Packing(
-        torch.int32, lambda N, K: (K, N // 8), pack, unpack, lambda rows, columns: (columns * 8, rows), (8, 1)
-    )
+        shape, size = lambda N, K: (N, K // 8), lambda rows, columns: (rows, columns * 8)
+        return Packing(torch.int32, shape, pack, unpack, size, (8, 8), along_k=(1, 8))
+    shape, size = lambda N, K: (K, N // 8), lambda rows, columns: (columns * 8, rows)
+    return Packing(torch.int32, shape, pack, unpack, size, (8, 1), along_n=(1, 8), along_k=(0, 1))
 
 
 def _signed(codes: Tensor, element: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ _EXPORT = {
     "weight_format": "real_quantized",
     "weight_merge_groups": None,
 }
+_ONLINE_ROTATIONS = ("online_r1_rotation", "r3", "r4")  # keys of an entry of algo_config
 _CACHE = TensorQuant("e4m3", "tensor", 0, is_dynamic=False, is_symmetric=True, scale="float")
 
 
@@ -44,6 +46,7 @@ class QuarkQuantizer(CalibratedQuantizer):
     quantization_config: QuarkConfig
 
     def __init__(self, quantization_config: QuarkConfig, pre_quantized: bool = True, **kwargs: Any) -> None:
+        _check_runnable(quantization_config)
         if not pre_quantized:
             _check_quantizable(quantization_config)
             quantization_config = copy.deepcopy(quantization_config)
@@ -163,11 +166,26 @@ def format_of(layer: LayerSpec, config: QuarkConfig, dtype: str) -> QuarkLayer:
     )
 
 
+def _check_runnable(config: QuarkConfig) -> None:
+    """Raise ValueError for rotations that run with the model: without them its outputs would be wrong."""
+    steps = config.algo_config if isinstance(config.algo_config, list) else [config.algo_config]
+    online = [key for step in steps if isinstance(step, Mapping) for key in _ONLINE_ROTATIONS if step.get(key)]
+    if online:
+        raise ValueError(
+            f"QuarkConfig.algo_config says that rotations run with the model ({', '.join(online)}), which is not "
+            "supported; export the model with rotations that are in its weights alone"
+        )
+
+
 def _check_quantizable(config: QuarkConfig) -> None:
     """Raise ValueError for what is read, but not made, here."""
     if config.is_fake:
         raise ValueError(
             "QuarkConfig.export.weight_format 'fake_quantized' is read, not made; write 'real_quantized' to quantize"
+        )
+    if config.algo_config:
+        raise ValueError(
+            "QuarkConfig.algo_config names algorithms, of which none is run here; leave it null to round to nearest"
         )
     specs = (spec for layer in config.layers() for spec in (layer.weight, layer.input, layer.output))
     if any(spec is not None and spec.scale_type == "pof2" for spec in specs):

@@ -39,15 +39,22 @@ class QuarkWeight(QuarkLayer):
     is_reordered: bool = True
 
     def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        N, K = shape
-        specs = [TensorSpec("weight", self.packing.dtype, self.packing.shape(N, K))]
-        scale = _SCALE_TENSORS.get(self.scale) or float_dtype(self.scale_dtype, "scale_dtype")
-        specs.append(TensorSpec(self.name_of("weight_scale"), scale, self._grid(shape)))
+        packing, scale = self.packing, _SCALE_TENSORS.get(self.scale) or float_dtype(self.scale_dtype, "scale_dtype")
+        along_k = packing.along_k if self.splits_columns else None
+        specs = [
+            TensorSpec("weight", packing.dtype, packing.shape(*shape), along_n=packing.along_n, along_k=along_k),
+            self._grid_spec("weight_scale", scale, shape),
+        ]
         if self.has_zero:
             specs.append(self._zero_spec(shape))
         if self.scale == "e4m3":
             specs.append(TensorSpec("weight_scale_2", torch.float32, ()))
         return (*specs, *self.activation_specs(*SIDES))
+
+    @property
+    def splits_columns(self) -> bool:
+        """Whether the weight can be cut along K: codes fill bytes, and no sum is rounded before it is complete."""
+        return self.packing.along_k is not None and self.output is None
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         for name, size, multiple in zip(("out_features", "in_features"), shape, self.packing.multiples, strict=True):
@@ -124,6 +131,16 @@ class QuarkWeight(QuarkLayer):
         down, across = blocks.grid(shape, (self.block_rows or 1, self.group_size))  # type: ignore[arg-type]
         return (across, down) if self._is_transposed else (down, across)
 
+    def _grid_spec(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], words: int = 1) -> TensorSpec:
+        """The spec of one number for whatever shares a scale, `words` of them in an element, along N."""
+        grid, along_n, along_k = self._grid(shape), None, None
+        if self.strategy != "tensor":
+            grid = (*grid[:-1], grid[-1] // words)
+            along_n = (int(self._is_transposed), words * (self.block_rows or 1))
+        if self.group_size and self.splits_columns:
+            along_k = (int(not self._is_transposed), self.group_size)
+        return TensorSpec(self.name_of(name), dtype, grid, along_n=along_n, along_k=along_k)
+
     def scales_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scales in float32, shaped as `quantize_weight` gives them."""
         scale = read_scales(tensors[self.name_of("weight_scale")], self.scale)
@@ -134,10 +151,11 @@ class QuarkWeight(QuarkLayer):
         return scale.t() if self._is_transposed else scale
 
     def _zero_spec(self, shape: tuple[int, ...]) -> TensorSpec:
-        name, grid = self.name_of("weight_zero_point"), self._grid(shape)
         if self.element not in _WORDS:
-            return TensorSpec(name, self.packing.dtype, grid)
-        return TensorSpec(name, torch.int32, (*grid[:-1], grid[-1] // 8) if grid else (1,))
+            return self._grid_spec("weight_zero_point", self.packing.dtype, shape)
+        if self.strategy == "tensor":
+            return TensorSpec(self.name_of("weight_zero_point"), torch.int32, (1,))
+        return self._grid_spec("weight_zero_point", torch.int32, shape, words=8)
 
     def _pack_zero(self, zero: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Zero points, shaped as scales are in memory, as they are stored."""
