@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def interrupt_in(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def interrupted(self: TinyCalibratedQuantizer, block: Block) -> None:
         if block.name == name:
             block.round_to_nearest(block.unfinished[0], "before the interrupt")
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         solve(self, block)
 
     monkeypatch.setattr(TinyCalibratedQuantizer, "solve_block", interrupted)
