@@ -93,13 +93,14 @@ def test_patterns_match_whole_names_and_tell_cases_apart() -> None:
         ({**MX, "scale_format": None, "scale_type": "float8_e5m3", "group_size": 16}, {"scale": "e5m3"}),
         ({**MX, "scale_format": None, "scale_type": "float8_e8m0fnu"}, {"scale": "e8m0"}),
         ([{**MX, "scale_format": "float32"}, {**FP8, "is_scale_quant": True}], {"scale": "e4m3", "is_dynamic": True}),
+        ({"dtype": "mx", "mx_element_dtype": "fp4"}, {"element": "e2m1", "scale": "e8m0", "group_size": 32}),
         ([UINT4], {"element": "uint4", "is_symmetric": False}),
         (
             {"dtype": "fp8_e4m3", "qscheme": "per_block", "block_size": [128, 64]},
             {"strategy": "block", "block_rows": 128, "group_size": 64},
         ),
     ],
-    ids=["e5m2", "mode", "e5m3", "e8m0", "two stages", "list of one", "block"],
+    ids=["e5m2", "mode", "e5m3", "e8m0", "two stages", "mx", "list of one", "block"],
 )
 def test_spec_says_what_a_weight_is(weight: Any, expected: dict[str, Any]) -> None:
     found = spec(config(weight)).weight
@@ -123,6 +124,8 @@ def test_floats_and_null_leave_a_tensor_as_it_is() -> None:
         ({**UINT4, "qscheme": "per_block", "block_size": [8, 8]}, "per_block serves floats"),
         ({**MX, "scale_calculation_mode": "odd"}, "scale_calculation_mode must be one of even, floor, ceil"),
         ({**FP8, "scale_type": "int8"}, "weight.scale_type must be one of"),
+        ({**UINT4, "scale_format": "e8m0"}, "scales of uint4 are floats, not e8m0"),
+        ({"dtype": "mx", "mx_element_dtype": "int8"}, "mx_element_dtype must be 'fp4' with dtype 'mx', got 'int8'"),
         ([MX, UINT4], r"weight\[1\] must be fp8_e4m3 per_tensor"),
         ([MX, FP8, FP8], "a list holds one spec, or two"),
     ],
@@ -174,8 +177,9 @@ def test_scale_type_says_the_dtype_of_stored_scales() -> None:
     [
         ({"export": {"weight_format": "fake_quantized"}}, "fake_quantized"),
         ({"weight": {**FP8, "scale_type": "pof2"}}, "pof2"),
+        ({"weight": {"dtype": "mx"}}, "mx"),
     ],
-    ids=["floats", "powers of two"],
+    ids=["floats", "powers of two", "interleaved"],
 )
 def test_what_is_only_read_is_not_made(fields: dict[str, Any], fault: str) -> None:
     found = config(**fields)

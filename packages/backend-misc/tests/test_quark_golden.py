@@ -18,6 +18,7 @@ from quantcore.nn import QuantizedLinear
 from quantcore.testing.compare import differences
 from quantcore.testing.golden import GoldenLayer, golden_folder
 from quantcore_misc.quark.codes import pack_nibbles, unpack_nibbles
+from quantcore_misc.quark.interleaved import InterleavedWeight
 from quantcore_misc.quark.plain import FakeWeight, FloatWeight
 from quantcore_misc.quark.weight import QuarkWeight
 
@@ -227,6 +228,18 @@ def test_floats_with_scales_are_rounded_as_codes_are(name: str) -> None:
     found = layer(fake, floats)
     assert torch.equal(found.dequantize(torch.float32), real.dequantize(stored, (40, 96), torch.float32))
     assert differences(found.state_dict(), floats) == []
+
+
+def test_interleaved_blocks_are_those_of_two_tensors() -> None:
+    parts = MX.quantize(weight())
+    blocks = torch.cat([parts["weight_scale"].unsqueeze(-1), parts["weight"].unflatten(1, (-1, 16))], -1)
+    stored = {"weight": blocks.flatten(1)}
+    config = {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "mx", "mx_element_dtype": "fp4"}}}
+    found = QuantizedLinear.from_tensors(config, stored, in_features=96, out_features=40)
+    assert isinstance(found.format, InterleavedWeight)
+    assert found.format.stored_shape(stored) == (40, 96)
+    assert torch.equal(found.dequantize(torch.float32), MX.dequantize(parts, (40, 96), torch.float32))
+    assert differences(found.state_dict(), stored) == []
 
 
 def test_float_weight_rounds_its_output_alone() -> None:

@@ -27,7 +27,7 @@ class QuarkConfig(QuantizationConfigMixin):
     layer_quant_config: dict[str, Any] | None = option(default_factory=dict, help="specs by pattern of layer names")
     layer_type_quant_config: dict[str, Any] | None = option(default_factory=dict, help="specs by type of layers")
     kv_cache_quant_config: dict[str, Any] | None = option(default_factory=dict, help="specs of key and value layers")
-    kv_cache_post_rope: bool | None = option(False, help="kept for other tools")
+    kv_cache_post_rope: bool | None = option(False, help="round keys after RoPE where scales stand with attention")
     quant_mode: str | None = option("eager_mode", help="kept for other tools")
     algo_config: Any = option(None, help="how the checkpoint was made; kept")
     softmax_quant_spec: Any = option(None, help="kept for other tools")
@@ -51,12 +51,17 @@ class QuarkConfig(QuantizationConfigMixin):
         """A config of a dict as in config.json; files older than `export` may hold null for any list or dict."""
         if isinstance(config_dict, Mapping) and "exclude" not in config_dict:
             config_dict = {**config_dict, "exclude": None}
-        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)  # type: ignore[misc,no-any-return]
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     @property
     def pack_method(self) -> str:
         """The order of 4-bit codes in a word."""
         return str((self.export or {}).get("pack_method", "reorder"))
+
+    @property
+    def min_kv_scale(self) -> float:
+        """The least that a scale of keys or values is."""
+        return float((self.export or {}).get("min_kv_scale") or 0.0)
 
     @property
     def is_fake(self) -> bool:

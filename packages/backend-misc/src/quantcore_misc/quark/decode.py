@@ -14,7 +14,6 @@ from quantcore.formats.base import WeightFormat, float_dtype
 from quantcore.kernels.triton.decoder import Decoder, Words, places
 from quantcore.kernels.triton.minifloats import e2m1_values, e2m3_values, e4m3_values, e8m0_values
 from quantcore_misc.quark.codes import INTERLEAVE
-from quantcore_misc.quark.plain import FakeWeight
 from quantcore_misc.quark.weight import QuarkWeight
 
 _FLOAT_BITS = {"e4m3": 8, "e2m3": 6, "e2m1": 4}
@@ -184,7 +183,7 @@ def e5m3_values(code):
 @cache
 def decoder_for(weight_format: WeightFormat) -> Decoder | None:
     """The decoder of a weight whose layer rounds no activations; None for any other format."""
-    if not isinstance(weight_format, QuarkWeight) or isinstance(weight_format, FakeWeight):
+    if type(weight_format) is not QuarkWeight:
         return None
     if weight_format.input is not None or weight_format.output is not None:
         return None

@@ -19,6 +19,7 @@ from quantcore.quantizers.weight import Plan
 from quantcore_misc.compressed_tensors.kv_cache import attach, stored_scales
 from quantcore_misc.quark import kv_cache
 from quantcore_misc.quark.config import QuarkConfig
+from quantcore_misc.quark.interleaved import InterleavedWeight
 from quantcore_misc.quark.layer import SIDES, QuarkLayer, is_measured
 from quantcore_misc.quark.plain import FakeWeight, FloatWeight
 from quantcore_misc.quark.spec import LayerSpec, TensorQuant
@@ -103,7 +104,7 @@ class QuarkQuantizer(CalibratedQuantizer):
         ranges = {
             side: _ranges(block, [name for name in formats if formats[name].measures(side)], side) for side in SIDES
         }
-        floor = float((self.quantization_config.export or _EXPORT).get("min_kv_scale") or 0.0)
+        floor = self.quantization_config.min_kv_scale
         for name, layer in block.layers.items():
             tensors = formats[name].quantize(layer.dense.weight)
             for side, least in zip(SIDES, (0.0, floor), strict=True):
@@ -153,7 +154,8 @@ def format_of(layer: LayerSpec, config: QuarkConfig, dtype: str) -> QuarkLayer:
     }
     if weight is None:
         return FloatWeight(**shared)
-    return (FakeWeight if config.is_fake else QuarkWeight)(
+    kind = InterleavedWeight if weight.is_interleaved else QuarkWeight
+    return (FakeWeight if config.is_fake else kind)(
         **shared,
         element=weight.element,
         strategy=weight.strategy,
@@ -187,9 +189,12 @@ def _check_quantizable(config: QuarkConfig) -> None:
         raise ValueError(
             "QuarkConfig.algo_config names algorithms, of which none is run here; leave it null to round to nearest"
         )
-    specs = (spec for layer in config.layers() for spec in (layer.weight, layer.input, layer.output))
-    if any(spec is not None and spec.scale_type == "pof2" for spec in specs):
+    found = [spec for layer in config.layers() for spec in (layer.weight, layer.input, layer.output)]
+    specs = [spec for spec in found if spec is not None]
+    if any(spec.scale_type == "pof2" for spec in specs):
         raise ValueError("QuarkConfig: scale_type 'pof2' is read, not made; use 'float' to quantize")
+    if any(spec.is_interleaved for spec in specs):
+        raise ValueError("QuarkConfig: dtype 'mx' is read, not made; use 'fp4' with scale_format 'e8m0' to quantize")
 
 
 def _scale_dtype(spec: TensorQuant | None, dtype: str) -> str:

@@ -7,7 +7,7 @@ Source: AMD Quark 0.13.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from quantcore.formats.minifloat import E5M3, MiniFloat, decode, e4m3_scale, e8m
 
 if TYPE_CHECKING:
     from quantcore_misc.quark.weight import QuarkWeight
+
+Operation: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 LEAST_SCALE = 2.0**-23
 _OUTER_LIMIT = 2688.0  # 448 * 6: the largest scale times the largest code
@@ -50,10 +52,11 @@ def encode_weight(weight: Tensor, scale: Tensor, zero: Tensor | None, weight_for
     element = weight_format.element
     dtype = _code_dtype(element)
     codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    divide: Operation = torch.div
     if element.endswith("int4"):
         divide, scale = torch.mul, 1 / scale
     else:
-        divide, scale = torch.div, torch.where(scale == 0, 1.0, scale)
+        scale = torch.where(scale == 0, 1.0, scale)
     for rows, factor, shift in _pieces(codes, weight_format, scale, zero):
         steps = weight_format.each(divide, weight[rows].to(factor.dtype), factor)
         if element in _INTEGERS:
@@ -160,7 +163,7 @@ def _pieces(
             yield rows, scale[rows], None if zero is None else zero[rows]
 
 
-def each_group(operation: Callable[[Tensor, Tensor], Tensor], part: Tensor, table: Tensor, size: int) -> Tensor:
+def each_group(operation: Operation, part: Tensor, table: Tensor, size: int) -> Tensor:
     """operation(part [r, K], the number of each group), table: [r, G] for groups of size columns, or one number.
 
     The last group may be short.

@@ -25,6 +25,7 @@ _FLOATS = ("bfloat16", "float16", "float32")
 _STRATEGIES = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group", "per_block": "block"}
 _MODES = ("even", "floor", "ceil")
 _SCALE_TYPES = ("float", *_FLOATS, "pof2", "float8_e5m3", "float8_e8m0fnu")
+_OLD_MX = {"mx_element_dtype": "fp4", "group_size": 32}  # what the old data type "mx" is read with
 _SECOND = "fp8_e4m3"  # what scales of a first stage are rounded to
 
 
@@ -34,7 +35,8 @@ class TensorQuant:
     a block of block_rows by group_size.
 
     scale: what scales are: "float", "e8m0" (by the rounding mode), "e5m3", or "e4m3" under a second scale. scale_type:
-    how a float scale is stored, "float" as the model's weights, "pof2" a power of two, else a dtype.
+    how a float scale is stored, "float" as the model's weights, "pof2" a power of two, else a dtype. is_interleaved:
+    each group is stored after the byte of its scale.
     """
 
     element: str
@@ -46,6 +48,7 @@ class TensorQuant:
     mode: str = "even"
     block_rows: int = 0
     scale_type: str = "float"
+    is_interleaved: bool = False
 
     @classmethod
     def parse(cls, values: Any, label: str) -> TensorQuant | None:
@@ -56,6 +59,9 @@ class TensorQuant:
         values, second = _stages(values, label)
         if values is None or values.get("dtype") in _FLOATS:
             return None
+        is_interleaved = values.get("dtype") == "mx"
+        if is_interleaved:
+            values = _as_group(values, label)
         _check(values.get("dtype"), _ELEMENTS, f"{label}.dtype")
         scheme, mode = values.get("qscheme") or "per_tensor", values.get("scale_calculation_mode") or "even"
         _check(scheme, _STRATEGIES, f"{label}.qscheme")
@@ -64,16 +70,20 @@ class TensorQuant:
         element, (rows, columns) = _ELEMENTS[values["dtype"]], _block(scheme, values, label)
         if scheme == "per_block" and "int" in element:
             raise ValueError(f"{label}.qscheme per_block serves floats of 8 bits and fewer, not {values['dtype']}")
+        scale = _scale_of(values, second, label)
+        if scale != "float" and "int" in element:
+            raise ValueError(f"{label}: scales of {values['dtype']} are floats, not {scale}")
         return cls(
             element=element,
             strategy=_STRATEGIES[scheme],
             group_size=columns,
             is_dynamic=bool(values.get("is_dynamic")),
             is_symmetric=values.get("symmetric") is not False,
-            scale=_scale_of(values, second, label),
+            scale=scale,
             mode=mode,
             block_rows=rows,
             scale_type=values.get("scale_type") or "float",
+            is_interleaved=is_interleaved,
         )
 
     def activation(self) -> Activation:
@@ -139,6 +149,20 @@ def _stages(values: Any, label: str) -> tuple[Mapping[str, Any] | None, Mapping[
         if stage is not None and not isinstance(stage, Mapping):
             raise TypeError(f"{label} must be a spec, a list of specs or null, got {values!r:.80}")
     return stages[0], stages[1] if len(stages) == 2 else None
+
+
+def _as_group(values: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """The spec of the old data type "mx" in today's words."""
+    for key, known in _OLD_MX.items():
+        if (values.get(key) or known) != known:
+            raise ValueError(f"{label}.{key} must be {known!r} with dtype 'mx', got {values[key]!r:.80}")
+    return {
+        **values,
+        "dtype": _OLD_MX["mx_element_dtype"],
+        "qscheme": "per_group",
+        "group_size": _OLD_MX["group_size"],
+        "scale_format": "e8m0",
+    }
 
 
 def _block(scheme: str, values: Mapping[str, Any], label: str) -> tuple[int, int]:

@@ -5,7 +5,7 @@ Source: the exports of AMD Quark 0.13; OCP Microscaling Formats 1.0 for scales o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from quantcore.formats import blocks
 from quantcore.formats.base import TensorSpec, float_dtype
 from quantcore_misc.quark.codes import Packing, pack_nibbles, packing_for, unpack_nibbles
 from quantcore_misc.quark.layer import SIDES, QuarkLayer
-from quantcore_misc.quark.scaling import Parts, dequantize_codes, each_group, quantize_weight, read_scales
+from quantcore_misc.quark.scaling import Operation, Parts, dequantize_codes, each_group, quantize_weight, read_scales
 
 _SCALE_TENSORS = {"e8m0": torch.uint8, "e5m3": torch.uint8, "e4m3": torch.float8_e4m3fn}
 _WORDS = ("int4", "uint4")
@@ -103,7 +103,7 @@ class QuarkWeight(QuarkLayer):
             return None
         return self.packing.size(weight.shape[0], weight.shape[1])
 
-    def each(self, operation: Callable[[Tensor, Tensor], Tensor], part: Tensor, table: Tensor) -> Tensor:
+    def each(self, operation: Operation, part: Tensor, table: Tensor) -> Tensor:
         """operation(part [r, K], the number in table of what shares a scale)."""
         return each_group(operation, part, table, self.group_size or max(1, part.shape[1]))
 
@@ -128,7 +128,7 @@ class QuarkWeight(QuarkLayer):
         """The stored shape of scales."""
         if self.strategy in ("tensor", "channel"):
             return () if self.strategy == "tensor" else (shape[0],)
-        down, across = blocks.grid(shape, (self.block_rows or 1, self.group_size))  # type: ignore[arg-type]
+        down, across = blocks.grid(shape, (self.block_rows or 1, self.group_size))
         return (across, down) if self._is_transposed else (down, across)
 
     def _grid_spec(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], words: int = 1) -> TensorSpec:
