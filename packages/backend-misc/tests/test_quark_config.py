@@ -153,7 +153,7 @@ def test_unknown_export_is_refused(name: str) -> None:
     ("spec", "fault"),
     [
         ({**FP8, "dtype": "uint8"}, "activations in uint8"),
-        ({**FP8, "qscheme": "per_channel"}, "static activations by channel"),
+        ({**FP8, "qscheme": "per_channel"}, "static activations in e4m3 by channel"),
         ({**FP8, "qscheme": "per_block", "block_size": [2, 64], "is_dynamic": True}, "blocks of 2 rows"),
     ],
     ids=["uint8", "static channel", "block"],

@@ -20,6 +20,7 @@ from quantcore.testing.golden import GoldenLayer, golden_folder
 from quantcore_misc.quark.codes import pack_nibbles, unpack_nibbles
 from quantcore_misc.quark.interleaved import InterleavedWeight
 from quantcore_misc.quark.plain import FakeWeight, FloatWeight
+from quantcore_misc.quark.spec import TensorQuant
 from quantcore_misc.quark.weight import QuarkWeight
 
 GOLDEN = golden_folder("quark", Path(__file__).parents[3] / "tests" / "golden")
@@ -38,6 +39,7 @@ FORMATS = {
     "mxfp6-e2m3": MX.replace(element="e2m3"),
     "mxfp6-e3m2": MX.replace(element="e3m2"),
     "nvfp4": QuarkWeight(element="e2m1", strategy="group", group_size=16, scale="e4m3"),
+    "fp4-floats": QuarkWeight(element="e2m1", strategy="group", group_size=16, scale_dtype="float32"),
     "amdfp4": QuarkWeight(element="e2m1", strategy="group", group_size=16, scale="e5m3"),
     "int8-tensor": QuarkWeight(element="int8", scale_dtype="float32"),
     "int8-channel-asymmetric": QuarkWeight(element="int8", strategy="channel", is_symmetric=False),
@@ -195,6 +197,15 @@ def test_scales_of_tokens_do_not_depend_on_other_tokens() -> None:
     x = torch.randn(2, 3, 96).bfloat16()
     x[1] *= 1000
     assert torch.equal(found(x)[0], found(x[:1])[0])
+
+
+def test_integers_of_tokens_are_divided_in_float32_by_scales_of_the_inputs_dtype() -> None:
+    spec = TensorQuant.parse({"dtype": "int8", "qscheme": "per_channel", "is_dynamic": True}, "input_tensors")
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scale = (x.abs().amax(1, keepdim=True) / 127.5).float()
+    expected = (x.float() / scale).round().clamp(-128, 127) * scale
+    assert spec is not None
+    assert torch.equal(spec.activation().fake_quantize(x), expected.bfloat16())
 
 
 def test_zero_point_of_a_stored_range_is_used() -> None:

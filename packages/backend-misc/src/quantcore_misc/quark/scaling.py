@@ -137,6 +137,7 @@ def _float_scales(weight: Tensor, weight_format: QuarkWeight) -> tuple[Tensor, T
     if weight_format.scale == "e5m3":
         stored = encode(amax.float() / element.maximum, E5M3)
         return stored, decode(stored, E5M3), None
+    amax = amax if element.bits == 8 else amax.float()  # as those of other block scales
     scale = (amax / element.maximum).clamp_(min=LEAST_SCALE)
     return scale, scale, None
 

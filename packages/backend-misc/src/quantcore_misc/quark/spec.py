@@ -21,6 +21,7 @@ _ELEMENTS = {
     "int4": "int4",
     "uint4": "uint4",
 }
+_BELOW_8_BITS = ("e2m1", "e2m3", "e3m2")
 _FLOATS = ("bfloat16", "float16", "float32")
 _STRATEGIES = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group", "per_block": "block"}
 _MODES = ("even", "floor", "ceil")
@@ -99,9 +100,11 @@ class TensorQuant:
             raise ValueError(f"activations in {self.element} are not supported; use int8 or a float")
         if self.block_rows > 1:
             raise ValueError(f"activations in blocks of {self.block_rows} rows are not supported; use 1")
-        if self.scale == "float" and not self.is_dynamic and self.strategy != "tensor":
+        is_below = self.element in _BELOW_8_BITS
+        if self.scale == "float" and not self.is_dynamic and (self.strategy != "tensor" or is_below):
             raise ValueError(
-                f"static activations by {self.strategy} are not supported; use per_tensor, or dynamic ones"
+                f"static activations in {self.element} by {self.strategy} are not supported; use per_tensor with 8 "
+                "bits, or dynamic ones"
             )
         shared: dict[str, Any] = {
             "element": self.element,
@@ -115,10 +118,13 @@ class TensorQuant:
         if self.scale != "float":
             outer = "multiply" if self.scale == "e4m3" else None
             return Activation(**shared, scale=self.scale, outer=outer)
-        is_static = not self.is_dynamic
-        if self.element.startswith("int"):
-            return Activation(**shared, is_static=is_static)
-        return Activation(**shared, is_static=is_static, scale="input", scale_math="input", code_math="input")
+        if is_below:
+            return Activation(**shared)
+        # Scales are chosen in the input's dtype; integers are divided by them in float32, floats in that dtype too.
+        code_math = "float32" if self.element.startswith("int") else "input"
+        return Activation(
+            **shared, is_static=not self.is_dynamic, scale="input", scale_math="input", code_math=code_math
+        )
 
 
 @dataclass(frozen=True)
