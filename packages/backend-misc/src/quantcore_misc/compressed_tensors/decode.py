@@ -12,7 +12,7 @@ import triton.language as tl
 
 from quantcore.formats.base import WeightFormat
 from quantcore.kernels.triton.decoder import Decoder, Words, places
-from quantcore.kernels.triton.minifloats import e2m1_values, e2m3_values, e4m3_values, e8m0_values
+from quantcore.kernels.triton.minifloats import e4m3_values, e8m0_values, element_values, load_codes
 from quantcore.kernels.triton.rounding import rounded
 from quantcore_misc.compressed_tensors.packed import PackedWeight, SmallFloatWeight
 from quantcore_misc.compressed_tensors.plain import FloatWeight, IntegerWeight
@@ -125,24 +125,14 @@ def packed_code(words, line, stride, length, i, ACROSS: tl.constexpr, D: tl.cons
 @triton.jit
 def decode_floats(tensors, k, n, N, K, D: tl.constexpr):
     """code * scale; tensors are codes and scales as bytes, and the global scale of nvfp4."""
-    if D.bits == 8:
-        code = tl.load(tensors[0] + n * K + k)
-    elif D.bits == 6:
-        place = n * (K * 6 // 8) + k * 6 // 8
-        shift = (k * 6 % 8).to(tl.int32)
-        crosses = shift > 2
-        low = tl.load(tensors[0] + place).to(tl.int32)
-        high = tl.load(tensors[0] + place + crosses.to(place.dtype)).to(tl.int32)
-        code = (low | (high << 8)) >> shift & 0x3F
-    else:
-        code = tl.load(tensors[0] + n * (K // 2) + k // 2).to(tl.int32) >> (4 * (k % 2)).to(tl.int32) & 0xF
-    return scaled(element_values(code, D), float_scale(tensors, n, k, K, D), D)
+    values = element_values(load_codes(tensors[0], k, n, K, D.bits), D.bits)
+    return scaled(values, float_scale(tensors, n, k, K, D), D)
 
 
 @triton.jit
 def scale_floats(tensors, codes, n, g, N, K, D: tl.constexpr):
     """The same numbers of codes that are unpacked already."""
-    return scaled(element_values(codes, D), float_scale(tensors, n, g * max(D.columns, 1), K, D)[:, :, None], D)
+    return scaled(element_values(codes, D.bits), float_scale(tensors, n, g * max(D.columns, 1), K, D)[:, :, None], D)
 
 
 @triton.jit
@@ -151,17 +141,6 @@ def scaled(values, scale, D: tl.constexpr):
     if D.scales == "float":
         product = rounded(product, D.dtype).to(tl.float32)
     return product
-
-
-@triton.jit
-def element_values(code, D: tl.constexpr):
-    if D.bits == 8:
-        values = e4m3_values(code)
-    elif D.bits == 6:
-        values = e2m3_values(code)
-    else:
-        values = e2m1_values(code)
-    return values
 
 
 @triton.jit

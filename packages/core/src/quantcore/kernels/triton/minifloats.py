@@ -44,3 +44,35 @@ def e8m0_values(code):
     code = code.to(tl.int32) & 0xFF
     bits = tl.where(code == 0, 0x00400000, code << 23)
     return tl.where(code == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_codes(codes, k, n, K, BITS: tl.constexpr):
+    """Codes of columns k and rows n of a matrix [N, K] as `formats.minifloat` packs them; K fills whole bytes.
+
+    BITS: 8, 6 (four in three bytes) or 4 (two in a byte, the even column low).
+    """
+    if BITS == 8:
+        code = tl.load(codes + n * K + k)
+    elif BITS == 6:
+        place = n * (K * 6 // 8) + k * 6 // 8
+        shift = (k * 6 % 8).to(tl.int32)
+        crosses = shift > 2
+        low = tl.load(codes + place).to(tl.int32)
+        high = tl.load(codes + place + crosses.to(place.dtype)).to(tl.int32)
+        code = (low | (high << 8)) >> shift & 0x3F
+    else:
+        code = tl.load(codes + n * (K // 2) + k // 2).to(tl.int32) >> (4 * (k % 2)).to(tl.int32) & 0xF
+    return code
+
+
+@triton.jit
+def element_values(code, BITS: tl.constexpr):
+    """float32 of E4M3 (8 bits), E2M3 (6) or E2M1 (4) codes."""
+    if BITS == 8:
+        values = e4m3_values(code)
+    elif BITS == 6:
+        values = e2m3_values(code)
+    else:
+        values = e2m1_values(code)
+    return values
