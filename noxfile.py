@@ -51,7 +51,9 @@ class TestSet(NamedTuple):
 TEST_SETS = {
     "core": TestSet([CORE], [f"{CORE}/tests"]),
     **{
-        name: TestSet([f"{CORE}[transformers]", f"packages/backend-{name}"], [f"packages/backend-{name}/tests"], methods)
+        name: TestSet(
+            [f"{CORE}[transformers]", f"packages/backend-{name}"], [f"packages/backend-{name}/tests"], methods
+        )
         for name, methods in BACKENDS.items()
     },
     "all": TestSet(EVERYTHING, ["tests", f"--ignore={THIRD_PARTY}"]),
