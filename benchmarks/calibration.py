@@ -4,8 +4,8 @@ Every run is a process of its own; both sides get the same rows of tokens and th
 they write is evaluated by one program. The upstream packages want other versions of torch, so their interpreter is
 named:
 
-    python benchmarks/calibrated_vs_upstream.py --upstream /path/to/venv/bin/python
-    python benchmarks/calibrated_vs_upstream.py --upstream ... --model random --only auto-round --iters 20
+    python benchmarks/calibration.py --upstream /path/to/venv/bin/python
+    python benchmarks/calibration.py --upstream ... --model random --only auto-round --iters 20
 """
 
 from __future__ import annotations
