@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "quantcore bench --method hqq --shapes 4096x4096 --rows 1,16",
-    "quantcore bench --method bitsandbytes --load-in-4bit --dtype float32 --json",
-    "quantcore bench --method bitsandbytes --load-in-4bit --vs bitsandbytes",
+    "quantcore bench --method bitsandbytes --load-in-4bit --dtype float32 --vs torch --json",
 )
 _COLUMNS = ("rows", "N x K", "kernel", "ms", "20-80 %", "GB/s", "of copy", "times as fast")
 
