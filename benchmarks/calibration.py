@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import statistics
@@ -83,8 +84,9 @@ def report(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def run(interpreter: str, side: str, job: dict[str, Any]) -> dict[str, Any]:
-    command = [interpreter, __file__, "--worker", side, "--job", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [interpreter, str(Path(__file__).resolve()), "--worker", side, "--job", json.dumps(job)]
+    folder = Path(job["target"]).parent  # gptqmodel leaves logs where it runs
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{side} failed on {job}:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -103,8 +105,6 @@ def measured(work: Any, target: str) -> dict[str, Any]:
 
 def quantize_quantcore(job: dict[str, Any]) -> dict[str, Any]:
     sys.path[:0] = [str(path) for path in SOURCES]
-    import os
-
     os.environ["QUANTCORE_PLUGINS"] = "quantcore_gptq"
     import torch
 
@@ -125,6 +125,7 @@ def quantize_upstream(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def upstream_gptqmodel(job: dict[str, Any]) -> dict[str, Any]:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it does not start on two cores otherwise
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
 
@@ -133,7 +134,7 @@ def upstream_gptqmodel(job: dict[str, Any]) -> dict[str, Any]:
     settings = dict(job["settings"])
     is_symmetric = settings.pop("sym", not settings.pop("zero_point", False))
     config = QuantizeConfig(**settings, sym=is_symmetric, quant_method=job["method"], device="cpu")
-    model = GPTQModel.load(job["model"], config, device="cpu", dtype=torch.bfloat16)
+    model = GPTQModel.load(job["model"], config, dtype=torch.bfloat16)
 
     def work() -> None:
         model.quantize(data, batch_size=1)
@@ -176,8 +177,6 @@ def perplexity(folder: str | Path, arguments: argparse.Namespace) -> str:
     command = [sys.executable, "-m", "quantcore.cli", "eval", str(folder), "--json", "--dtype", "float32"]
     command += ["--text", str(BUNDLED / "eval.txt"), "--max-tokens", str(arguments.max_tokens), "--window", "256"]
     environment = {"PYTHONPATH": ":".join(map(str, SOURCES)), "QUANTCORE_PLUGINS": "quantcore_gptq"}
-    import os
-
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
     return f"{json.loads(done.stdout)['perplexity']:.4f}"
 
