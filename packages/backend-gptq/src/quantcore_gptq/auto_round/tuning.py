@@ -34,11 +34,12 @@ class TunedWeight:
         self._groups, self._bits, self._sym, self._tunes_range = groups, bits, sym, tunes_range
         ones = torch.ones_like(groups.low)
         self._now = self._best = Parameters(torch.zeros_like(groups.values), ones, ones)
+        self._last: tuple[Parameters, Scales, Tensor] | None = None  # what `write` rounded, for the step after it
 
     def write(self, weight: Tensor) -> None:
         """Write the dequantized weight into a tensor [N, K]."""
-        scales = self._scales(self._now)
-        codes = self._steps(scales, self._now).clamp_(0, self._top)
+        scales, steps = self._rounded()
+        codes = steps.clamp(0, self._top)
         weight.copy_(self._groups.ungroup(codes.sub_(scales.zero).mul_(scales.scale)))
 
     def keep(self) -> None:
@@ -48,8 +49,7 @@ class TunedWeight:
     def step(self, grad: Tensor, rate: float, range_rate: float) -> None:
         """Move against the gradient of the loss for the dequantized weight [N, K]."""
         grouped = self._regroup(grad)
-        scales = self._scales(self._now)
-        steps = self._steps(scales, self._now)
+        scales, steps = self._rounded()
         codes = steps.clamp(0, self._top)
         inside = codes == steps
         direction = (grouped * scales.scale).sign_().mul_(inside)
@@ -65,6 +65,13 @@ class TunedWeight:
         """Codes [N, K] and scales of the best parameters."""
         scales = self._scales(self._best)
         return self._groups.ungroup(self._steps(scales, self._best).clamp_(0, self._top)), scales
+
+    def _rounded(self) -> tuple[Scales, Tensor]:
+        """Scales and unlimited codes under the present parameters."""
+        if self._last is None or self._last[0] is not self._now:
+            scales = self._scales(self._now)
+            self._last = self._now, scales, self._steps(scales, self._now)
+        return self._last[1:]
 
     @property
     def _top(self) -> float:
