@@ -29,6 +29,22 @@ def test_product_is_exact(M: int, N: int, K: int, device: str) -> None:
     assert torch.equal(found.cpu(), exact(left, right))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+def test_scaled_product_is_that_of_float64(M: int, N: int, K: int, device: str) -> None:
+    left, right = operands(M, N, K)
+    rows, columns, bias = torch.rand(M), torch.rand(N).half(), torch.rand(N).bfloat16()
+    scaled = int8.Scaled(*(t.to(device) for t in (rows, columns)), torch.float32, bias.to(device), 0.25)
+    found = int8.int8_matmul(left.to(device), right.to(device), scaled)
+    expected = exact(left, right) * rows[:, None].double() * columns.double() * 0.25 + bias.double()
+    torch.testing.assert_close(found.cpu(), expected.float(), rtol=1e-6, atol=1e-6)  # five roundings to float32
+
+
+def test_torch_takes_what_its_own_check_on_cuda_allows() -> None:
+    assert int8._torch_takes(17, 8, 16)
+    assert not any(int8._torch_takes(*sizes) for sizes in [(16, 8, 16), (17, 9, 16), (17, 8, 12)])
+
+
 @pytest.mark.parametrize(("M", "N", "K"), SHAPES)
 def test_padding_for_cuda_changes_nothing(M: int, N: int, K: int) -> None:
     left, right = operands(M, N, K)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +19,11 @@ from coded import LAYOUTS, Coded, coded_decoder
 
 from quantcore.formats.base import WeightFormat
 from quantcore.kernels.dispatch import Problem
-from quantcore.kernels.triton import launch
+from quantcore.kernels.int8 import Scaled
+from quantcore.kernels.triton import int8, launch
 from quantcore.kernels.triton.aot import (
     GLOBAL_LOADS,
+    INTEGER_PRODUCTS,
     TARGETS,
     TENSOR_CORES,
     compile_launches,
@@ -92,7 +95,7 @@ def launch_layout(layout: str, words: bool = True, dtype: torch.dtype = torch.bf
     launch_all(operands, coded_decoder(layout, words), N, K, dtype)
 
 
-@pytest.mark.parametrize("name", ["interpreted_triton.py", "interpreted_tiles.py"])
+@pytest.mark.parametrize("name", ["interpreted_triton.py", "interpreted_tiles.py", "interpreted_int8.py"])
 def test_skeletons_pass_in_the_interpreter(name: str) -> None:
     run_in_interpreter(str(Path(__file__).with_name(name)))
 
@@ -147,6 +150,26 @@ def test_tiles_compile_without_spills(layout: str, target: str) -> None:
 
 def test_every_layout_is_measured() -> None:
     assert MOST_LOADS.keys() == LAYOUTS.keys()
+
+
+# Products of integers on tensor cores, and loads from global memory, of few rows and of many, scales and bias included.
+INT8_COUNTS = {
+    "sm_80": ((8, 28), (64, 40)),
+    "sm_90": ((8, 28), (4, 58)),
+    "sm_100": ((8, 28), (64, 40)),
+    "gfx942": ((64, 17), (48, 22)),
+}
+
+
+@ON_TARGETS
+def test_int8_products_run_on_integer_tensor_cores_without_spills(target: str) -> None:
+    right, ones = torch.zeros(256, 512, dtype=torch.int8), torch.ones(256)
+    for rows, (fewest, most) in zip((1, 200), INT8_COUNTS[target], strict=True):
+        left, scaled = torch.zeros(rows, 512, dtype=torch.int8), Scaled(ones[:rows], ones, torch.bfloat16, ones)
+        (kernel,) = compile_launches(target, partial(int8.int8_matmul, left, right, scaled), int8)
+        assert spilled_bytes(kernel) == 0
+        assert count_instructions(kernel, INTEGER_PRODUCTS) >= fewest
+        assert count_instructions(kernel, GLOBAL_LOADS) <= most
 
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (33, 35)])

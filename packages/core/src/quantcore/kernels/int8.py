@@ -2,26 +2,61 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-_CUDA_ROWS = 32  # torch._int_mm on CUDA takes more than 16 rows, and N and K that are multiples of 8
-_CUDA_MULTIPLE = 8
+_CUDA_ROWS = 17  # the fewest that torch._int_mm takes on CUDA
+_CUDA_MULTIPLE = 8  # of N and K there
 
 
-def int8_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right.T, int32 [M, N]. left: [M, K] int8; right: [N, K] int8, on the same device.
+class Scaled(NamedTuple):
+    """How exact sums become floats: sum * (rows[m] * columns[n]) * factor + bias[n] in float32, rounded to dtype.
+
+    rows: [M]; columns and bias: [N]; each operation rounds, from left to right.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    dtype: torch.dtype
+    bias: Tensor | None = None
+    factor: float = 1.0
+
+    def __call__(self, sums: Tensor) -> Tensor:
+        """The floats of sums [M, N]."""
+        y = sums.float().mul_(self.rows.float()[:, None] * self.columns.float()).mul_(self.factor)
+        return (y if self.bias is None else y.add_(self.bias)).to(self.dtype)
+
+
+def int8_matmul(left: Tensor, right: Tensor, scaled: Scaled | None = None) -> Tensor:
+    """left @ right.T, int32 [M, N], or what scaled makes of it. left: [M, K] int8; right: [N, K] int8, one device.
 
     Exact for K below 2**17, where no sum of products can leave int32.
     """
+    (M, K), N = left.shape, right.shape[0]
+    if M and N and K and left.device.type == "cuda" and not _torch_takes(M, N, K) and find_spec("triton"):
+        from quantcore.kernels.triton import int8 as kernel
+
+        return kernel.int8_matmul(left, right, scaled)
+    sums = _int8_sums(left, right)
+    return sums if scaled is None else scaled(sums)
+
+
+def _torch_takes(M: int, N: int, K: int) -> bool:
+    """Whether torch._int_mm takes these sizes on CUDA."""
+    return M >= _CUDA_ROWS and N % _CUDA_MULTIPLE == K % _CUDA_MULTIPLE == 0
+
+
+def _int8_sums(left: Tensor, right: Tensor) -> Tensor:
     (M, K), N = left.shape, right.shape[0]
     if not M or not N or not K:
         return left.new_zeros(M, N, dtype=torch.int32)
     if left.device.type == "cpu" and K > 1:  # torch 2.13 gives memory that it never wrote for one column
         return torch._int_mm(left, right.t())
     if left.device.type == "cuda":
-        rows, columns = max(_CUDA_ROWS, _round_up(M)), _round_up(N)
-        inner = _round_up(K)
+        rows, columns, inner = max(_CUDA_ROWS, M), _round_up(N), _round_up(K)
         product = torch._int_mm(_pad(left, rows, inner), _pad(right, columns, inner).t())
         return product[:M, :N]
     return (left.double() @ right.t().double()).to(torch.int32)  # float64 holds every such sum exactly

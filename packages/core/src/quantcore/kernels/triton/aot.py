@@ -28,6 +28,7 @@ TARGETS = {
 }
 GLOBAL_LOADS = r"ld\.global|cp\.async\.c[ag]|global_load|buffer_load"
 TENSOR_CORES = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma"
+INTEGER_PRODUCTS = r"mma\S*\.s32\.s8\.s8|v_mfma_i32\S*_i8"  # on tensor cores
 _SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a program
 _MOST_THREADS = 1024
 
