@@ -22,7 +22,7 @@ from quantcore.kernels.triton.kernels import kernels_for
 from quantcore_fp8.format import ROW, TENSOR, Fp8
 from quantcore_fp8.format_fp4 import Fp4Expert
 
-_PRIORITY = REFERENCE.priority - 5  # after the reference, so only by QUANTCORE_KERNEL, until measured on a GPU
+_PRIORITY = REFERENCE.priority + 15  # before the skeletons, which read weights alone
 _MULTIPLE = 16  # of N and K, for torch._scaled_mm
 _LEAST_GROUP = 32  # columns that one tl.dot of 8-bit floats takes
 _MOST_GROUP = 256
@@ -33,8 +33,8 @@ def fp8_kernels() -> tuple[Kernel, ...]:
     """Every kernel of this backend; its methods share them."""
     skeletons = [_with_rounded_input(kernel) for kernel in kernels_for("fp8", "quantcore_fp8.decode:decoder_for")]
     return (
-        Kernel("scaled_mm_fp8", "triton", refuse_scaled_mm, scaled_mm, linear_input_grad, _PRIORITY),
-        Kernel("blocks_fp8", "triton", refuse_blocks, blocks, linear_input_grad, _PRIORITY),
+        Kernel("scaled_mm_fp8", "triton", refuse_scaled_mm, scaled_mm, linear_input_grad, _PRIORITY, on_trial=True),
+        Kernel("blocks_fp8", "triton", refuse_blocks, blocks, linear_input_grad, _PRIORITY, on_trial=True),
         *skeletons,
     )
 

@@ -6,14 +6,15 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from quantcore import settings
 from quantcore.errors import KernelUnavailableError
-from quantcore.formats.base import WeightFormat
-from quantcore.kernels import reference
+from quantcore.formats.base import WeightFormat, dtype_name
+from quantcore.kernels import reference, trial
 from quantcore.plugins.manager import Plugins, plugins
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Kernel:
 
     name: unique, such as "gemv_nf4". group: what QUANTCORE_KERNEL names: "torch", "triton" or "cpu".
     refuse: gives None for a problem it serves, else the reason in a few words. Higher priority is asked first.
+    on_trial: its first result of each kind on a device is compared with the reference's, see `quantcore.kernels.trial`.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Kernel:
     linear: Callable[..., Tensor]
     linear_input_grad: Callable[..., Tensor]
     priority: int = 0
+    on_trial: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,51 @@ REFERENCE = Kernel(
 )
 
 
+def compute(problem: Problem, *arguments: Any) -> Tensor:
+    """The result of the chosen kernel; the reference's where a kernel on trial fails. arguments: those of the op.
+
+    A kernel that QUANTCORE_KERNEL names is not tried: what it raises or gives is seen.
+    """
+    kernel = choose(problem).kernel
+    if not kernel.on_trial or settings.forced_kernel() is not None:
+        result: Tensor = getattr(kernel, problem.op)(*arguments)
+        return result
+    return trial.run(
+        _tried(kernel, problem),
+        ((problem.M - 1).bit_length(), problem.N, problem.K),  # rows as launches tell them apart
+        arguments[0].device,
+        lambda: getattr(kernel, problem.op)(*arguments),
+        lambda: getattr(REFERENCE, problem.op)(*arguments),
+    )
+
+
+class _Tried(NamedTuple):
+    """What a failure in a trial is held against: the kernel for a format, at every size."""
+
+    kernel: str
+    op: str
+    weight_format: WeightFormat
+    device: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.kernel} ({self.op} of {self.weight_format!r}, {dtype_name(self.dtype)})"
+
+
+def _tried(kernel: Kernel, problem: Problem) -> _Tried:
+    return _Tried(kernel.name, problem.op, problem.weight_format, problem.device, problem.dtype)
+
+
 def choose(problem: Problem) -> Choice:
     """The first kernel that accepts a problem, in order of priority, with the trace of the choice.
 
     Raises KernelUnavailableError when QUANTCORE_KERNEL forces a group in which none accepts, with every reason.
     """
-    return _choose(problem, settings.forced_kernel(), plugins(), plugins().generation)
+    return _choose(problem, settings.forced_kernel(), plugins(), plugins().generation, trial.failures())
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(problem: Problem, forced: str | None, loaded: Plugins, generation: int) -> Choice:
+def _choose(problem: Problem, forced: str | None, loaded: Plugins, generation: int, failures: int) -> Choice:
     trace: list[tuple[str, str | None]] = []
     for kernel in _candidates(loaded, generation):
         reason = _refusal(kernel, problem, forced)
@@ -91,7 +129,8 @@ def _choose(problem: Problem, forced: str | None, loaded: Plugins, generation: i
 def _refusal(kernel: Kernel, problem: Problem, forced: str | None) -> str | None:
     if forced is not None and forced not in (kernel.group, kernel.name):
         return f"excluded by QUANTCORE_KERNEL={forced}"
-    return kernel.refuse(problem)
+    fault = trial.fault(_tried(kernel, problem)) if kernel.on_trial and forced is None else None
+    return fault or kernel.refuse(problem)
 
 
 def candidates() -> tuple[Kernel, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantcore.formats.interning import format_from_key
-from quantcore.kernels.dispatch import Problem, choose
+from quantcore.kernels.dispatch import Problem, compute
 
 _LIBRARY = torch.library.Library("quantcore", "DEF")
 _LIBRARY.define("linear(Tensor x, Tensor[] tensors, Tensor? bias, str format, SymInt out_features) -> Tensor")
@@ -28,7 +28,7 @@ def _linear(x: Tensor, tensors: list[Tensor], bias: Tensor | None, format: str, 
     weight_format = format_from_key(format)
     rows = math.prod(x.shape[:-1])
     problem = Problem("linear", weight_format, x.device.type, x.dtype, rows, out_features, x.shape[-1])
-    y = choose(problem).kernel.linear(x, tensors, bias, weight_format, out_features)
+    y = compute(problem, x, tensors, bias, weight_format, out_features)
     # What autograd knows as a view of an op's result, model code may not change in place.
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
@@ -39,7 +39,7 @@ def _linear_input_grad(grad: Tensor, tensors: list[Tensor], format: str, in_feat
     problem = Problem(
         "linear_input_grad", weight_format, grad.device.type, grad.dtype, rows, grad.shape[-1], in_features
     )
-    return choose(problem).kernel.linear_input_grad(grad, tensors, weight_format, in_features)
+    return compute(problem, grad, tensors, weight_format, in_features)
 
 
 def _linear_fake(x: Tensor, tensors: list[Tensor], bias: Tensor | None, format: str, out_features: int) -> Tensor:

@@ -15,7 +15,7 @@ from quantcore.kernels.triton.decoder import Decoder
 from quantcore.plugins.backend import import_string
 
 MOST_GEMV_ROWS = 16
-_PRIORITY = REFERENCE.priority - 10  # after the reference, so only by QUANTCORE_KERNEL, until measured on a GPU
+_PRIORITY = REFERENCE.priority + 10
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,9 +26,10 @@ def kernels_for(label: str, target: str) -> list[Kernel]:
     triton: it is imported when the first problem on a GPU is asked about.
     """
     served = _Served(target)
+    grad = served.linear_input_grad
     return [
-        Kernel(f"gemv_{label}", "triton", served.refuse_gemv, served.gemv, served.linear_input_grad, _PRIORITY + 1),
-        Kernel(f"gemm_{label}", "triton", served.refuse, served.gemm, served.linear_input_grad, _PRIORITY),
+        Kernel(f"gemv_{label}", "triton", served.refuse_gemv, served.gemv, grad, _PRIORITY + 1, on_trial=True),
+        Kernel(f"gemm_{label}", "triton", served.refuse, served.gemm, grad, _PRIORITY, on_trial=True),
     ]
 
 

@@ -1,0 +1,99 @@
+"""Kernels on trial: what nobody has run on a device yet is compared there with the reference before it is relied on.
+
+A kernel in Triton is compiled on the user's machine, for a device and by a compiler that its author may never have had.
+The first problem of a kind is therefore computed twice. Where the results differ, or the kernel fails, the reference
+serves instead, and one warning says so. Neither a wrong number nor a crash reaches the user, and a kernel that works
+costs one product more for each kind.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# Both round each product's sum once, in another order, and may hold the weight in half precision: that lies far below.
+# A tile read from the wrong place, a group with its neighbour's scale or a lost edge lies far above.
+_MOST_ERROR = 0.02
+
+_passed: set[Hashable] = set()
+_failed: dict[Hashable, str] = {}
+
+
+def fault(kernel: Hashable) -> str | None:
+    """Why a kernel is not relied on any more, or None."""
+    return _failed.get(kernel)
+
+
+def failures() -> int:
+    """How many kernels are not relied on any more: a choice made at another number may be outdated."""
+    return len(_failed)
+
+
+def run(
+    kernel: Hashable, kind: Hashable, device: torch.device, fast: Callable[[], Tensor], slow: Callable[[], Tensor]
+) -> Tensor:
+    """What fast gives, once it has given what slow gives for a problem of this kind; otherwise what slow gives.
+
+    kernel: what a failure is held against, in any kind; its str is what the warning names. kind: what may take another
+    path through the kernel, such as sizes and dtypes. Errors of slow are the caller's own, and held against nobody.
+    """
+    if (kernel, kind, device) in _passed or _is_captured(device):
+        return fast()
+    try:
+        found = fast()
+    except Exception as failure:  # noqa: BLE001 - nothing says what a compiler raises on a device it does not know
+        expected = slow()
+        _fail(kernel, device, f"{type(failure).__name__}: {_first_line(failure)}")
+        return expected
+    try:
+        error = _relative_error(found, slow())
+    except torch.OutOfMemoryError:  # the reference takes more memory than the kernel; a smaller problem may come
+        return found
+    if error is None:
+        return found
+    if error <= _MOST_ERROR:
+        _passed.add((kernel, kind, device))
+        return found
+    del found
+    _fail(kernel, device, f"its result is {error:.2g} from the reference's")
+    return slow()
+
+
+def forget() -> None:
+    """Try every kernel anew."""
+    _passed.clear()
+    _failed.clear()
+
+
+def _fail(kernel: Hashable, device: torch.device, reason: str) -> None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    _failed[kernel] = f"failed on {name}: {reason}"
+    logger.warning(
+        "kernel %s %s. The reference serves instead, which is right and slower. Please report this; "
+        "QUANTCORE_KERNEL=torch tries no kernel",
+        kernel,
+        _failed[kernel],
+    )
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float | None:
+    """Norm of the difference over that of what is expected; None where this is 0 or not finite, and proves nothing."""
+    norm = float(torch.linalg.vector_norm(expected, dtype=torch.float32))
+    if norm in (0.0, float("inf")) or norm != norm:
+        return None
+    error = float(torch.linalg.vector_norm(found - expected, dtype=torch.float32)) / norm
+    return error if error == error else float("inf")
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph is being recorded, in which no number can be looked at."""
+    return device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())
+
+
+def _first_line(failure: Exception) -> str:
+    return str(failure).strip().partition("\n")[0][:200]

@@ -1,0 +1,190 @@
+"""Kernels on trial: compared with the reference before they are relied on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_int8 import TinyInt8
+from torch import Tensor
+
+from quantcore.formats.interning import format_key
+from quantcore.kernels import ops, reference, trial
+from quantcore.kernels.dispatch import Kernel, Problem, choose
+from quantcore.plugins import hookimpl
+from quantcore.plugins.manager import plugins
+
+N, K = 5, 12
+KEY = format_key(TinyInt8())
+
+
+class Offer:
+    """A plugin with one kernel on trial, which counts its calls."""
+
+    def __init__(self, linear: Callable[..., Tensor]) -> None:
+        self.calls = 0
+        self._linear = linear
+
+    @hookimpl
+    def quantcore_kernels(self) -> tuple[Kernel, ...]:
+        grad = reference.linear_input_grad
+        return (Kernel("novice", "cpu", lambda problem: None, self._count, grad, on_trial=True),)
+
+    def _count(self, *arguments: Any) -> Tensor:
+        self.calls += 1
+        return self._linear(*arguments)
+
+
+@pytest.fixture(autouse=True)
+def fresh_trials() -> Iterator[None]:
+    trial.forget()
+    yield
+    trial.forget()
+
+
+def offer(linear: Callable[..., Tensor]) -> Offer:
+    plugin = Offer(linear)
+    plugins().register(plugin)
+    return plugin
+
+
+def operands() -> list[Tensor]:
+    weight_format = TinyInt8()
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0))
+    return list(weight_format.operands(weight_format.quantize(weight), (N, K)).values())
+
+
+def rows(M: int = 3) -> Tensor:
+    return torch.randn(M, K, generator=torch.Generator().manual_seed(1))
+
+
+def expected(x: Tensor) -> Tensor:
+    return reference.linear(x, operands(), None, TinyInt8(), N)
+
+
+def nearly(*arguments: Any) -> Tensor:
+    return reference.linear(*arguments) * 1.001
+
+
+def wrong(*arguments: Any) -> Tensor:
+    y = reference.linear(*arguments)
+    y[..., -1] = 0
+    return y
+
+
+def crashing(*arguments: Any) -> Tensor:
+    raise LookupError("no such instruction\non this device")
+
+
+def nothing(*arguments: Any) -> Tensor:
+    return reference.linear(*arguments).fill_(float("nan"))
+
+
+def run(x: Tensor) -> Tensor:
+    y: Tensor = ops.linear(x, operands(), None, KEY, N)
+    return y
+
+
+def chosen() -> tuple[str, dict[str, str | None]]:
+    choice = choose(Problem("linear", TinyInt8(), "cpu", torch.float32, 3, N, K))
+    return choice.kernel.name, dict(choice.trace)
+
+
+def test_kernel_near_the_reference_serves() -> None:
+    plugin = offer(nearly)
+    for calls in (1, 2):
+        assert torch.equal(run(rows()), expected(rows()) * 1.001)
+        assert plugin.calls == calls
+    assert chosen()[0] == "novice"
+
+
+@pytest.mark.parametrize("M", [3, 4], ids=["same-rows", "rows-of-one-launch"])
+def test_a_kind_is_compared_once(M: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(nearly)
+    run(rows(3))
+    monkeypatch.setattr(trial, "_relative_error", lambda *_: pytest.fail("compared again"))
+    run(rows(M))
+
+
+def test_another_size_is_tried_anew() -> None:
+    def wrong_for_many(x: Tensor, *rest: Any) -> Tensor:
+        return wrong(x, *rest) if len(x) > 8 else reference.linear(x, *rest)
+
+    offer(wrong_for_many)
+    for M in (3, 9):
+        assert torch.equal(run(rows(M)), expected(rows(M)))
+    assert chosen()[0] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("linear", "reason"),
+    [(wrong, "from the reference's"), (crashing, "LookupError: no such instruction"), (nothing, "its result is inf")],
+    ids=["other-numbers", "exception", "nan"],
+)
+def test_failing_kernel_is_replaced_by_the_reference_with_one_warning(
+    linear: Callable[..., Tensor], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plugin = offer(linear)
+    with caplog.at_level(logging.WARNING, logger="quantcore"):
+        for _ in range(3):
+            assert torch.equal(run(rows()), expected(rows()))
+    assert plugin.calls == 1
+    (record,) = caplog.records
+    assert "kernel novice (linear of TinyInt8" in record.getMessage()
+    assert reason in record.getMessage()
+    assert "\n" not in record.getMessage()
+    name, trace = chosen()
+    assert name == "reference"
+    assert reason in str(trace["novice"])
+
+
+def test_error_of_the_caller_is_not_held_against_the_kernel() -> None:
+    offer(crashing)
+    with pytest.raises(RuntimeError, match="shapes"):
+        ops.linear(rows()[:, :-1], operands(), None, KEY, N)
+    assert trial.failures() == 0
+
+
+@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
+def test_input_that_proves_nothing_leaves_the_trial_open(value: float) -> None:
+    offer(wrong)
+    run(rows().fill_(value))
+    assert trial.failures() == 0
+    assert torch.equal(run(rows()), expected(rows()))
+    assert trial.failures() == 1
+
+
+def test_forced_kernel_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(crashing)
+    run(rows())
+    monkeypatch.setenv("QUANTCORE_KERNEL", "novice")
+    with pytest.raises(LookupError, match="no such instruction"):
+        run(rows())
+
+
+def test_reference_without_memory_leaves_the_kernels_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(lambda x, *_: x.new_ones(len(x), N))
+
+    def full(*arguments: Any) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(TinyInt8, "linear", full)
+    assert torch.equal(run(rows()), torch.ones(3, N))
+    assert trial.failures() == 0
+
+
+def test_failure_of_the_gradient_leaves_the_product_to_the_kernel() -> None:
+    class Half(Offer):
+        @hookimpl
+        def quantcore_kernels(self) -> tuple[Kernel, ...]:
+            return (Kernel("half", "cpu", lambda problem: None, nearly, crashing, on_trial=True),)
+
+    plugins().register(Half(nearly))
+    x = rows().requires_grad_()
+    y = run(x)
+    y.sum().backward()
+    assert torch.equal(y, expected(x) * 1.001)
+    assert torch.equal(x.grad, reference.linear_input_grad(torch.ones(3, N), operands(), TinyInt8(), K))  # type: ignore[arg-type]
