@@ -99,6 +99,39 @@ def test_spellings_of_older_files_are_translated() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"solver": "gptq"}, "static"),
+        ({"solver": "gptq", "actorder": False}, None),
+        ({"solver": "gptq", "actorder": "group"}, "group"),
+        ({"actorder": "weight"}, "weight"),
+    ],
+    ids=str,
+)
+def test_order_of_columns_of_a_preset_is_that_of_the_solver_unless_given(fields: dict[str, Any], expected: Any) -> None:
+    config = CompressedTensorsConfig(scheme="W4A16", **fields)
+    assert config.schemes()[0].weights.actorder == expected
+    assert parse(scheme="W4A16", **fields) == config
+    assert parse(**config.to_dict()) == config
+    assert CompressedTensorsConfig(scheme="W8A8", solver="gptq").schemes()[0].weights.actorder is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"actorder": "static", "config_groups": {"g": group(INT4)}}, "actorder needs scheme"),
+        ({"dampening_frac": 0.1, "scheme": "W4A16"}, "dampening_frac is of a solver"),
+        ({"dampening_frac": 2.0, "scheme": "W4A16", "solver": "gptq"}, r"dampening_frac must lie in \[0, 1\]"),
+    ],
+    ids=["actorder", "dampening", "range"],
+)
+def test_setting_of_a_solver_that_cannot_be_is_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        CompressedTensorsConfig(**fields)
+
+
+@pytest.mark.parametrize(
     ("scheme", "words"),
     [
         (group({**INT4, "bits": 4}), r"config_groups\['g'\]\.weights has unknown keys bits"),

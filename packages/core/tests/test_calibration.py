@@ -473,6 +473,18 @@ def test_a_layer_cannot_be_replaced_twice() -> None:
         calibrate(make(Language), solve)
 
 
+def test_tensors_stored_besides_reach_the_layer_however_it_is_solved() -> None:
+    def solve(block: Block) -> None:
+        (layer,) = block.layers.values()
+        block.store_besides(layer.name, {"weight.scale": torch.full((layer.dense.shape[0], 1), 3.0)})
+        block.round_to_nearest(layer.name, "test")
+        assert bool((block.model.get_submodule(layer.name).stored["weight.scale"] == 3).all())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(make(Language), solve)
+
+
 def test_statistics_of_a_foreign_layer_are_refused() -> None:
     def solve(block: Block) -> None:
         with pytest.raises(LookupError, match=r"layers\.0\.up: not in block '', which has adapter"):

@@ -572,6 +572,17 @@ def test_registered_name_is_normalised(tiny: None) -> None:
     assert config_class("gptq") is TinyInt8Config
 
 
+def test_solver_that_a_backend_shares_is_given_to_other_methods(monkeypatch: pytest.MonkeyPatch, tiny: None) -> None:
+    from quantcore.calibration.solvers import shared_solver
+
+    found = Backend("rows", "a:B", "a:C", solver="quantcore.calibration.statistics:Hessian")
+    monkeypatch.setitem(plugins()._backends, "rows", found)
+    assert shared_solver("rows").__name__ == "Hessian"
+    monkeypatch.setitem(plugins()._backends, "rows", Backend("rows", "a:B", "a:C"))
+    with pytest.raises(ValueError, match="'rows' offers no solver to other methods; leave it out"):
+        shared_solver("rows")
+
+
 def test_backend_descriptor_is_immutable() -> None:
     backend = Backend("rows", "a:B", "a:C")
     with pytest.raises(AttributeError, match="method"):

@@ -19,6 +19,7 @@ BACKEND = Backend(
     kernels=(f"{_MODULE}:triton_kernels",),
     summary="second-order rounding, 2 to 8 bits",
     needs_calibration=True,
+    solver=f"{_MODULE}.shared:solve_block",
     example_configs=(
         {"bits": 4, "group_size": 128},
         {"bits": 4, "group_size": 32, "sym": False, "format": "gptq_v2"},

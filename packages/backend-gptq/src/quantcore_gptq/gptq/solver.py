@@ -92,15 +92,16 @@ def curvature(hessian: Tensor, settings: Settings) -> Curvature:
     return Curvature(order, inverse, dead, damp)
 
 
-def solve(weight: Tensor, curvature: Curvature, settings: Settings) -> Solution:
+def solve(weight: Tensor, curvature: Curvature, settings: Settings, grid: Grid | None = None) -> Solution:
     """Codes and grid of a weight [N, K] for inputs of this curvature. The weight is not changed.
 
+    grid: to round to, its groups in the order of columns that groups are runs of; None chooses it by the settings.
     The result does not depend on the scale of the Hessian. Columns whose input is always 0 become 0. Rows do not depend
     on each other, so weights with the same inputs may be joined.
     """
     columns = weight.t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     columns[curvature.dead] = 0
-    work = _Work(columns, curvature, settings)
+    work = _Work(columns, curvature, settings, grid)
     losses = work.run(curvature.inverse)
     return Solution(work.codes_in_place(), work.grid(), curvature.order.index, losses)
 
@@ -140,13 +141,16 @@ def _attempts(damp: float, step: float) -> list[tuple[float, float]]:
 class _Work:
     """The state of one solution. columns: [K, N] float32 in the order of the solver, consumed as they are rounded."""
 
-    def __init__(self, columns: Tensor, curvature: Curvature, settings: Settings) -> None:
+    def __init__(self, columns: Tensor, curvature: Curvature, settings: Settings, grid: Grid | None) -> None:
         self.settings, self.order = settings, curvature.order
         groups = -(-len(columns) // settings.group_size)
-        self.scale = columns.new_empty(groups, columns.shape[1])
-        self.zero = torch.empty_like(self.scale)
+        self.scale, self.zero = columns.new_empty(2, groups, columns.shape[1])
         self.costs = curvature.inverse.diagonal().pow(-2) if settings.weighted else None
-        if settings.static_groups:
+        self.is_fitted = settings.static_groups or grid is not None
+        if grid is not None:
+            self.scale.copy_(grid.scale.t())
+            self.zero.copy_(grid.zero.t())
+        elif settings.static_groups:
             self._fit(columns, range(groups), None if self.costs is None else self.order.back(self.costs))
         self.columns = self.order.rows(columns)
         self.codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
@@ -157,7 +161,7 @@ class _Work:
         losses, count = self.columns.new_zeros(self.columns.shape[1]), len(self.columns)
         for start in range(0, count, BLOCK):
             end = min(start + BLOCK, count)
-            if not self.settings.static_groups:
+            if not self.is_fitted:
                 size = self.settings.group_size
                 self._fit(self.columns, range(-(-start // size), -(-end // size)), self.costs)
             with one_cpu_thread():

@@ -26,7 +26,8 @@ STATUSES = ("initialized", "calibration", "frozen", "compressed")
 SPARSITY_FORMATS = ("dense", "sparse-bitmask", "sparse-24-bitmask")
 _WRAPPERS = ("compression_config", "quantization_config")  # keys under which older files nest the whole config
 _LOADING = ("dequantize", "use_optimized_inference")
-_WRITTEN_IF_SET = ("run_compressed", *_LOADING, "sparsity_config", "transform_config", "version")
+_SOLVING = ("solver", "dampening_frac")
+_WRITTEN_IF_SET = ("run_compressed", *_LOADING, *_SOLVING, "sparsity_config", "transform_config", "version")
 
 
 @dataclass(eq=False, repr=False)
@@ -35,7 +36,8 @@ class CompressedTensorsConfig(QuantizationConfigMixin):
 
     config_groups: a scheme per group, a dict of targets, weights, input_activations, output_activations and format, or
     the targets of a preset that the group's key names: {"FP8_DYNAMIC": ["Linear"]}. A scheme that is not named by
-    config_groups or scheme quantizes nothing.
+    config_groups or scheme quantizes nothing. solver, dampening_frac and actorder say how codes are chosen, as the
+    GPTQModifier of llm-compressor has it; of the three, a saved config keeps what stands in config_groups.
     """
 
     quant_method = QuantizationMethod.COMPRESSED_TENSORS
@@ -43,6 +45,7 @@ class CompressedTensorsConfig(QuantizationConfigMixin):
         "scheme": f"preset for every Linear layer: one of {', '.join(PRESETS)}",
         "config_groups": "schemes by group: targets, weights, input_activations, output_activations, format",
         "ignore": "modules that stay float: full names, re:patterns, or names of classes",
+        "actorder": "order of columns for the scheme's solver: static (with a solver the default), group, or false",
     }
 
     config_groups: dict[str, Any] | None = option(None, help="schemes by group")
@@ -58,15 +61,22 @@ class CompressedTensorsConfig(QuantizationConfigMixin):
     transform_config: dict[str, Any] | None = option(None, help="rotations of weights and activations")
     version: str | None = option(None, help="of compressed-tensors, as which the config is to be read")
     moe_sparsity_config: dict[str, Any] | None = option(None, help="carried along")
+    solver: str | None = option(None, help="method that chooses the codes by calibration data, such as gptq")
+    dampening_frac: float | None = option(None, minimum=0, maximum=1, help="damping of the solver's Hessian")
     scheme: dataclasses.InitVar[str | None] = None
+    actorder: dataclasses.InitVar[bool | str | None] = None
 
-    def __post_init__(self, scheme: str | None) -> None:  # type: ignore[override]
+    def __post_init__(self, scheme: str | None, actorder: bool | str | None) -> None:  # type: ignore[override]
         self._read: dict[str, Any] = {}  # what a file said, where that is not how it is written today
         if scheme is not None:
             check_type(scheme, str, "CompressedTensorsConfig.scheme")
             if self.config_groups is not None:
                 raise ValueError("CompressedTensorsConfig.scheme and config_groups exclude each other; give one")
-            self.config_groups = {"group_0": preset(scheme, ["Linear"])}
+            self.config_groups = {"group_0": _ordered(preset(scheme, ["Linear"]), self.solver, actorder)}
+        elif actorder is not None:
+            raise ValueError(
+                "CompressedTensorsConfig.actorder needs scheme; else it stands in weights of config_groups"
+            )
         super().__post_init__()
 
     def validate(self) -> None:
@@ -81,6 +91,8 @@ class CompressedTensorsConfig(QuantizationConfigMixin):
         if self.kv_cache_scheme is not None:
             parsed = QuantizationArgs.parse(self.kv_cache_scheme, self._label("kv_cache_scheme"))
             self.kv_cache_scheme = parsed.to_dict()
+        if self.dampening_frac is not None and self.solver is None:
+            raise ValueError(f"{self._label('dampening_frac')} is of a solver; set solver, such as 'gptq', too")
         self._check_sparsity()
         check_transforms(self.transform_config, self._label("transform_config"))
 
@@ -115,9 +127,10 @@ class CompressedTensorsConfig(QuantizationConfigMixin):
     ) -> Config | tuple[Config, dict[str, Any]]:
         """A config of a dict as in config.json, also one nested under `compression_config` as older files have it."""
         values = _unwrapped(config_dict)
-        scheme = values.pop("scheme", None)
-        if scheme is not None:
-            values["config_groups"] = cls(scheme=scheme, config_groups=values.get("config_groups")).config_groups
+        scheme, actorder = values.pop("scheme", None), values.pop("actorder", None)
+        if scheme is not None or actorder is not None:
+            given = {key: values.get(key) for key in ("config_groups", "solver")}
+            values["config_groups"] = cls(scheme=scheme, actorder=actorder, **given).config_groups
         config, unused = super().from_dict(values, return_unused_kwargs=True, **kwargs)
         if values.get("version") is not None and scheme is None:
             config._read = {key: copy.deepcopy(value) for key, value in values.items() if key not in kwargs}
@@ -193,6 +206,15 @@ class CompressedTensorsConfig(QuantizationConfigMixin):
 
     def _group_label(self, name: str) -> str:
         return f"{self._label('config_groups')}[{name!r}]"
+
+
+def _ordered(group: dict[str, Any], solver: str | None, actorder: bool | str | None) -> dict[str, Any]:
+    """The group of a preset with the order of columns that the user gives, else that of GPTQ in llm-compressor."""
+    weights = group["weights"]
+    if actorder is None:
+        is_grouped = solver is not None and weights is not None and weights["strategy"] == "group"
+        actorder = "static" if is_grouped else None
+    return group if actorder is None else {**group, "weights": {**(weights or {}), "actorder": actorder}}
 
 
 def _unwrapped(config_dict: Any) -> dict[str, Any]:

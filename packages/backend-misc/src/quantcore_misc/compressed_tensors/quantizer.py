@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from quantcore.calibration.solvers import shared_solver
 from quantcore.formats.base import dtype_name
 from quantcore.nn.replace import quantized_modules
 from quantcore.quantizers import selection
@@ -26,9 +27,12 @@ from quantcore_misc.compressed_tensors.weight import CompressedWeight
 
 if TYPE_CHECKING:
     from quantcore.calibration.block import Block
+    from quantcore.calibration.data import Calibration
     from quantcore.checkpoints.read import Checkpoint
 
 WRITTEN_VERSION = "0.20.0"  # whose spelling and packing is written
+LAST_WITH_INDEX = "0.18.0"  # the last version that reads groups of columns in any order; the packing is the same
+_ORDERS = {"weight": "static"}  # two words for one thing
 _NO_FORMAT = ("dense", "mixed-precision")  # at the top of a config these say nothing of single modules
 _KEY_VALUE = ("k_proj", "v_proj")
 
@@ -43,6 +47,8 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
             quantization_config = _for_quantizing(quantization_config)
         super().__init__(quantization_config, pre_quantized, **kwargs)
         self._schemes = quantization_config.schemes()
+        solver = quantization_config.solver
+        self._solver = None if solver is None or pre_quantized else shared_solver(solver)
 
     @property
     def skip_patterns(self) -> list[str] | None:
@@ -84,12 +90,31 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
 
     @property
     def needs_data(self) -> bool:
-        """Whether a scheme stores something of the range of its layers' inputs."""
+        """Whether there is a solver, or a scheme stores something of the range of its layers' inputs."""
+        if self._solver is not None:
+            return True
         rounded = (scheme.input_activations for scheme in self._schemes if scheme.weights is not None)
         return any(static.needs_range(activation_of(args)) for args in rounded if args is not None)
 
     def solve_block(self, block: Block) -> None:
-        static.solve_block(block)
+        static.measure(block)
+        if self._solver is None:
+            static.round_block(block)
+        else:
+            self._solver(block, {name: self._solver_options(block, name) for name in block.layers})
+
+    def _solver_options(self, block: Block, name: str) -> dict[str, Any]:
+        scheme = scheme_of(name, block.model.get_submodule(name), self._schemes)
+        assert scheme is not None
+        assert scheme.weights is not None
+        order = _ORDERS.get(scheme.weights.actorder or "", scheme.weights.actorder)
+        damp = self.quantization_config.dampening_frac
+        return {"order": order} if damp is None else {"order": order, "damp": damp}
+
+    def calibrate_model(self, model: nn.Module, calibration: Calibration) -> nn.Module:
+        model = super().calibrate_model(model, calibration)
+        self.quantization_config.update(solver=None, dampening_frac=None)
+        return model
 
     def plan(self, model: nn.Module) -> Plan:
         """As for every method; the config, which is this quantizer's own, then names all that stays float."""
@@ -190,7 +215,7 @@ def _for_quantizing(config: CompressedTensorsConfig) -> CompressedTensorsConfig:
         quantization_status="compressed",
         dequantize=False,
         run_compressed=None,
-        version=WRITTEN_VERSION,
+        version=LAST_WITH_INDEX if any(map(_has_index, config.schemes())) else WRITTEN_VERSION,
     )
     return config
 
@@ -213,6 +238,10 @@ def _storage(scheme: Scheme, top: str) -> str | None:
     if scheme.weights is None:
         return None
     return scheme.format or (scheme.storage if top in _NO_FORMAT else top)
+
+
+def _has_index(scheme: Scheme) -> bool:
+    return scheme.weights is not None and scheme.weights.actorder == "group"
 
 
 def _is_fp8(scheme: Scheme) -> bool:

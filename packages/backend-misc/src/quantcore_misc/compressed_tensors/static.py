@@ -16,22 +16,26 @@ if TYPE_CHECKING:
     from quantcore_misc.compressed_tensors.weight import CompressedWeight
 
 
-def solve_block(block: Block) -> None:
-    """Round every layer of a block, and give those with static inputs the scales of what reaches them.
+def measure(block: Block) -> None:
+    """Have scales stored with the layers of a block whose inputs are static, from the range of what reaches them.
 
     A layer that no token reaches keeps the scale 1.
     """
     formats: dict[str, CompressedWeight] = {name: layer.weight_format for name, layer in block.layers.items()}  # type: ignore[misc]
     static = [name for name, each in formats.items() if needs_range(each.input)]
     ranges = block.collect(static, lambda layer: MinMax(layer.dense.shape[1])) if static else {}
+    for name, found in ranges.items():
+        if not found.tokens:
+            continue
+        dtype, device = formats[name].torch_dtype, block.layers[name].dense.weight.device
+        tensors = range_tensors(formats[name].input, found.low.amin().to(dtype), found.high.amax().to(dtype), "input")
+        block.store_besides(name, {suffix: tensor.to(device) for suffix, tensor in tensors.items()})
+
+
+def round_block(block: Block) -> None:
+    """Round every layer of a block by its format."""
     for name, layer in block.layers.items():
-        tensors = formats[name].quantize(layer.dense.weight)
-        found = ranges.get(name)
-        if found is not None and found.tokens:
-            dtype = formats[name].torch_dtype
-            low, high = found.low.amin().to(dtype), found.high.amax().to(dtype)
-            tensors |= range_tensors(formats[name].input, low, high, "input")
-        block.replace(name, {suffix: tensor.to(layer.dense.weight.device) for suffix, tensor in tensors.items()})
+        block.replace(name, layer.weight_format.quantize(layer.dense.weight))
 
 
 def needs_range(activation: Activation | None) -> bool:

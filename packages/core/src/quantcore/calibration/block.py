@@ -18,6 +18,7 @@ from quantcore.calibration.report import LayerReport
 from quantcore.calibration.statistics import Statistic
 from quantcore.calibration.trace import Trace, trace_module
 from quantcore.calibration.trees import leaves, main_tensor
+from quantcore.calibration.unpacked import Unpacked
 from quantcore.distributed.calibration import Team
 from quantcore.nn.dense import view_dense
 from quantcore.nn.linear import QuantizedLinear
@@ -74,6 +75,7 @@ class Block:
         self._planned = {layer.name: layer for layer in layers}
         self._around = surroundings
         self._tokens: dict[str, int] = {}
+        self._besides: dict[str, dict[str, Tensor]] = {}
         self._trace: Trace | None = None
         self._endings: Endings | None = None
         self._rest: list[tuple[int, int]] = []  # the state of parameters outside of the layers
@@ -175,6 +177,10 @@ class Block:
 
     # What comes out
 
+    def store_besides(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Have tensors stored with a layer, such as scales of its inputs, whatever solves its weight later."""
+        self._besides.setdefault(name, {}).update(tensors)
+
     def replace(
         self,
         name: str,
@@ -187,15 +193,18 @@ class Block:
     ) -> None:
         """Put the quantized layer in place of the float one.
 
-        tensors: what the format stores, without the bias. weight_format: the plan's unless given. loss: the solver's
-        measure of error. method: of this layer, where it is not the solver's. reason: why it is not.
+        tensors: what the format stores, without the bias and what `store_besides` was given. weight_format: the plan's
+        unless given. loss: the solver's measure of error. method: of this layer, where it is not the solver's. reason:
+        why it is not.
         Raises CheckpointError listing every tensor that does not fit the format.
         """
         module = self.model.get_submodule(name)
         dense = view_dense(module)
         if dense is None:
             raise ValueError(f"{name} is a {type(module).__name__}: it was replaced already")
-        stored = dict(tensors) if dense.bias is None else {**tensors, "bias": dense.bias}
+        stored = {**tensors, **self._besides.get(name, {})}
+        if dense.bias is not None:
+            stored["bias"] = dense.bias
         layer = QuantizedLinear.from_stored(weight_format or self._planned[name].weight_format, stored, dense, name)
         plugins().hook.quantcore_weight_quantized(name=name, before=dense.weight, after=layer.quantized_weight)
         replace_module(self.model, name, layer.train(module.training))
@@ -247,16 +256,23 @@ class Block:
                     self.run(sample)
 
     def _shortcuts(self) -> Callable[[int], contextlib.AbstractContextManager[None]]:
-        """For the number of a sample, a context in which finished modules are not computed again."""
+        """For the number of a sample, a context in which finished parts cost less: see `Unpacked` and `Endings`."""
+        unpacked = Unpacked(self.model.get_submodule(name) for name in self._planned)
         endings = self._endings
         if endings is None:
-            return lambda number: contextlib.nullcontext()
+            return lambda number: unpacked.used()
         rest = self._rest_of_parameters()
         if rest != self._rest:  # the solver changed a norm or the like: what was kept may not hold any more
             endings.forget()
             self._rest = rest
         finished = endings.finished(self.unfinished)
-        return lambda number: endings.shortcuts(finished, number)
+
+        @contextlib.contextmanager
+        def shortcuts(number: int) -> Iterator[None]:
+            with unpacked.used(), endings.shortcuts(finished, number):
+                yield
+
+        return shortcuts
 
     def _keep_endings(self, names: Collection[str]) -> set[str]:
         """Begin to keep inputs that will not change any more: those of layers whose earlier stages are finished."""

@@ -20,6 +20,7 @@ class Backend:
     kernels: "module:function" strings; each function returns an iterable of kernels.
     example_configs: config dicts that the conformance suite runs; the first is the default of the demo.
     needs_calibration: whether quantizing from float weights needs data.
+    solver: "module:function" that other methods may solve their layers with; see `quantcore.calibration.solvers`.
     upstream: "module:function" that gives the upstream package's own module for an nn.Linear and a config, for
     `quantcore bench --vs`; the package need not be installed.
     api: the API_VERSION that the plugin was written for.
@@ -32,6 +33,7 @@ class Backend:
     kernels: Sequence[str] = ()
     example_configs: Sequence[Mapping[str, Any]] = field(default=({},))
     needs_calibration: bool = False
+    solver: str = ""
     upstream: str = ""
     api: int = API_VERSION
 
