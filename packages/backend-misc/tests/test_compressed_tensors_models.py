@@ -137,6 +137,56 @@ def test_static_inputs_are_calibrated(scheme: str, tmp_path: Path) -> None:
     assert torch.equal(quantcore.load(tmp_path / "out", Model)(IDS), first(IDS))
 
 
+class Feed(nn.Module):
+    """A block whose two branches are joined when it is served."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(48, 32)
+        with torch.no_grad():
+            self.up_proj.weight.mul_(5)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = 3
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 96, 32) * torch.arange(1, 4)[:, None, None])
+        self.down_proj = nn.Parameter(torch.randn(3, 32, 48))
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.experts = Feed(), Experts()
+
+
+def gated() -> Gated:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return Gated()
+
+
+def test_layers_that_are_served_as_one_share_the_global_scale_of_nvfp4(tmp_path: Path) -> None:
+    config = {"quant_method": "compressed-tensors", "scheme": "NVFP4A16"}
+    found = quantcore.quantize(gated(), config).state_dict()
+    of = lambda *names: [float(found[f"{name}.weight_global_scale"]) for name in names]  # noqa: E731
+    dense = gated()
+    gate, up, down = of("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    assert gate == up == float(2688 / dense.mlp.up_proj.weight.abs().max())
+    assert down == float(2688 / dense.mlp.down_proj.weight.abs().max())
+    for expert, weight in enumerate(dense.experts.gate_up_proj):
+        assert set(of(f"experts.{expert}.gate_proj", f"experts.{expert}.up_proj")) == {float(2688 / weight.abs().max())}
+
+    (tmp_path / "in").mkdir()
+    write_tensors(gated().state_dict(), tmp_path / "in")
+    write_json({"model_type": "made-up"}, tmp_path / "in" / "config.json")
+    quantcore.quantize_checkpoint(tmp_path / "in", tmp_path / "out", config, model=gated)
+    again = quantcore.load(tmp_path / "out", gated).state_dict()
+    assert set(again) == set(found)
+    assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -16,6 +16,7 @@ from quantcore.formats.minifloat import pack_fp6, unpack_fp6
 from quantcore.formats.packing import Layout, pack_words, padded_layout, stream_layout, unpack_words
 from quantcore_misc.compressed_tensors.lowering import lower_integers, raise_integers
 from quantcore_misc.compressed_tensors.presets import version_tuple
+from quantcore_misc.compressed_tensors.scaling import nvfp4_global_scale
 from quantcore_misc.compressed_tensors.weight import CompressedWeight, has_dtype
 
 _FIRST_DENSE_VERSION = (0, 18)
@@ -187,7 +188,12 @@ class PackedWeight(CompressedWeight):
 
 @dataclass(frozen=True)
 class SmallFloatWeight(CompressedWeight):
-    """Formats nvfp4-, mxfp4- and mxfp6-pack-quantized: two codes in a byte, or four in three bytes."""
+    """Formats nvfp4-, mxfp4- and mxfp6-pack-quantized: two codes in a byte, or four in three bytes.
+
+    largest: magnitude from which the global scale is made when quantizing; None takes that of the weight itself.
+    """
+
+    largest: float | None = None
 
     def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         assert self.scaling is not None
@@ -205,9 +211,17 @@ class SmallFloatWeight(CompressedWeight):
         packed = tensors["weight_packed"]
         return packed if self._is_fp4 else unpack_fp6(packed)
 
+    def quantize_under(self, weight: Tensor, global_scale: Tensor | None = None) -> dict[str, Tensor]:
+        if self.largest is not None and global_scale is None:
+            global_scale = nvfp4_global_scale(weight.new_tensor(self.largest))
+        return super().quantize_under(weight, global_scale)
+
     @classmethod
     def holds(cls, tensors: Mapping[str, Tensor]) -> bool:
         return has_dtype(tensors, "weight_packed", torch.uint8)
+
+    def as_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> CompressedWeight:
+        return super(SmallFloatWeight, dataclasses.replace(self, largest=None)).as_stored(tensors, shape)
 
     def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
         packed = tensors.get("weight_packed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,9 @@ from quantcore.quantizers.calibrated import CalibratedQuantizer
 from quantcore.quantizers.weight import Plan, dequantize_layers
 from quantcore_misc.compressed_tensors import kv_cache, rotations, static
 from quantcore_misc.compressed_tensors.config import CompressedTensorsConfig
+from quantcore_misc.compressed_tensors.fused import joined_layers
 from quantcore_misc.compressed_tensors.matching import is_named, matches_class, matches_name, scheme_of
+from quantcore_misc.compressed_tensors.packed import SmallFloatWeight
 from quantcore_misc.compressed_tensors.schemes import QuantizationArgs, Scheme
 from quantcore_misc.compressed_tensors.sparse import SparseWeight
 from quantcore_misc.compressed_tensors.storage import activation_of, weight_format
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from quantcore.calibration.block import Block
     from quantcore.calibration.data import Calibration
     from quantcore.checkpoints.read import Checkpoint
+    from quantcore.formats.base import WeightFormat
+    from quantcore.quantizers.weight import PlannedLayer, WeightsOf
 
 WRITTEN_VERSION = "0.20.0"  # whose spelling and packing is written
 LAST_WITH_INDEX = "0.18.0"  # the last version that reads groups of columns in any order; the packing is the same
@@ -122,6 +126,17 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
         if not self.pre_quantized:
             self.quantization_config.update(ignore=self._ignored(model, plan))
         return plan
+
+    def settle(self, layers: Sequence[PlannedLayer], weights: WeightsOf) -> dict[str, WeightFormat]:
+        """Layers that are served as one get one global scale, for their largest magnitude."""
+        formats = {layer.name: layer.weight_format for layer in layers if _has_global_scale(layer.weight_format)}
+        groups = joined_layers(formats)
+        largest = {name: float(weight.abs().amax()) for name, weight in weights({n for group in groups for n in group})}
+        return {
+            name: formats[name].replace(largest=max(largest[other] for other in group))
+            for group in groups
+            for name in group
+        }
 
     def _ignored(self, model: nn.Module, plan: Plan) -> list[str]:
         """The config's skip list, and each layer that a target hits but that stays float nevertheless."""
@@ -238,6 +253,11 @@ def _storage(scheme: Scheme, top: str) -> str | None:
     if scheme.weights is None:
         return None
     return scheme.format or (scheme.storage if top in _NO_FORMAT else top)
+
+
+def _has_global_scale(weight_format: WeightFormat) -> bool:
+    scaling = weight_format.scaling if isinstance(weight_format, SmallFloatWeight) else None
+    return scaling is not None and scaling.scales == "nvfp4"
 
 
 def _has_index(scheme: Scheme) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from quantcore.nn.stack import QuantizedStack, stacked_name
 from quantcore.plugins.manager import plugins
 from quantcore.quantization_config import as_dtype
 from quantcore.quantizers.auto import AutoHfQuantizer
-from quantcore.quantizers.weight import PlannedLayer, WeightQuantizer
+from quantcore.quantizers.weight import PlannedLayer, WeightQuantizer, WeightsOf
 
 
 def quantize_checkpoint(
@@ -62,6 +63,7 @@ def quantize_checkpoint(
     fill_empty(skeleton, checkpoint, wanted)
     layers = {_float_name(layer): layer for layer in quantizer.plan(skeleton).layers}
     quantizer.take_apart(skeleton, [layer.name for layer in layers.values()])
+    layers = _settled(quantizer, layers, lambda names: _weights_of(names, checkpoint, skeleton, layers, wanted))
     rename = name_in_checkpoint(skeleton)
     with atomic_directory(target, overwrite) as directory:
         shards = ShardWriter(directory, parse_size(max_shard_size), map(rename, _names(checkpoint, skeleton, layers)))
@@ -83,6 +85,34 @@ def check_float(directory: Path, config_json: Mapping[str, Any]) -> None:
             f"{directory} is quantized already, with {found.get('quant_method') or 'an unnamed method'}; "
             "give the float model that it was made from"
         )
+
+
+def _settled(
+    quantizer: WeightQuantizer, layers: Mapping[str, PlannedLayer], weights: WeightsOf
+) -> dict[str, PlannedLayer]:
+    """The planned layers with the formats that depend on several weights."""
+    formats = quantizer.settle(list(layers.values()), weights)
+    changed = {key: layer for key, layer in layers.items() if layer.name in formats}
+    return {
+        **layers,
+        **{key: dataclasses.replace(layer, weight_format=formats[layer.name]) for key, layer in changed.items()},
+    }
+
+
+def _weights_of(
+    names: Collection[str],
+    checkpoint: Checkpoint,
+    skeleton: nn.Module,
+    layers: Mapping[str, PlannedLayer],
+    dtype: torch.dtype | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and weight of planned layers; of a checkpoint's tensors those are read that can hold them."""
+    tensors = {key for key, layer in layers.items() if layer.name in names}
+    fused = tuple({f"{key.rsplit('.', 3)[0]}." for key in tensors - set(checkpoint.headers)})  # of expert 3's up_proj
+    read = [name for name in checkpoint.headers if name in tensors or name.startswith(fused)]
+    for name, tensor in _taken_apart(checkpoint.stream(read), skeleton, layers):
+        if name in tensors:
+            yield layers[name].name, tensor if dtype is None else tensor.to(dtype)
 
 
 def _quantized(

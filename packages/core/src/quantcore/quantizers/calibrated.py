@@ -63,7 +63,7 @@ class CalibratedQuantizer(WeightQuantizer):
         plan = self.plan(model)
         for layer in plan.layers:
             check_finite(layer.dense.weight, layer.name)
-        formats = {layer.name: layer.weight_format for layer in plan.layers}
+        formats = self.settled_formats(plan.layers)
         del plan, layer  # they hold views of every float weight
         self.take_apart(model, formats)
         tables = {name: formats.pop(name) for name in list(formats) if view_dense(model.get_submodule(name)) is None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from quantcore.checkpoints.read import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+WeightsOf = Callable[[Collection[str]], Iterable[tuple[str, Tensor]]]  # float weights of layers, by their names
 
 _USUAL_HEAD = "lm_head"  # stands in default skip lists, whether or not a model has one
 
@@ -117,6 +119,19 @@ class WeightQuantizer(HfQuantizer):
 
     # Quantizing
 
+    def settle(self, layers: Sequence[PlannedLayer], weights: WeightsOf) -> Mapping[str, WeightFormat]:
+        """The formats of planned layers that depend on the weights of others, by name; none of them by default.
+
+        weights: gives name and weight of the named layers, one at a time in any order.
+        """
+        return {}
+
+    def settled_formats(self, layers: Sequence[PlannedLayer]) -> dict[str, WeightFormat]:
+        """The format of each planned layer of a model that holds its weights."""
+        dense = {layer.name: layer.dense.weight for layer in layers}
+        formats = {layer.name: layer.weight_format for layer in layers}
+        return {**formats, **self.settle(layers, lambda names: ((name, dense[name]) for name in names))}
+
     def plan(self, model: nn.Module) -> Plan:
         """The layers of a model to quantize. Reads shapes and names only, so the model may be on the meta device.
 
@@ -163,7 +178,7 @@ class WeightQuantizer(HfQuantizer):
         plan = self.plan(model)
         for layer in plan.layers:
             check_finite(layer.dense.weight.flatten(0, -2), layer.name)
-        formats = {layer.name: layer.weight_format for layer in plan.layers}
+        formats = self.settled_formats(plan.layers)
         report_plan(plan, model)
         del plan, layer  # they hold views of every float weight
         done = quantize_stacks(model, formats)
