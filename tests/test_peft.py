@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import quantcore
+from quantcore.nn.embedding import QuantizedEmbedding
 from quantcore.nn.linear import QuantizedLinear
 from quantcore.nn.replace import quantized_modules
 
@@ -144,23 +145,62 @@ def test_adapters_stay_in_float32_over_a_bfloat16_model(make_model: Make) -> Non
     assert logits(model).dtype == torch.bfloat16
 
 
-def test_model_with_experts_trains_and_merges_what_has_adapters(
-    make_model: Make, caplog: pytest.LogCaptureFixture
-) -> None:
-    torch.manual_seed(0)
-    model = adapters.get_peft_model(quantcore.quantize(make_model("mixtral"), NF4_DOUBLE), lora())
-    assert "24 of 32 quantized layers got no adapter" in caplog.text
-    losses = train(model, steps=4)
-    assert losses[-1] < losses[0]
-    expected = logits(model)
-    merged = adapters.merge_to_float(model, torch.float32)
-    assert type(merged.model.layers[0].mlp.experts).__name__ == "MixtralExperts"
-    torch.testing.assert_close(logits(merged), expected)
-
-
 def test_another_kind_of_adapter_is_refused(make_model: Make) -> None:
     with pytest.raises(TypeError, match="LoRA or DoRA; got a IA3Config"):
         adapters.register(peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+
+
+def test_quantized_module_is_not_trained_whole(make_model: Make) -> None:
+    model = quantcore.quantize(make_model("llama"), NF4_DOUBLE)
+    with pytest.raises(ValueError, match="modules_to_save names quantized modules"):
+        adapters.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj"], modules_to_save=["q_proj"]))
+
+
+def test_float_head_is_trained_whole_beside_adapters(make_model: Make) -> None:
+    torch.manual_seed(0)
+    model = quantcore.quantize(make_model("llama"), NF4_DOUBLE)
+    before = model.lm_head.weight.detach().clone()
+    adapted = adapters.get_peft_model(model, lora(modules_to_save=["lm_head"]))
+    train(adapted, steps=3)
+    merged = adapted.merge_and_unload()
+    assert type(merged.lm_head) is nn.Linear
+    assert not torch.equal(merged.lm_head.weight, before)
+
+
+# Embeddings
+
+
+@pytest.fixture
+def embedded(make_model: Make, options: dict[str, Any]) -> Any:
+    """A Llama with a quantized embedding that has adapters, trained for a few steps."""
+    torch.manual_seed(0)
+    model = quantcore.quantize(make_model("llama"), NF4_DOUBLE)
+    quantized = QuantizedEmbedding.from_embedding(model.model.embed_tokens, CONFIGS["hqq-3bit-axis0"])
+    model.model.embed_tokens = quantized
+    expected = logits(model)
+    targets = ["q_proj", "embed_tokens"]
+    adapted = adapters.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, **options))
+    torch.testing.assert_close(logits(adapted), expected, rtol=1e-5, atol=1e-6)
+    losses = train(adapted)
+    assert losses[-1] < losses[0]
+    return adapted
+
+
+def test_adapted_embedding_merges_and_restores_every_bit(embedded: Any) -> None:
+    before, expected = bits(embedded), logits(embedded)
+    embedded.merge_adapter()
+    # A step of 1/7 of the range of 32 normal weights, uniform error: about 0.17; rows that trained more lie further out.
+    assert 0 < adapters.merge_errors(embedded)["base_model.model.model.embed_tokens"] < 0.3
+    embedded.unmerge_adapter()
+    assert_same_bits(bits(embedded), before)
+    assert torch.equal(logits(embedded), expected)
+
+
+def test_adapted_embedding_merges_into_float_without_loss(embedded: Any) -> None:
+    expected = logits(embedded)
+    merged = adapters.merge_to_float(embedded, torch.float32)
+    assert type(merged.model.embed_tokens) is nn.Embedding
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
 
 
 # Preparing

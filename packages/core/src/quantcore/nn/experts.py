@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,16 @@ def fused_weights(module: nn.Module, names: PartNames | None = None) -> tuple[Fu
     )
 
 
+class Addition(Protocol):
+    """What adapters add to a 3-D weight."""
+
+    def apply(self, expert: int, x: Tensor) -> Tensor:
+        """What is added to the outputs [..., N] of one expert for x [..., K]."""
+
+    def delta(self, expert: int) -> Tensor:
+        """What is added to the matrix of one expert, in the weight's own orientation."""
+
+
 class QuantizedExperts(nn.Module):
     """Experts that were taken apart: for each a linear layer a projection, quantized or float, "3.gate_proj" by name.
 
@@ -104,6 +114,7 @@ class QuantizedExperts(nn.Module):
         vars(self).update(_shallow(vars(fused)))
         self._architecture = type(fused)
         self._fused = {weight.name: weight for weight in weights}
+        self.added: dict[str, Addition] = {}  # to 3-D weights, while adapters are active
         experts = [nn.ModuleDict() for _ in range(weights[0].shape[0])]
         for weight in weights:
             parameter = self._parameters.pop(weight.name)
@@ -151,12 +162,19 @@ class QuantizedExperts(nn.Module):
             [own[part] for part in self._fused[weight].parts if part in own] if isinstance(own, nn.ModuleDict) else []
         )
 
+    def stack(self, weight: str) -> QuantizedStack | None:
+        """A 3-D weight that is stored whole; None where its experts were taken apart."""
+        found = self._modules.get(weight + STACK)
+        return found if isinstance(found, QuantizedStack) else None
+
     def run(self, weight: str, expert: int, x: Tensor) -> Tensor:
         """x [..., K] times one expert's part of a 3-D weight: [..., N]."""
-        stack = self._modules.get(weight + STACK)
-        if isinstance(stack, QuantizedStack):
-            return stack.run(expert, x, transposed=self._fused[weight].transposed)
-        return self._fused[weight].join([layer(x) for layer in self.layers(expert, weight)])
+        stack = self.stack(weight)
+        if stack is not None:
+            y = stack.run(expert, x, transposed=self._fused[weight].transposed)
+        else:
+            y = self._fused[weight].join([layer(x) for layer in self.layers(expert, weight)])
+        return y + self.added[weight].apply(expert, x) if weight in self.added else y
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # transformers chooses between implementations there that need whole float weights; the plain one is wrapped.
@@ -170,7 +188,7 @@ class QuantizedExperts(nn.Module):
         """The fused module again, with float weights (dtype None: the one that each had)."""
         fused = self._architecture.__new__(self._architecture)
         vars(fused).update(_shallow(vars(self)))
-        for attribute in ("_architecture", "_fused"):
+        for attribute in ("_architecture", "_fused", "added"):
             del vars(fused)[attribute]
         for weight in self._fused.values():
             trained = any(p.requires_grad for layer in self.layers(0, weight.name) for p in layer.parameters())
@@ -181,8 +199,8 @@ class QuantizedExperts(nn.Module):
 
     def dense_weight(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A 3-D weight in its own shape, dequantized expert by expert."""
-        stack = self._modules.get(name + STACK)
-        if isinstance(stack, QuantizedStack):
+        stack = self.stack(name)
+        if stack is not None and name not in self.added:
             return stack.dequantize(dtype)
         shape = self._fused[name].shape
         dense = torch.empty(shape, dtype=dtype or self.dtype_of(name), device=self.device_of(name))
@@ -192,12 +210,13 @@ class QuantizedExperts(nn.Module):
 
     def expert_weight(self, name: str, expert: int, dtype: torch.dtype | None = None) -> Tensor:
         """One expert's matrix of a 3-D weight, [N, K], or [K, N] where that is transposed, in dtype (None: its own)."""
-        stack = self._modules.get(name + STACK)
-        if isinstance(stack, QuantizedStack):
-            return stack.expert(expert, dtype)
-        parts = [_weight_of(layer, dtype) for layer in self.layers(expert, name)]
-        joined = self._fused[name].join([part.t() for part in parts])  # [K, N]
-        return joined if self._fused[name].transposed else joined.t()
+        stack, weight = self.stack(name), self._fused[name]
+        if stack is not None:
+            matrix = stack.expert(expert, dtype)
+        else:
+            joined = weight.join([weight_of(layer, dtype).t() for layer in self.layers(expert, name)])  # [K, N]
+            matrix = joined if weight.transposed else joined.t()
+        return matrix + self.added[name].delta(expert).to(matrix) if name in self.added else matrix
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The float dtype of a 3-D weight: that of its first expert."""
@@ -322,7 +341,7 @@ def _usual_parts(name: str) -> tuple[str, ...]:
     return name.replace("gate_up", "gate"), name.replace("gate_up", "up")
 
 
-def _weight_of(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+def weight_of(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """The weight [N, K] of a layer, float or quantized, in dtype (None: its own)."""
     if isinstance(layer, QuantizedLinear):
         return layer.dequantize(dtype)
