@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from quantcore.allocator import give_back_freed_memory
 from quantcore.checkpoints.names import part_names, split_stored_experts
 from quantcore.checkpoints.stream import misfits
 from quantcore.errors import CheckpointError
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 WeightsOf = Callable[[Collection[str]], Iterable[tuple[str, Tensor]]]  # float weights of layers, by their names
 
 _USUAL_HEAD = "lm_head"  # stands in default skip lists, whether or not a model has one
+_GIVE_BACK_AT = 16 << 20  # bytes of float weights that were quantized since the heap was last trimmed
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class WeightQuantizer(HfQuantizer):
     """
 
     leaves_misfits: ClassVar[bool] = False
+    _quantized_bytes = 0  # of float weights since the heap was last trimmed
 
     def format_for(self, name: str, module: nn.Module) -> WeightFormat | None:
         """The format of a linear layer to quantize, by its dtype, shape and name; None leaves it float.
@@ -201,6 +204,10 @@ class WeightQuantizer(HfQuantizer):
         plugins().hook.quantcore_weight_quantized(name=name, before=dense.weight, after=layer.quantized_weight)
         layer.train(module.training)
         replace_module(model, name, layer)
+        self._quantized_bytes += dense.weight.nbytes
+        if self._quantized_bytes >= _GIVE_BACK_AT:
+            self._quantized_bytes = 0
+            give_back_freed_memory()
 
     # Loading
 
@@ -273,6 +280,8 @@ class WeightQuantizer(HfQuantizer):
                 module.bind()
             if isinstance(module, QuantizedEmbedding) and dtype is not None:
                 module.dtype = dtype
+        if self._quantized_bytes:
+            give_back_freed_memory()
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, Any]) -> dict[str, Any]:
         """Place every stored tensor of a split layer: those that run along the split as the layer, others on each rank.

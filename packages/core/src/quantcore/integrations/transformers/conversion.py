@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 Receive = Callable[[str, dict[str, Tensor], set[str]], dict[str, Tensor]]
+Source = Callable[[str, str, Any], Any]
 
 
 class LayerConverter(WeightConverter):  # type: ignore[misc]  # transformers is untyped
@@ -21,22 +22,27 @@ class LayerConverter(WeightConverter):  # type: ignore[misc]  # transformers is 
 
     label: a text that no other converter of the load has. claim: the model's parameter under which a tensor is
     collected, by the tensor's name after renamings; None for what is not claimed. operation: receives that parameter's
-    name and the tensors by their names in the file.
+    name and the tensors by their names in the file. source: what a tensor is read with, by that parameter's name, its
+    own name in the file, and transformers' way of reading it, which is the default.
     """
 
-    def __init__(self, label: str, claim: Callable[[str], str | None], operation: LayerOperation) -> None:
+    def __init__(
+        self, label: str, claim: Callable[[str], str | None], operation: LayerOperation, source: Source | None = None
+    ) -> None:
         super().__init__(label, label, [operation])
         self.claim = claim
+        self.source = source
 
-    def __deepcopy__(self, memo: Any) -> LayerConverter:
-        return LayerConverter(self.source_patterns[0], self.claim, self.operations[0])  # made for every tensor
+    def __deepcopy__(self, memo: Any) -> LayerConverter:  # made for every tensor
+        return LayerConverter(self.source_patterns[0], self.claim, self.operations[0], self.source)
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         target = self.claim(source_key)
         return (source_key, None) if target is None else (target, self.source_patterns[0])
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
-        super().add_tensor(target_key, source_key, source_key, future)
+        tensor = future if self.source is None else self.source(target_key, source_key, future)
+        super().add_tensor(target_key, source_key, source_key, tensor)
 
     def convert(self, layer_name: str, *args: Any, loading_info: Any = None, **kwargs: Any) -> dict[str, Tensor]:
         tensors = {name: values[0] for name, values in self.materialize_tensors().items()}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from transformers.integrations.accelerate import get_device
 
 from quantcore.checkpoints.devices import is_on_disk
+from quantcore.checkpoints.read import Checkpoint
 from quantcore.errors import CheckpointError
 from quantcore.integrations.transformers.conversion import LayerConverter, LayerOperation, name_with_prefix
 from quantcore.integrations.transformers.placing import restore_operands, settle
@@ -38,6 +41,7 @@ class QuantizingLoad:
         self.device_map = device_map
         self.operation = LayerOperation(self._receive)
         self._dtype = dtype
+        self._checkpoint = Checkpoint.of_files(files) if _can_be_read(files) else None
         self._layers: dict[str, PlannedLayer] = {}  # by the name of the weight
         self._stacks: dict[str, PlannedLayer] = {}  # 3-D weights of experts that are stored whole, by name
         self._fused: dict[str, tuple[str, FusedWeight]] = {}  # by the name of the parameter: its module, what it holds
@@ -60,8 +64,8 @@ class QuantizingLoad:
         for name, module in self.model.named_modules():
             if isinstance(module, QuantizedExperts):
                 self._fused |= {f"{name}.{weight.name}": (name, weight) for weight in module.fused}
-        before = LayerConverter(_EXPERTS, self._claim_expert, self.operation)
-        return [before, *conversions, LayerConverter(_WEIGHTS, self._claim, self.operation)]
+        before = LayerConverter(_EXPERTS, self._claim_expert, self.operation, self._source)
+        return [before, *conversions, LayerConverter(_WEIGHTS, self._claim, self.operation, self._source)]
 
     def takes(self, name: str) -> bool:
         """Whether a parameter is to be quantized."""
@@ -91,6 +95,19 @@ class QuantizingLoad:
             )
         if empty:
             logger.warning("not in the checkpoint, so new and left float: %s", ", ".join(empty))
+
+    def _source(self, target: str, name: str, given: Any) -> Any:
+        """A function that reads a float weight when it is needed, in place of transformers' own.
+
+        That maps the files, and every page it has looked at stays in memory until the whole model is loaded.
+        """
+        if self._checkpoint is None or not self.takes(target):
+            return given
+        return partial(self._read, self._checkpoint, name, get_device(self.device_map or {"": "cpu"}, target, True))
+
+    def _read(self, checkpoint: Checkpoint, name: str, device: Any) -> Tensor:
+        ((_, tensor),) = checkpoint.stream([name])
+        return tensor.to(device, self._dtype)
 
     def _claim(self, name: str) -> str | None:
         final = name_with_prefix(name, self.model)
@@ -159,3 +176,9 @@ class QuantizingLoad:
         stored = {module.full_name(f"{name}.", suffix): value.detach() for suffix, value in module.stored.items()}
         settle(module, on_disk)
         return stored if on_disk else {}
+
+
+def _can_be_read(files: list[Path]) -> bool:
+    """Whether weights can be read here: whole, for this process alone, and not from a pickle."""
+    is_alone = not (distributed.is_available() and distributed.is_initialized())
+    return is_alone and bool(files) and all(file.suffix == ".safetensors" for file in files)
