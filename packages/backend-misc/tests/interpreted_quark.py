@@ -20,6 +20,7 @@ FORMATS = {
     "uint4-channel": QuarkWeight(element="uint4", strategy="channel", is_symmetric=False, is_reordered=False),
     "int8-tensor": QuarkWeight(element="int8", is_symmetric=False, scale_dtype="float32"),
     "int8-channel": QuarkWeight(element="int8", strategy="channel"),
+    "int8-group": GROUPS.replace(element="int8"),
     "fp8-tensor": QuarkWeight(),
     "fp8-channel": QuarkWeight(strategy="channel", dtype="float16", scale_dtype="float16"),
     "fp8-block": QuarkWeight(strategy="block", group_size=32, block_rows=16),
@@ -42,7 +43,7 @@ def test_wide_indices_decode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         check_dequantize(FORMATS[name], decoder_for(FORMATS[name]), SHAPE, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["uint4", "int4-channel", "int8-channel", "nvfp4", "amdfp4"])
+@pytest.mark.parametrize("name", ["uint4", "int4-channel", "int8-group", "nvfp4", "amdfp4"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_gemv_matches_reference(name: str, rows: int) -> None:
     x, bias = torch.randn(rows, 96, dtype=torch.bfloat16), torch.randn(24, dtype=torch.bfloat16)

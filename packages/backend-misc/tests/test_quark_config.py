@@ -116,7 +116,8 @@ def test_floats_and_null_leave_a_tensor_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("weight", "fault"),
     [
-        ({**FP8, "dtype": "int3"}, "weight.dtype must be one of .*got 'int3'"),
+        ({**FP8, "dtype": "int5"}, "weight.dtype must be one of .*got 'int5'"),
+        ({**FP8, "dtype": "mx9"}, "weight.dtype 'mx9' is only emulated by quark, which exports no codes of it"),
         ({**FP8, "qscheme": "per_row"}, "weight.qscheme must be one of .*got 'per_row'"),
         ({**UINT4, "group_size": 0}, "weight.group_size must be a positive integer, got 0"),
         ({**UINT4, "group_size": None}, "weight.group_size must be a positive integer, got None"),
@@ -186,6 +187,11 @@ def test_what_is_only_read_is_not_made(fields: dict[str, Any], fault: str) -> No
     QuarkQuantizer(found)
     with pytest.raises(ValueError, match=f"'{fault}' is read, not made"):
         QuarkQuantizer(found, pre_quantized=False)
+
+
+def test_weight_that_no_tool_reads_is_not_made() -> None:
+    with pytest.raises(ValueError, match="quark has no export of int3 by group"):
+        QuarkQuantizer(config({**UINT4, "dtype": "int3"}), pre_quantized=False)
 
 
 def test_rotation_that_runs_with_the_model_is_refused() -> None:

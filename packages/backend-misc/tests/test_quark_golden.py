@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,11 @@ from quantcore.distributed.tensor_parallel import shard_linear
 from quantcore.errors import CheckpointError
 from quantcore.formats.activation import Activation
 from quantcore.formats.interning import format_from_key, format_key
-from quantcore.formats.minifloat import E4M3
+from quantcore.formats.minifloat import E4M3, minifloat
 from quantcore.nn import QuantizedLinear
 from quantcore.testing.compare import differences
 from quantcore.testing.golden import GoldenLayer, golden_folder
-from quantcore_misc.quark.codes import pack_nibbles, unpack_nibbles
+from quantcore_misc.quark.codes import INTEGERS, pack_integers, unpack_integers
 from quantcore_misc.quark.interleaved import InterleavedWeight
 from quantcore_misc.quark.plain import FakeWeight, FloatWeight
 from quantcore_misc.quark.spec import TensorQuant
@@ -45,6 +46,10 @@ FORMATS = {
     "int8-channel-asymmetric": QuarkWeight(element="int8", strategy="channel", is_symmetric=False),
     "uint8-tensor-asymmetric": QuarkWeight(element="uint8", is_symmetric=False),
     "uint8-symmetric": QuarkWeight(element="uint8", strategy="channel"),
+    "int8-group": GROUPS.replace(element="int8"),
+    "uint2-group": GROUPS.replace(element="uint2"),
+    "int2-channel": QuarkWeight(element="int2", strategy="channel"),
+    "int3-channel": QuarkWeight(element="int3", strategy="channel", is_symmetric=False),
     "int4-tensor": QuarkWeight(element="int4"),
     "int4-channel": QuarkWeight(element="int4", strategy="channel"),
     "uint4-symmetric": QuarkWeight(element="uint4", strategy="channel"),
@@ -92,10 +97,25 @@ def test_quantizing_the_weight_gives_the_golden_bytes(case: GoldenLayer) -> None
 
 def test_words_hold_codes_as_published() -> None:
     codes = torch.arange(8, dtype=torch.uint8)[None]
-    assert [pack_nibbles(codes, is_reordered).item() for is_reordered in (True, False)] == [0x75316420, 0x76543210]
-    minus_one = torch.full((1, 8), -1, dtype=torch.int8)
-    assert pack_nibbles(minus_one, True).item() == -1
-    assert torch.equal(unpack_nibbles(torch.tensor([[-1]], dtype=torch.int32), 8, "int4", True), minus_one)
+    found = [pack_integers(codes, "uint4", is_reordered).item() for is_reordered in (True, False)]
+    assert found == [0x75316420, 0x76543210]
+    assert pack_integers(torch.full((1, 8), -1, dtype=torch.int8), "int4", True).item() == -1
+
+
+def test_bytes_hold_two_and_three_bits_as_published() -> None:
+    assert pack_integers(torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8), "uint2", True).item() == 0b00011011
+    codes = torch.tensor([[1, 2, 3, -4, -3, -2, -1, 0]], dtype=torch.int8)
+    stream = sum((int(code) & 7) << 3 * place for place, code in enumerate(codes[0]))
+    assert bytes(pack_integers(codes, "int3", True)[0].tolist()) == stream.to_bytes(3, "little")
+
+
+@pytest.mark.parametrize("element", INTEGERS)
+@pytest.mark.parametrize("shape", [(), (24,), (3, 40)], ids=str)
+def test_every_code_of_an_integer_survives_its_packing(element: str, shape: tuple[int, ...]) -> None:
+    low, high = INTEGERS[element].ends
+    codes = torch.arange(math.prod(shape)).remainder(high - low + 1).add(low).to(INTEGERS[element].code_dtype)
+    packed = pack_integers(codes.view(shape), element, True)
+    assert torch.equal(unpack_integers(packed, shape[-1] if shape else 1, element, True), codes.view(shape))
 
 
 @every_format
@@ -104,8 +124,8 @@ def test_values_lie_within_half_a_step_of_the_weight(weight_format: QuarkWeight)
     stored = weight_format.quantize(source)
     assert weight_format.faults(stored, (40, 96)) == []
     error = (weight_format.dequantize(stored, (40, 96), torch.float32) - source.float()).norm() / source.float().norm()
-    bits = 4 if "4" in weight_format.element or weight_format.element == "e2m1" else 6
-    assert error <= (0.16 if bits == 4 and weight_format.strategy != "tensor" else 0.25 if bits == 4 else 0.06)
+    bits = INTEGERS[weight_format.element].bits if weight_format.has_zero else minifloat(weight_format.element).bits
+    assert error <= {2: 0.9, 3: 0.4, 4: 0.25 if weight_format.strategy == "tensor" else 0.16}.get(bits, 0.06)
 
 
 @every_format
@@ -127,8 +147,8 @@ def test_format_is_rebuilt_from_its_key(weight_format: QuarkWeight) -> None:
 def test_shares_of_processes_are_parts_of_the_weight(weight_format: QuarkWeight) -> None:
     whole = layer(weight_format, weight_format.quantize(weight(64, 256)), (64, 256))
     for style, dim in (("colwise", 0), ("rowwise", 1)):
-        if dim == 1 and not weight_format.splits_columns:
-            with pytest.raises(ValueError, match="runs along K"):
+        if (dim == 1 and not weight_format.splits_columns) or weight_format.packing.along_n is None:
+            with pytest.raises(ValueError, match=f"runs along {'NK'[dim]}"):
                 shard_linear(whole, style, 0, 2)
             continue
         shares = [shard_linear(whole, style, rank, 2).dequantize() for rank in range(2)]
@@ -243,7 +263,8 @@ def test_floats_with_scales_are_rounded_as_codes_are(name: str) -> None:
 
 def test_interleaved_blocks_are_those_of_two_tensors() -> None:
     parts = MX.quantize(weight())
-    blocks = torch.cat([parts["weight_scale"].unsqueeze(-1), parts["weight"].unflatten(1, (-1, 16))], -1)
+    exponents = (parts["weight_scale"].int() - 127).to(torch.int8).view(torch.uint8)  # in two's complement
+    blocks = torch.cat([exponents.unsqueeze(-1), parts["weight"].unflatten(1, (-1, 16))], -1)
     stored = {"weight": blocks.flatten(1)}
     config = {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "mx", "mx_element_dtype": "fp4"}}}
     found = QuantizedLinear.from_tensors(config, stored, in_features=96, out_features=40)

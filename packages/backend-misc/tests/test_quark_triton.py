@@ -45,11 +45,12 @@ def test_skeletons_compile_without_spills(weight_format: QuarkWeight, target: st
     [
         QuarkWeight(input=Activation(element="e4m3", strategy="token")),
         QuarkWeight(element="e5m2"),
+        QuarkWeight(element="int3", strategy="channel"),
         QuarkWeight(element="e3m2", strategy="group", group_size=32, scale="e8m0"),
         FakeWeight(),
         FloatWeight(),
     ],
-    ids=["rounds its input", "e5m2", "e3m2", "floats with scales", "floats"],
+    ids=["rounds its input", "e5m2", "int3", "e3m2", "floats with scales", "floats"],
 )
 def test_other_layers_have_no_decoder(weight_format: QuarkWeight) -> None:
     assert decoder_for(weight_format) is None

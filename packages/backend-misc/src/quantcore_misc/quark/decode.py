@@ -13,7 +13,7 @@ import triton.language as tl
 from quantcore.formats.base import WeightFormat, float_dtype
 from quantcore.kernels.triton.decoder import Decoder, Words, places
 from quantcore.kernels.triton.minifloats import e4m3_values, e8m0_values, element_values, load_codes
-from quantcore_misc.quark.codes import INTERLEAVE
+from quantcore_misc.quark.codes import INTEGERS, INTERLEAVE
 from quantcore_misc.quark.weight import QuarkWeight
 
 _FLOAT_BITS = {"e4m3": 8, "e2m3": 6, "e2m1": 4}
@@ -24,7 +24,8 @@ class Integers(NamedTuple):
     """How a code is found, and what scales it.
 
     bits: 8, or 4 for words. signed: two's complement. group: columns that share a scale, 0 for a whole row, or for all
-    rows where `shared`. by_rows: words lie along K, else along N, and then scales and zeros are [K / group, N] too.
+    rows where `shared`. by_rows: codes are [N, K], and words lie along K; else [K, N], words lie along N, and scales
+    and zeros are [K / group, N] too.
     interleaved: codes of a word stand as INTERLEAVE says.
     """
 
@@ -48,8 +49,10 @@ class Floats(NamedTuple):
 @triton.jit
 def decode_integers(tensors, k, n, N, K, D: tl.constexpr):
     """(code - zero) * scale; tensors are codes, scales and zeros."""
-    if D.bits == 8:
+    if D.bits == 8 and D.by_rows:
         code = tl.load(tensors[0] + n * K + k).to(tl.int32)
+    elif D.bits == 8:
+        code = tl.load(tensors[0] + k * N + n).to(tl.int32)
     elif D.by_rows:
         code = nibble(tensors[0], n, k, K, D)
     else:
@@ -84,7 +87,7 @@ def zero_and_scale(tensors, n, k, N, K, D: tl.constexpr):
     row = n
     if D.shared:
         row = n * 0
-    if D.by_rows or D.bits == 8:
+    if D.by_rows:
         place = row * groups + group
     else:
         place = group * N + row
@@ -172,18 +175,19 @@ def decoder_for(weight_format: WeightFormat) -> Decoder | None:
 
 
 def _integers(weight_format: QuarkWeight) -> Decoder | None:
-    is_byte, by_rows = weight_format.element.endswith("int8"), weight_format.strategy != "group"
+    bits, by_rows = INTEGERS[weight_format.element].bits, weight_format.strategy != "group"
     group, is_shared = weight_format.group_size, weight_format.strategy == "tensor"
-    if is_shared and not is_byte:
+    if bits < 4 or (bits == 4 and is_shared):
         return None
     order = _PLACES if weight_format.is_reordered else range(8)
-    words = Words(8, 4, "k" if by_rows else "n", places(*order), transposed=not by_rows, group=group)
+    along = "k" if by_rows else "n"
+    bytes_ = Words(1, 8, "k", transposed=not by_rows, group=group)
     return Decoder(
         name=f"quark {weight_format.element} by {weight_format.strategy} {group or 'whole'}",
         decode=decode_integers,
         constants=Integers(
-            8 if is_byte else 4,
-            not weight_format.element.startswith("u"),
+            bits,
+            INTEGERS[weight_format.element].is_signed,
             group,
             is_shared,
             by_rows,
@@ -191,7 +195,7 @@ def _integers(weight_format: QuarkWeight) -> Decoder | None:
         ),
         views=(None, None, None),
         dtype=float_dtype(weight_format.dtype, "dtype"),
-        words=Words(1, 8, "k", group=group) if is_byte else words,
+        words=bytes_ if bits == 8 else Words(8, 4, along, places(*order), transposed=not by_rows, group=group),
         scale=scale_integers,
     )
 

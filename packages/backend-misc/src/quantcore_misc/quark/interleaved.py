@@ -12,7 +12,8 @@ from quantcore.formats.base import TensorSpec
 from quantcore_misc.quark.layer import SIDES
 from quantcore_misc.quark.weight import QuarkWeight
 
-_BYTES = 17  # of 32 values: an exponent, and 16 bytes of two codes
+_BYTES = 17  # of 32 values: an exponent in two's complement, and 16 bytes of two codes
+_BIAS = 127  # of the exponents that `QuarkWeight` reads
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class InterleavedWeight(QuarkWeight):
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
     ) -> Tensor:
         blocks = tensors["weight"].unflatten(1, (-1, _BYTES))
-        parts = {"weight": blocks[:, :, 1:].flatten(1), "weight_scale": blocks[:, :, 0]}
+        parts = {"weight": blocks[:, :, 1:].flatten(1), "weight_scale": blocks[:, :, 0] + _BIAS}
         return super().dequantize(parts, shape, dtype)
 
     def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:

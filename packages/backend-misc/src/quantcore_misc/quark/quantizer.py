@@ -18,6 +18,7 @@ from quantcore.quantizers.calibrated import CalibratedQuantizer
 from quantcore.quantizers.weight import Plan
 from quantcore_misc.compressed_tensors.kv_cache import attach, stored_scales
 from quantcore_misc.quark import kv_cache
+from quantcore_misc.quark.codes import INTEGERS
 from quantcore_misc.quark.config import QuarkConfig
 from quantcore_misc.quark.interleaved import InterleavedWeight
 from quantcore_misc.quark.layer import SIDES, QuarkLayer, is_measured
@@ -193,15 +194,21 @@ def _check_quantizable(config: QuarkConfig) -> None:
     specs = [spec for spec in found if spec is not None]
     if any(spec.scale_type == "pof2" for spec in specs):
         raise ValueError("QuarkConfig: scale_type 'pof2' is read, not made; use 'float' to quantize")
+    odd = next((layer.weight for layer in config.layers() if layer.weight and not layer.weight.is_exported), None)
+    if odd is not None:
+        raise ValueError(
+            f"QuarkConfig: quark has no export of {odd.element} by {odd.strategy}, so nothing would read it; use int3 by "
+            "channel, uint2 by channel or group, or more bits"
+        )
     if any(spec.is_interleaved for spec in specs):
         raise ValueError("QuarkConfig: dtype 'mx' is read, not made; use 'fp4' with scale_format 'e8m0' to quantize")
 
 
 def _scale_dtype(spec: TensorQuant | None, dtype: str) -> str:
-    """Float scales have the dtype that the spec says; else the model's, but those of 8-bit integers."""
+    """Float scales have the dtype that the spec says; else the model's, but the one of a tensor of integers."""
     if spec is None or spec.scale_type in FLOAT_DTYPES:
         return dtype if spec is None else spec.scale_type
-    return "float32" if spec.element in ("int8", "uint8") else dtype
+    return "float32" if spec.element in INTEGERS and spec.strategy == "tensor" else dtype
 
 
 def _ranges(block: Block, names: list[str], side: str) -> dict[str, tuple[Tensor, Tensor]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from quantcore.formats.activation import Activation, abs_max
 from quantcore.formats.blocks import block_abs_max, row_pieces
 from quantcore.formats.minifloat import E5M3, MiniFloat, decode, e4m3_scale, e8m0_codes, e8m0_values, encode, minifloat
+from quantcore_misc.quark.codes import INTEGERS
 
 if TYPE_CHECKING:
     from quantcore_misc.quark.weight import QuarkWeight
@@ -23,7 +24,6 @@ Operation: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 LEAST_SCALE = 2.0**-23
 _OUTER_LIMIT = 2688.0  # 448 * 6: the largest scale times the largest code
-_INTEGERS = {"int8": (-128, 127), "int4": (-8, 7), "uint4": (0, 15), "uint8": (0, 255)}
 
 
 class Parts(NamedTuple):
@@ -37,7 +37,7 @@ class Parts(NamedTuple):
 
 def quantize_weight(weight: Tensor, weight_format: QuarkWeight) -> Parts:
     """The parts of a weight [N, K] in the model's dtype."""
-    if weight_format.element in _INTEGERS:
+    if weight_format.element in INTEGERS:
         scale, zero = _integer_scales(weight, weight_format)
         return Parts(encode_weight(weight, scale.float(), zero, weight_format), scale, zero)
     stored, scale, outer = _float_scales(weight, weight_format)
@@ -47,20 +47,21 @@ def quantize_weight(weight: Tensor, weight_format: QuarkWeight) -> Parts:
 def encode_weight(weight: Tensor, scale: Tensor, zero: Tensor | None, weight_format: QuarkWeight) -> Tensor:
     """Codes [N, K] of a weight under given scales, as `Packing` takes them.
 
-    Integers are divided in float32, and rounded before a zero point is added; floats in the dtype of their scale.
+    Integers are divided in float32, by more than one scale as a product with its reciprocal, and rounded before a zero
+    point is added; floats are divided in the dtype of their scale.
     """
     element = weight_format.element
     dtype = _code_dtype(element)
     codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     divide: Operation = torch.div
-    if element.endswith("int4"):
+    if element in INTEGERS and weight_format.strategy != "tensor":
         divide, scale = torch.mul, 1 / scale
     else:
         scale = torch.where(scale == 0, 1.0, scale)
     for rows, factor, shift in _pieces(codes, weight_format, scale, zero):
         steps = weight_format.each(divide, weight[rows].to(factor.dtype), factor)
-        if element in _INTEGERS:
-            low, high = _INTEGERS[element]
+        if element in INTEGERS:
+            low, high = INTEGERS[element].ends
             steps = steps.round_() if shift is None else weight_format.each(torch.add, steps.round_(), shift)
             codes[rows] = steps.clamp_(low, high)
         else:
@@ -119,7 +120,7 @@ def _integer_scales(weight: Tensor, weight_format: QuarkWeight) -> tuple[Tensor,
         low, high = torch.aminmax(weight)
     else:
         low, high = torch.aminmax(weight.unflatten(1, (-1, weight_format.group_size or weight.shape[1])), dim=2)
-    ends = _INTEGERS[weight_format.element]
+    ends = INTEGERS[weight_format.element].ends
     scale, zero = _scale_and_zero(low, high, *ends, is_symmetric=weight_format.is_symmetric)
     return scale, zero.to(_code_dtype(weight_format.element))
 
@@ -177,12 +178,12 @@ def each_group(operation: Operation, part: Tensor, table: Tensor, size: int) -> 
 
 
 def _values(codes: Tensor, element: str) -> Tensor:
-    return codes.float() if element in _INTEGERS else decode(codes, minifloat(element))
+    return codes.float() if element in INTEGERS else decode(codes, minifloat(element))
 
 
 def _code_dtype(element: str) -> torch.dtype:
-    if element in _INTEGERS:
-        return torch.uint8 if _INTEGERS[element][0] == 0 else torch.int8
+    if element in INTEGERS:
+        return INTEGERS[element].code_dtype
     return minifloat(element).dtype or torch.uint8
 
 

@@ -20,7 +20,13 @@ _ELEMENTS = {
     "uint8": "uint8",
     "int4": "int4",
     "uint4": "uint4",
+    "int3": "int3",
+    "int2": "int2",
+    "uint2": "uint2",
 }
+# Elements of which quark exports no codes, and strategies under which it exports none of others.
+_EMULATED = ("int16", "uint16", "int32", "mx6", "mx9", "bfp16")
+_NOT_EXPORTED = (("int3", "tensor"), ("int3", "group"), ("uint2", "tensor"))
 _BELOW_8_BITS = ("e2m1", "e2m3", "e3m2")
 _FLOATS = ("bfloat16", "float16", "float32")
 _STRATEGIES = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group", "per_block": "block"}
@@ -63,6 +69,11 @@ class TensorQuant:
         is_interleaved = values.get("dtype") == "mx"
         if is_interleaved:
             values = _as_group(values, label)
+        if values.get("dtype") in _EMULATED:
+            raise ValueError(
+                f"{label}.dtype {values['dtype']!r} is only emulated by quark, which exports no codes of it; use one "
+                f"of {', '.join(_ELEMENTS)}"
+            )
         _check(values.get("dtype"), _ELEMENTS, f"{label}.dtype")
         scheme, mode = values.get("qscheme") or "per_tensor", values.get("scale_calculation_mode") or "even"
         _check(scheme, _STRATEGIES, f"{label}.qscheme")
@@ -86,6 +97,11 @@ class TensorQuant:
             scale_type=values.get("scale_type") or "float",
             is_interleaved=is_interleaved,
         )
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether quark itself writes such weights as codes."""
+        return (self.element, self.strategy) not in _NOT_EXPORTED
 
     def activation(self) -> Activation:
         """The rounding of a layer's input or output. Scales per channel are meant, and taken, per token.

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from quantcore.formats import blocks
 from quantcore.formats.base import TensorSpec, float_dtype
-from quantcore_misc.quark.codes import Packing, pack_nibbles, packing_for, unpack_nibbles
+from quantcore_misc.quark.codes import INTEGERS, Packing, layout_of, pack_integers, packing_for, unpack_integers
 from quantcore_misc.quark.layer import SIDES, QuarkLayer
 from quantcore_misc.quark.scaling import Operation, Parts, dequantize_codes, each_group, quantize_weight, read_scales
 
 _SCALE_TENSORS = {"e8m0": torch.uint8, "e5m3": torch.uint8, "e4m3": torch.float8_e4m3fn}
-_WORDS = ("int4", "uint4")
 
 
 @dataclass(frozen=True)
@@ -112,17 +111,17 @@ class QuarkWeight(QuarkLayer):
     @property
     def packing(self) -> Packing:
         """How codes are stored."""
-        return packing_for(self.element, self.strategy != "group", self.is_reordered)
+        return packing_for(self.element, self.strategy, self.is_reordered)
 
     @property
     def has_zero(self) -> bool:
         """Integers are stored with zero points, symmetric ones too."""
-        return "int" in self.element
+        return self.element in INTEGERS
 
     @property
     def _is_transposed(self) -> bool:
-        """Whether scales and zero points of groups are stored [K/G, N], as words along N are."""
-        return self.element in _WORDS and self.strategy == "group"
+        """Whether codes are stored [K, N], and their scales and zero points [K/G, N], as integers in groups are."""
+        return self.has_zero and self.strategy == "group"
 
     def _grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The stored shape of scales."""
@@ -131,12 +130,15 @@ class QuarkWeight(QuarkLayer):
         down, across = blocks.grid(shape, (self.block_rows or 1, self.group_size))
         return (across, down) if self._is_transposed else (down, across)
 
-    def _grid_spec(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], words: int = 1) -> TensorSpec:
-        """The spec of one number for whatever shares a scale, `words` of them in an element, along N."""
+    def _grid_spec(
+        self, name: str, dtype: torch.dtype, shape: tuple[int, ...], codes: int = 1, words: int = 1
+    ) -> TensorSpec:
+        """The spec of one number for whatever shares a scale; `codes` of them lie in as many `words`, along N."""
         grid, along_n, along_k = self._grid(shape), None, None
-        if self.strategy != "tensor":
-            grid = (*grid[:-1], grid[-1] // words)
-            along_n = (int(self._is_transposed), words * (self.block_rows or 1))
+        if codes > 1:
+            grid = (*grid[:-1], grid[-1] // codes * words)
+        if self.strategy != "tensor" and self.packing.along_n is not None:
+            along_n = (int(self._is_transposed), codes // words * (self.block_rows or 1))
         if self.group_size and self.splits_columns:
             along_k = (int(not self._is_transposed), self.group_size)
         return TensorSpec(self.name_of(name), dtype, grid, along_n=along_n, along_k=along_k)
@@ -151,26 +153,20 @@ class QuarkWeight(QuarkLayer):
         return scale.t() if self._is_transposed else scale
 
     def _zero_spec(self, shape: tuple[int, ...]) -> TensorSpec:
-        if self.element not in _WORDS:
-            return self._grid_spec("weight_zero_point", self.packing.dtype, shape)
-        if self.strategy == "tensor":
-            return TensorSpec(self.name_of("weight_zero_point"), torch.int32, (1,))
-        return self._grid_spec("weight_zero_point", torch.int32, shape, words=8)
+        dtype, layout = INTEGERS[self.element].dtype, layout_of(self.element, self.is_reordered)
+        if layout is None or self.strategy == "tensor":
+            return self._grid_spec("weight_zero_point", dtype, shape)
+        return self._grid_spec("weight_zero_point", dtype, shape, layout.codes, layout.words)
 
     def _pack_zero(self, zero: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Zero points, shaped as scales are in memory, as they are stored."""
-        if self.element not in _WORDS:
-            return zero.reshape(self._grid(shape))
-        rows = zero.t() if self._is_transposed else zero.reshape(1, -1)
-        packed = pack_nibbles(rows.contiguous(), self.is_reordered)
-        return packed if self._is_transposed else packed[0]
+        rows = zero.t() if self._is_transposed else zero.reshape(self._grid(shape))
+        return pack_integers(rows.contiguous(), self.element, self.is_reordered)
 
     def zeros_of(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """Zero points as numbers, shaped as `scales_of` gives scales; the inverse of `_pack_zero`."""
         stored = tensors[self.name_of("weight_zero_point")]
-        if self.element not in _WORDS:
-            return stored[:, None] if self.strategy == "channel" else stored
-        grid = self._grid(shape)
-        rows = stored if self._is_transposed else stored.view(1, -1)
-        zero = unpack_nibbles(rows, grid[-1] if grid else 1, self.element, self.is_reordered).t()
-        return zero if grid else zero.reshape(())
+        zero = unpack_integers(stored, shape[0], self.element, self.is_reordered)
+        if self.strategy == "channel":
+            return zero[:, None]
+        return zero.t() if self._is_transposed else zero
