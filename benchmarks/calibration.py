@@ -64,8 +64,8 @@ def report(arguments: argparse.Namespace, folder: Path) -> None:
     tokens = folder / "tokens.json"
     tokens.write_text(json.dumps(rows_of_tokens(arguments)))
     sides = {"quantcore": sys.executable} | ({"upstream": arguments.upstream} if arguments.upstream else {})
-    print("case,side,seconds,peak_mib,perplexity")
-    print(f"float,,,,{perplexity(model, arguments)}")
+    print("case,side,seconds,cpu_seconds,peak_mib,perplexity")
+    print(f"float,,,,,{perplexity(model, arguments)}")
     for case in arguments.only:
         method, settings = CASES[case]
         if method == "auto-round":
@@ -78,9 +78,10 @@ def report(arguments: argparse.Namespace, folder: Path) -> None:
                 job = {"model": str(model), "target": str(target), "tokens": str(tokens), "method": method}
                 runs[side].append(run(interpreter, side, job | {"settings": settings}))
         for side, results in runs.items():
-            seconds = statistics.median(result["seconds"] for result in results)
+            times = [statistics.median(result[key] for result in results) for key in ("seconds", "cpu_seconds")]
             peak = max(result["peak_mib"] for result in results)
-            print(f"{case},{side},{seconds:.1f},{peak:.0f},{perplexity(results[-1]['folder'], arguments)}", flush=True)
+            found = perplexity(results[-1]["folder"], arguments)
+            print(f"{case},{side},{times[0]:.1f},{times[1]:.1f},{peak:.0f},{found}", flush=True)
 
 
 def run(interpreter: str, side: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -94,13 +95,13 @@ def run(interpreter: str, side: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured(work: Any, target: str) -> dict[str, Any]:
-    """Seconds, and MiB above what the process held before: imports and the float model are not counted."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    """Seconds on the clock and of all cores, and MiB above what the process held: imports and model are not counted."""
+    before, start, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter(), time.process_time()
     work()
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     folder = next((path.parent for path in sorted(Path(target).rglob("config.json"))), Path(target))
-    return {"seconds": seconds, "peak_mib": peak / 1024, "folder": str(folder)}
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak / 1024, "folder": str(folder)}
 
 
 def quantize_quantcore(job: dict[str, Any]) -> dict[str, Any]:

@@ -579,6 +579,16 @@ def test_attention_is_run_once_for_each_sample_after_its_inputs_are_solved() -> 
     assert len(runs) == 3 * (1 + 1 + 1 + 2 * 5)
 
 
+def test_finished_layers_are_dequantized_once_for_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    dequantize = TinyInt8.dequantize
+    monkeypatch.setattr(TinyInt8, "dequantize", lambda *given: calls.append(given[2]) or dequantize(*given))
+    model = make(Language)
+    calibrate(model, lambda block: None, batch_size=1)
+    in_blocks = [name for name, _ in quantized_modules(model) if name.startswith("layers.")]
+    assert len(in_blocks) <= len(calls) < 5 * len(in_blocks)  # there are five samples
+
+
 def test_layers_numbered_in_a_row_are_stages_of_their_own() -> None:
     class Row(nn.Module):
         def __init__(self) -> None:

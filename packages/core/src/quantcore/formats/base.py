@@ -124,9 +124,7 @@ class WeightFormat:
 
         In `compute_torch_dtype`, cast back to x's dtype. A format whose layer quantizes its input overrides this.
         """
-        dtype = self.compute_torch_dtype or x.dtype
-        weight = self.dequantize(operands, shape, dtype)
-        return torch.nn.functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
+        return multiply(x, self.dequantize(operands, shape, self.compute_torch_dtype or x.dtype), bias)
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
         """The format that stored tensors describe themselves; self where a format stores no description.
@@ -221,6 +219,12 @@ class QuantizedWeight:
     def bits_per_weight(self) -> float:
         """Stored bits a weight, measured from the tensors themselves."""
         return 8 * self.nbytes / max(1, math.prod(self.shape))
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] times a weight [N, K], plus bias [N], in the weight's dtype, cast back to x's."""
+    dtype = weight.dtype
+    return torch.nn.functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 def describe(dtype: torch.dtype, shape: tuple[int, ...] | torch.Size) -> str:
