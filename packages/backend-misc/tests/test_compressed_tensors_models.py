@@ -55,6 +55,23 @@ class Model(nn.Module):
         return self.lm_head(x)  # type: ignore[no-any-return]
 
 
+LOUD = 39  # a token whose activations are large
+
+
+class Masked(Model):
+    """The model with a mask that only calibration reads."""
+
+    def __init__(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            super().__init__()
+        with torch.no_grad():
+            self.embed_tokens.weight[LOUD] *= 10
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(ids)
+
+
 IDS = torch.arange(12).view(2, 6)
 NAMES = ("layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj", "layers.0.mlp")
 
@@ -190,11 +207,8 @@ def test_layers_that_are_served_as_one_share_the_global_scale_of_nvfp4(tmp_path:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "kv_cache_scheme is read"),
-        (
-            {"config_groups": {"g": group(FP8, output_activations={"num_bits": 8, "type": "float"})}},
-            r"config_groups\['g'\]\.output_activations is static",
-        ),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": True}, "scheme": "W8A8"}, "static scales"),
+        ({"kv_cache_scheme": {"strategy": "channel"}, "scheme": "W8A8"}, "kv_cache_scheme: strategy 'channel'"),
         ({"config_groups": {"g": group(FP8, input_activations={"strategy": "channel"})}}, "activations cannot be"),
         ({"config_groups": {"g": group({**INT4, "group_size": 48})}}, "layers.0.mlp: in_features 64 is not a multiple"),
         ({"ignore": ["Linear"], "scheme": "W8A8"}, "every Linear layer of Model is left float"),
@@ -275,6 +289,74 @@ def test_scales_of_older_files_on_the_projections_round_the_cache_too(tmp_path: 
     assert not torch.equal(expected, first(IDS))
     assert torch.equal(found(IDS), expected)
     assert set(found.state_dict()) == set(old)
+
+
+INT8_CACHE = {"num_bits": 8, "symmetric": False, "strategy": "tensor"}
+
+
+@pytest.mark.parametrize("cache", [CACHE, {**CACHE, "strategy": "attn_head"}, INT8_CACHE], ids=["fp8", "head", "int8"])
+def test_scales_of_keys_and_values_are_calibrated(cache: dict[str, Any], tmp_path: Path) -> None:
+    data = torch.arange(80).view(4, 20) % 40
+    config = {"quant_method": "compressed-tensors", "scheme": "W8A16", "kv_cache_scheme": cache}
+    config["config_groups"] = {"g": group({"num_bits": 8, "strategy": "channel"})}
+    del config["scheme"]
+    found = quantcore.quantize(model(), config, calibration=data)
+    dense, x = model(), model().embed_tokens(data)
+    for side in "kv":
+        states = getattr(dense.layers[0]["self_attn"], f"{side}_proj")(x).unflatten(-1, (2, 32))
+        low, high = (
+            getattr(states, end)((0, 1, 3)).clamp(**limit)
+            for end, limit in (("amin", {"max": 0}), ("amax", {"min": 0}))
+        )
+        scale = found.state_dict()[f"layers.0.self_attn.{side}_scale"]
+        if cache["strategy"] == "attn_head":
+            torch.testing.assert_close(scale, (torch.maximum(-low, high) / 448).view(2, 1, 1))
+        elif cache is CACHE:
+            torch.testing.assert_close(scale, torch.maximum(-low, high).max().view(1) / 448)
+        else:
+            torch.testing.assert_close(scale, (high.max() - low.min()).view(1) / 255)
+            assert found.state_dict()[f"layers.0.self_attn.{side}_zero_point"].dtype == torch.int8
+    plain = quantcore.quantize(model(), {**config, "kv_cache_scheme": None})
+    assert 1e-4 < relative_error(found(IDS), plain(IDS)) < 0.1
+    quantcore.save(found, tmp_path / "out")
+    again = quantcore.load(tmp_path / "out", Model)
+    assert torch.equal(again(IDS), found(IDS))
+    assert again.hf_quantizer.quantization_config.kv_cache_scheme["strategy"] == cache["strategy"]
+
+
+def test_padding_does_not_widen_the_range_of_keys() -> None:
+    config = {"quant_method": "compressed-tensors", "scheme": "NVFP4A16", "kv_cache_scheme": CACHE}
+
+    def scale(ids: list[int], mask: list[int]) -> Tensor:
+        inputs = {"ids": torch.tensor([ids]), "attention_mask": torch.tensor([mask])}
+        found = quantcore.quantize(Masked().eval(), config, calibration=[inputs])
+        return found.state_dict()["layers.0.self_attn.v_scale"]
+
+    torch.testing.assert_close(scale([1, 2, 3, LOUD], [1, 1, 1, 0]), scale([1, 2, 3], [1, 1, 1]))
+    assert scale([1, 2, 3, LOUD], [1, 1, 1, 1]) > 2 * scale([1, 2, 3], [1, 1, 1])
+
+
+def test_scales_of_outputs_are_calibrated(tmp_path: Path) -> None:
+    data = torch.arange(80).view(4, 20) % 40
+    scheme = group(FP8, output_activations={"num_bits": 8, "type": "float"})
+    config = {"quant_method": "compressed-tensors", "config_groups": {"g": scheme}}
+    found = quantcore.quantize(model(), config, calibration=data)
+    dense = model()
+    keys = dense.layers[0]["self_attn"].k_proj(dense.embed_tokens(data))
+    stored = dict(quantized_modules(found))[NAMES[0]].stored["output_scale"]
+    torch.testing.assert_close(stored, keys.abs().max().view(1) / 448)
+    assert relative_error(found(IDS), model()(IDS)) < 0.05
+    quantcore.save(found, tmp_path / "out")
+    assert torch.equal(quantcore.load(tmp_path / "out", Model)(IDS), found(IDS))
+
+
+def test_interrupted_calibration_of_cache_scales_goes_on(tmp_path: Path) -> None:
+    config = {"quant_method": "compressed-tensors", "config_groups": {"g": group(FP8)}, "kv_cache_scheme": CACHE}
+    data = torch.arange(80).view(4, 20) % 40
+    first = quantcore.quantize(model(), config, calibration=data, resume_dir=tmp_path)
+    second = quantcore.quantize(model(), config, calibration=data, resume_dir=tmp_path)
+    assert torch.equal(first(IDS), second(IDS))
+    assert set(first.state_dict()) == set(second.state_dict())
 
 
 def hadamard(size: int) -> Tensor:

@@ -88,9 +88,8 @@ class CompressedTensorsConfig(QuantizationConfigMixin):
         for target in self.ignore or ():
             check_pattern(target, self._label("ignore"))
         self._parse_groups()
-        if self.kv_cache_scheme is not None:
-            parsed = QuantizationArgs.parse(self.kv_cache_scheme, self._label("kv_cache_scheme"))
-            self.kv_cache_scheme = parsed.to_dict()
+        cache = self.cache_args
+        self.kv_cache_scheme = None if cache is None else cache.to_dict()
         if self.dampening_frac is not None and self.solver is None:
             raise ValueError(f"{self._label('dampening_frac')} is of a solver; set solver, such as 'gptq', too")
         self._check_sparsity()
@@ -100,6 +99,12 @@ class CompressedTensorsConfig(QuantizationConfigMixin):
         """The groups, parsed."""
         groups = (self.config_groups or {}).items()
         return tuple(Scheme.parse(name, values, self._group_label(name)) for name, values in groups)
+
+    @property
+    def cache_args(self) -> QuantizationArgs | None:
+        """How keys and values are quantized, parsed; None leaves them float."""
+        values = self.kv_cache_scheme
+        return None if values is None else QuantizationArgs.parse(values, self._label("kv_cache_scheme"))
 
     @property
     def sparsity(self) -> Mapping[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +22,9 @@ from quantcore_misc.compressed_tensors.config import CompressedTensorsConfig
 from quantcore_misc.compressed_tensors.fused import joined_layers
 from quantcore_misc.compressed_tensors.matching import is_named, matches_class, matches_name, scheme_of
 from quantcore_misc.compressed_tensors.packed import SmallFloatWeight
-from quantcore_misc.compressed_tensors.schemes import QuantizationArgs, Scheme
+from quantcore_misc.compressed_tensors.schemes import Scheme
 from quantcore_misc.compressed_tensors.sparse import SparseWeight
-from quantcore_misc.compressed_tensors.storage import activation_of, weight_format
+from quantcore_misc.compressed_tensors.storage import activation_of, cache_rounding, weight_format
 from quantcore_misc.compressed_tensors.transform_config import Transform, online_transforms
 from quantcore_misc.compressed_tensors.weight import CompressedWeight
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from quantcore.checkpoints.read import Checkpoint
     from quantcore.formats.base import WeightFormat
     from quantcore.quantizers.weight import PlannedLayer, WeightsOf
+
+logger = logging.getLogger(__name__)
 
 WRITTEN_VERSION = "0.20.0"  # whose spelling and packing is written
 LAST_WITH_INDEX = "0.18.0"  # the last version that reads groups of columns in any order; the packing is the same
@@ -94,14 +97,18 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
 
     @property
     def needs_data(self) -> bool:
-        """Whether there is a solver, or a scheme stores something of the range of its layers' inputs."""
-        if self._solver is not None:
+        """Whether there is a solver, or something of the range of activations is stored."""
+        if self._solver is not None or self.quantization_config.kv_cache_scheme is not None:
             return True
-        rounded = (scheme.input_activations for scheme in self._schemes if scheme.weights is not None)
+        schemes = [scheme for scheme in self._schemes if scheme.weights is not None]
+        rounded = [args for scheme in schemes for args in (scheme.input_activations, scheme.output_activations)]
         return any(static.needs_range(activation_of(args)) for args in rounded if args is not None)
 
     def solve_block(self, block: Block) -> None:
         static.measure(block)
+        cache = self.quantization_config.cache_args
+        if cache is not None:
+            kv_cache.measure(block, cache_rounding(cache), by_head=cache.strategy == "attn_head")
         if self._solver is None:
             static.round_block(block)
         else:
@@ -117,6 +124,11 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
 
     def calibrate_model(self, model: nn.Module, calibration: Calibration) -> nn.Module:
         model = super().calibrate_model(model, calibration)
+        if self.quantization_config.cache_args is not None:
+            owners = kv_cache.owners(model)
+            if not owners:
+                logger.warning("%s has no module that writes to a cache; no scales are stored", type(model).__name__)
+            self._round_caches(model, owners)
         self.quantization_config.update(solver=None, dampening_frac=None)
         return model
 
@@ -157,7 +169,7 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
             return super()._process_model_before_weight_loading(model, checkpoint=checkpoint, **kwargs)
         headers = checkpoint.headers
         turned = rotations.places(model, self._transforms())
-        scales = kv_cache.stored_scales(model, headers) if self._cache_args() is not None else {}
+        scales = kv_cache.stored_scales(model, headers) if self.quantization_config.cache_args is not None else {}
         besides = rotations.stored_names(turned, headers)
         besides |= {f"{owner}.{suffix}" for owner, suffixes in scales.items() for suffix in suffixes}
         rest = copy.copy(checkpoint)
@@ -173,8 +185,8 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
         if self.pre_quantized and self.quantization_config.dequantize:
             self._dequantize(model)
 
-    def _round_caches(self, model: nn.Module, scales: Mapping[str, Any]) -> None:
-        args = self._cache_args()
+    def _round_caches(self, model: nn.Module, scales: Iterable[str]) -> None:
+        args = self.quantization_config.cache_args
         if args is None:
             return
         carriers = {
@@ -183,7 +195,7 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
             if isinstance(module.format, CompressedWeight) and module.format.carried
         }
         for owner in {*scales, *carriers}:
-            kv_cache.run_with(model.get_submodule(owner), activation_of(args))
+            kv_cache.run_with(model.get_submodule(owner), cache_rounding(args))
 
     # Leaving
 
@@ -203,10 +215,6 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
 
     def _transforms(self) -> list[Transform]:
         return online_transforms(self.quantization_config.transform_config)
-
-    def _cache_args(self) -> QuantizationArgs | None:
-        values = self.quantization_config.kv_cache_scheme
-        return None if values is None else QuantizationArgs.parse(values, "kv_cache_scheme")
 
     def _sparsity(self, name: str, module: nn.Module) -> str | None:
         sparsity = self.quantization_config.sparsity
@@ -237,16 +245,11 @@ def _for_quantizing(config: CompressedTensorsConfig) -> CompressedTensorsConfig:
 
 def _check_quantizable(config: CompressedTensorsConfig) -> None:
     """Raise ValueError for what is read, but not made, here."""
-    if config.kv_cache_scheme is not None:
-        raise ValueError("kv_cache_scheme is read from checkpoints, but not calibrated here; leave it out")
+    cache = config.cache_args
+    if cache is not None and not cache_rounding(cache).is_static:
+        raise ValueError("kv_cache_scheme: keys and values have static scales; set dynamic to false")
     if online_transforms(config.transform_config):
         raise ValueError("transform_config is read from checkpoints, but weights are not rotated here; leave it out")
-    for scheme in config.schemes():
-        if scheme.output_activations is not None and scheme.output_activations.dynamic is False:
-            raise ValueError(
-                f"config_groups[{scheme.group!r}].output_activations is static, and outputs are not calibrated here; "
-                "make it dynamic or leave it out"
-            )
 
 
 def _storage(scheme: Scheme, top: str) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from quantcore.formats.activation import Activation
 from quantcore_misc.compressed_tensors.marlin24 import Marlin24Weight
 from quantcore_misc.compressed_tensors.packed import PackedWeight, SmallFloatWeight
@@ -99,3 +101,10 @@ def activation_of(args: QuantizationArgs) -> Activation:
         scale_math="input",
         code_math="float32" if args.is_nvfp4 else "input",
     )
+
+
+def cache_rounding(args: QuantizationArgs) -> Activation:
+    """The rounding of keys and values, under one scale or one for each head. Raises ValueError for other strategies."""
+    if args.strategy not in ("tensor", "attn_head"):
+        raise ValueError(f"kv_cache_scheme: strategy {args.strategy!r} is not one of tensor and attn_head")
+    return activation_of(dataclasses.replace(args, strategy="tensor"))

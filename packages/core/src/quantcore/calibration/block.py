@@ -58,6 +58,7 @@ class Block:
 
     name: of the block in the model; "" for the layers outside of blocks, where it stands for the whole model.
     samples: the inputs, each loaded when it is taken. report: a line for each finished layer.
+    added: names of parameters that modules got which are no layers.
     A solver replaces every layer, by `replace` or `round_to_nearest`. It runs under torch.no_grad, and may change
     other parameters of the block too, such as norms: in place, not through `.data`; none outside of the block.
     """
@@ -72,6 +73,7 @@ class Block:
     ) -> None:
         self.model, self.name, self.samples = model, name, samples
         self.report: list[LayerReport] = []
+        self.added: list[str] = []
         self._planned = {layer.name: layer for layer in layers}
         self._around = surroundings
         self._tokens: dict[str, int] = {}
@@ -122,6 +124,10 @@ class Block:
         found = {name: statistics[group[0]] for group in groups for name in group}
         self._tokens |= {name: statistic.tokens for name, statistic in found.items()}
         return {name: found[name] for name in self._planned if name in found}
+
+    def merge(self, statistic: Statistic) -> None:
+        """Make a statistic that was updated outside of `collect` that of all processes; each must call this alike."""
+        self._around.team.merge(statistic)
 
     def trace(self) -> Trace:
         """Who reads which tensor in the block, from one run of the first sample. Kept after the first call."""
@@ -180,6 +186,12 @@ class Block:
     def store_besides(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Have tensors stored with a layer, such as scales of its inputs, whatever solves its weight later."""
         self._besides.setdefault(name, {}).update(tensors)
+
+    def add_parameters(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Give a module that is no layer frozen parameters, such as scales of what it puts into a cache."""
+        for suffix, tensor in tensors.items():
+            self.model.get_submodule(name).register_parameter(suffix, nn.Parameter(tensor, requires_grad=False))
+            self.added.append(f"{name}.{suffix}")
 
     def replace(
         self,
@@ -315,7 +327,11 @@ def _check_finite(name: str, statistic: Statistic) -> None:
 
 def _rows(args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None) -> Tensor:
     """The input of a layer as [tokens, K], without masked tokens."""
-    x = next(leaves((args, kwargs)))
+    return token_rows(next(leaves((args, kwargs))), mask)
+
+
+def token_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Activations [..., K] as [tokens, K], without the tokens that a mask [B, T] leaves out of x [B, T, K]."""
     if mask is not None and x.shape[:2] == mask.shape:
         return x[mask.to(x.device)]
     return x.reshape(-1, x.shape[-1])

@@ -155,7 +155,7 @@ class _Run:
             raise ValueError(f"{self.solver.method}: its solver left {', '.join(block.unfinished)} float; report this")
         self.report.layers += block.report
         if folder is not None and self.team.rank == 0:
-            folder.save(number, step, self.model, block.report)
+            folder.save(number, step, self.model, block.report, block.added)
         return block.finished()
 
     def _block(self, number: int, step: Step, chain: Chain, samples: Samples) -> Block:

@@ -50,11 +50,13 @@ class ResumeFolder:
         """Whether the step of this number is finished."""
         return str(number) in self._steps
 
-    def save(self, number: int, step: Step, model: nn.Module, report: Sequence[LayerReport]) -> None:
-        """Store a step that was just solved."""
+    def save(
+        self, number: int, step: Step, model: nn.Module, report: Sequence[LayerReport], added: Iterable[str] = ()
+    ) -> None:
+        """Store a step that was just solved. added: parameters that it gave to modules which are no layers."""
         self.directory.mkdir(parents=True, exist_ok=True)
         file = f"step-{number:05d}.safetensors"
-        tensors = _tensors(model, step)
+        tensors = {**_tensors(model, step), **{name: model.get_parameter(name) for name in added}}
         save_file(
             {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, self._new(file)
         )
@@ -176,8 +178,13 @@ def _restore_layer(model: nn.Module, name: str, tensors: Mapping[str, Tensor], e
 
 
 def _restore_rest(model: nn.Module, step: Step, tensors: Mapping[str, Tensor]) -> None:
-    """Norms and the like, which a solver may have changed."""
+    """Norms and the like, which a solver may have changed, and those that it gave to other modules."""
     current = _tensors(model, step)
     for name, tensor in tensors.items():
-        if not name.startswith(tuple(f"{layer}." for layer in step.layers)):
+        if name.startswith(tuple(f"{layer}." for layer in step.layers)):
+            continue
+        if name in current:
             current[name].data.copy_(tensor)
+        else:
+            owner, _, suffix = name.rpartition(".")
+            model.get_submodule(owner).register_parameter(suffix, nn.Parameter(tensor, requires_grad=False))
