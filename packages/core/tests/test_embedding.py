@@ -18,6 +18,7 @@ from quantcore.checkpoints.write import write_tensors
 from quantcore.errors import CheckpointError
 from quantcore.nn import QuantizedEmbedding
 from quantcore.nn.embedding import view_embedding
+from quantcore.nn.linear import QuantizedLinear
 from quantcore.nn.replace import replace_module
 from quantcore.quantizers.weight import WeightQuantizer
 from quantcore.testing.models import SmallModel, filled, token_ids
@@ -211,6 +212,54 @@ def test_embedding_that_is_asked_for_is_quantized(with_embeddings: None) -> None
 def test_tied_embedding_stays_float_with_its_head(with_embeddings: None) -> None:
     model = quantcore.quantize(filled(SmallModel(64)), "tiny-int8")
     assert type(model.model.embed_tokens) is nn.Embedding
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.fixture
+def tied(with_embeddings: None) -> SmallModel:
+    """A quantized model whose head shares the weight of its embedding; nothing is skipped."""
+    return quantcore.quantize(filled(SmallModel(64)), {"quant_method": "tiny-int8", "modules_to_not_convert": []})
+
+
+def test_tied_head_is_quantized_with_its_embedding(tied: SmallModel) -> None:
+    head, tokens = tied.lm_head, tied.model.embed_tokens
+    assert isinstance(head, QuantizedLinear)
+    assert all(tensor is tokens.stored[suffix] for suffix, tensor in head.stored.items())
+    torch.testing.assert_close(tied(token_ids()), filled(SmallModel(64))(token_ids()), atol=0.1, rtol=0.1)
+
+
+def test_tied_head_is_stored_once_and_loads_tied(tied: SmallModel, tmp_path: Path) -> None:
+    quantcore.save(tied, tmp_path / "saved")
+    names = set(Checkpoint(tmp_path / "saved").headers)
+    assert {name for name in names if name.startswith("lm_head")} == set()
+    loaded = quantcore.load(tmp_path / "saved", lambda: SmallModel(64))
+    assert torch.equal(loaded(token_ids()), tied(token_ids()))
+    tensors = loaded.model.embed_tokens.stored
+    assert all(tensor is tensors[suffix] for suffix, tensor in loaded.lm_head.stored.items())
+
+
+def test_tied_head_stays_tied_when_moved_copied_and_dequantized(tied: SmallModel) -> None:
+    expected = tied(token_ids())
+    copied = copy.deepcopy(tied).to("cpu")
+    assert all(tensor is copied.lm_head.stored[name] for name, tensor in copied.model.embed_tokens.stored.items())
+    dense = quantcore.dequantize(copied)
+    assert dense.lm_head.weight is dense.model.embed_tokens.weight
+    torch.testing.assert_close(dense(token_ids()), expected)
+
+
+def test_tied_head_is_quantized_from_file_to_file(with_embeddings: None, tmp_path: Path) -> None:
+    quantcore.save(filled(SmallModel(64)), tmp_path / "float")
+    (tmp_path / "float" / "config.json").write_text('{"model_type": "small"}')
+    config = {"quant_method": "tiny-int8", "modules_to_not_convert": []}
+    factory = lambda: SmallModel(64)  # noqa: E731
+    quantcore.quantize_checkpoint(tmp_path / "float", tmp_path / "q", config, model=factory)
+    expected = quantcore.quantize(filled(SmallModel(64)), config)
+    assert torch.equal(quantcore.load(tmp_path / "q", factory)(token_ids()), expected(token_ids()))
+
+
+def test_embedding_stays_float_with_a_head_that_is_skipped(with_embeddings: None) -> None:
+    config = {"quant_method": "tiny-int8", "modules_to_not_convert": ["lm_head"]}
+    model = quantcore.quantize(filled(SmallModel(64)), config)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 

@@ -27,7 +27,6 @@ from quantcore.plugins.manager import plugins
 from quantcore.quantization_config import as_dtype
 from quantcore.quantizers.auto import AutoHfQuantizer
 from quantcore.quantizers.base import HfQuantizer
-from quantcore.quantizers.selection import tied_names
 
 
 def save(
@@ -184,10 +183,15 @@ def _tensors_to_save(model: nn.Module, quantizer: HfQuantizer | None) -> dict[st
 
 
 def _tied_to_drop(model: nn.Module) -> set[str]:
-    """Names of tied parameters that are not written: the ones a transformers class lists, else every later one."""
-    tied = tied_names(model)
+    """Names of tied tensors that are not written: the ones a transformers class lists, else every later one."""
     listed = set(getattr(model, "_tied_weights_keys", None) or ())
-    return {other if other in listed and name not in listed else name for name, other in tied.items()}
+    first: dict[int, str] = {}
+    dropped = set()
+    for name, slot in slots(model, remove_duplicate=False).items():
+        other = first.setdefault(id(slot.tensor), name)
+        if other is not name and isinstance(slot.tensor, nn.Parameter):
+            dropped.add(other if other in listed and name not in listed else name)
+    return dropped
 
 
 def _config_to_save(model: nn.Module, quantizer: HfQuantizer | None) -> dict[str, Any]:

@@ -26,10 +26,10 @@ class Slot:
     exact: bool
 
 
-def slots(model: nn.Module) -> dict[str, Slot]:
-    """Every tensor that a model saves, by its checkpoint name."""
+def slots(model: nn.Module, remove_duplicate: bool = True) -> dict[str, Slot]:
+    """Every tensor that a model saves, by its checkpoint name. remove_duplicate: name shared modules once."""
     found: dict[str, Slot] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         prefix = f"{name}." if name else ""
         stored = module._attributes if isinstance(module, QuantizedModule) else {}
         for suffix, attribute in stored.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,8 @@ from quantcore.nn.dense import DenseLinear, check_finite, view_dense
 from quantcore.nn.embedding import QuantizedEmbedding
 from quantcore.nn.experts import QuantizedExperts, linear_layers, split_experts, stacked_weights
 from quantcore.nn.kinds import QuantizedLayer, layer_of_stored, quantize_layer, view_layer, weight_layers
-from quantcore.nn.replace import quantized_modules, replace_module
+from quantcore.nn.replace import quantized_modules, replace_module, usual_dtype
+from quantcore.nn.tied import quantize_tied_heads, tie_dense_heads, tied_heads
 from quantcore.plugins.manager import plugins
 from quantcore.quantizers import selection
 from quantcore.quantizers.base import HfQuantizer
@@ -143,10 +143,10 @@ class WeightQuantizer(HfQuantizer):
         if view_dense(model) is not None:
             raise ValueError("the model is itself a single layer; use quantcore.nn.QuantizedLinear.from_linear")
         patterns = self._patterns(model)
-        tied = selection.tied_modules(model)
+        tied, heads = selection.tied_modules(model), tied_heads(model)
         layers, left, misfits = [], {}, {}
         for name, dense, choose in self._candidates(model):
-            reason = self._reason_to_leave(name, patterns, tied)
+            reason = self._reason_to_leave(name, patterns, tied, heads.get(name))
             weight_format = None if reason else choose()
             if weight_format is None:
                 left[name] = reason or "left float by the config"
@@ -198,12 +198,14 @@ class WeightQuantizer(HfQuantizer):
 
     def _quantize_layer(self, model: nn.Module, name: str, weight_format: WeightFormat) -> None:
         module = model.get_submodule(name)
+        heads = tied_heads(model) if isinstance(module, nn.Embedding) else {}
         layer = quantize_layer(module, weight_format, name)
         dense = view_layer(module)
         assert dense is not None
         plugins().hook.quantcore_weight_quantized(name=name, before=dense.weight, after=layer.quantized_weight)
         layer.train(module.training)
         replace_module(model, name, layer)
+        quantize_tied_heads(model, heads)
         self._quantized_bytes += dense.weight.nbytes
         if self._quantized_bytes >= _GIVE_BACK_AT:
             self._quantized_bytes = 0
@@ -218,6 +220,7 @@ class WeightQuantizer(HfQuantizer):
         if checkpoint is None:
             return
         groups = checkpoint.by_module()
+        heads = {name: head for name, head in tied_heads(model).items() if head not in groups}
         faults = place_stored_stacks(model, checkpoint, groups, self._format_to_read)
         split_stored_experts(model, checkpoint)
         layers = {
@@ -235,6 +238,7 @@ class WeightQuantizer(HfQuantizer):
         if faults:
             lines = [*faults.values(), *misfits(model, checkpoint, besides=faults)]
             raise CheckpointError(f"{checkpoint.directory}: {len(faults)} layers do not fit\n" + "\n".join(lines))
+        quantize_tied_heads(model, heads)
 
     def is_quantized(self, dense: DenseLinear, stored: Mapping[str, Tensor]) -> bool:
         """Whether stored tensors (on meta) of a layer are more than a float weight and bias."""
@@ -274,7 +278,7 @@ class WeightQuantizer(HfQuantizer):
         return None if shape is None else (weight_format.read(stored, shape), shape)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        dtype = _usual_dtype(model) if self.pre_quantized else None
+        dtype = usual_dtype(model) if self.pre_quantized else None
         for _, module in quantized_modules(model):
             if not module.is_offloaded:  # else its operands were derived before
                 module.bind()
@@ -337,8 +341,11 @@ class WeightQuantizer(HfQuantizer):
             logger.warning("no module matches the skip patterns %s; check them for renamed modules", missed)
         return given + selection.kept_by_architecture(model)
 
-    def _reason_to_leave(self, name: str, patterns: list[str], tied: Mapping[str, str]) -> str | None:
-        if name in tied:
+    def _reason_to_leave(
+        self, name: str, patterns: list[str], tied: Mapping[str, str], head: str | None = None
+    ) -> str | None:
+        # An embedding is quantized with the head that shares its weight, unless that is to stay float.
+        if name in tied and (head is None or any(self.skips(head, pattern) for pattern in patterns)):
             return f"its weight is tied to {tied[name]}"
         hit = next((pattern for pattern in patterns if self.skips(name, pattern)), None)
         return None if hit is None else f"skipped by {hit!r}"
@@ -346,23 +353,15 @@ class WeightQuantizer(HfQuantizer):
 
 def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """The model with each quantized module replaced by a float one; marks of quantization are left on it."""
+    heads = {name: head for name, head in tied_heads(model).items() if name in dict(quantized_modules(model))}
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedExperts):
             replace_module(model, name, module.to_dense(dtype).train(module.training))
     for name, module in list(quantized_modules(model)):
         if isinstance(module, QuantizedLayer):
             replace_module(model, name, module.to_dense(dtype).train(module.training))
+    tie_dense_heads(model, heads)
     return model
-
-
-def _usual_dtype(model: nn.Module) -> torch.dtype | None:
-    """The dtype of most of a model's float values outside of quantized weights; None where it has none."""
-    stored = {id(tensor) for _, module in quantized_modules(model) for tensor in module.stored.values()}
-    counts: Counter[torch.dtype] = Counter()
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and id(parameter) not in stored:
-            counts[parameter.dtype] += parameter.numel()
-    return max(counts, key=lambda dtype: counts[dtype], default=None)
 
 
 def _nothing_to_do(model: nn.Module, left: Mapping[str, str]) -> str:
