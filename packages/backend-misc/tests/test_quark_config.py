@@ -94,13 +94,14 @@ def test_patterns_match_whole_names_and_tell_cases_apart() -> None:
         ({**MX, "scale_format": None, "scale_type": "float8_e8m0fnu"}, {"scale": "e8m0"}),
         ([{**MX, "scale_format": "float32"}, {**FP8, "is_scale_quant": True}], {"scale": "e4m3", "is_dynamic": True}),
         ({"dtype": "mx", "mx_element_dtype": "fp4"}, {"element": "e2m1", "scale": "e8m0", "group_size": 32}),
+        ([FP8, {**UINT4, "dtype": "int4"}], {"element": "int4", "is_progressive": True, "group_size": 32}),
         ([UINT4], {"element": "uint4", "is_symmetric": False}),
         (
             {"dtype": "fp8_e4m3", "qscheme": "per_block", "block_size": [128, 64]},
             {"strategy": "block", "block_rows": 128, "group_size": 64},
         ),
     ],
-    ids=["e5m2", "mode", "e5m3", "e8m0", "two stages", "mx", "list of one", "block"],
+    ids=["e5m2", "mode", "e5m3", "e8m0", "two stages", "mx", "codes of codes", "list of one", "block"],
 )
 def test_spec_says_what_a_weight_is(weight: Any, expected: dict[str, Any]) -> None:
     found = spec(config(weight)).weight

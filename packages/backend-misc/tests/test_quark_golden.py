@@ -21,6 +21,7 @@ from quantcore.testing.golden import GoldenLayer, golden_folder
 from quantcore_misc.quark.codes import INTEGERS, pack_integers, unpack_integers
 from quantcore_misc.quark.interleaved import InterleavedWeight
 from quantcore_misc.quark.plain import FakeWeight, FloatWeight
+from quantcore_misc.quark.progressive import ProgressiveWeight
 from quantcore_misc.quark.spec import TensorQuant
 from quantcore_misc.quark.weight import QuarkWeight
 
@@ -50,6 +51,7 @@ FORMATS = {
     "uint2-group": GROUPS.replace(element="uint2"),
     "int2-channel": QuarkWeight(element="int2", strategy="channel"),
     "int3-channel": QuarkWeight(element="int3", strategy="channel", is_symmetric=False),
+    "int4-channel-over-fp8": ProgressiveWeight(element="int4", strategy="channel"),
     "int4-tensor": QuarkWeight(element="int4"),
     "int4-channel": QuarkWeight(element="int4", strategy="channel"),
     "uint4-symmetric": QuarkWeight(element="uint4", strategy="channel"),

@@ -23,6 +23,7 @@ from quantcore_misc.quark.config import QuarkConfig
 from quantcore_misc.quark.interleaved import InterleavedWeight
 from quantcore_misc.quark.layer import SIDES, QuarkLayer, is_measured
 from quantcore_misc.quark.plain import FakeWeight, FloatWeight
+from quantcore_misc.quark.progressive import ProgressiveWeight
 from quantcore_misc.quark.spec import LayerSpec, TensorQuant
 from quantcore_misc.quark.weight import QuarkWeight
 
@@ -155,8 +156,7 @@ def format_of(layer: LayerSpec, config: QuarkConfig, dtype: str) -> QuarkLayer:
     }
     if weight is None:
         return FloatWeight(**shared)
-    kind = InterleavedWeight if weight.is_interleaved else QuarkWeight
-    return (FakeWeight if config.is_fake else kind)(
+    return _kind(weight, config)(
         **shared,
         element=weight.element,
         strategy=weight.strategy,
@@ -167,6 +167,14 @@ def format_of(layer: LayerSpec, config: QuarkConfig, dtype: str) -> QuarkLayer:
         mode=weight.mode,
         is_reordered=config.pack_method == "reorder",
     )
+
+
+def _kind(weight: TensorQuant, config: QuarkConfig) -> type[QuarkWeight]:
+    if config.is_fake:
+        return FakeWeight
+    if weight.is_progressive:
+        return ProgressiveWeight
+    return InterleavedWeight if weight.is_interleaved else QuarkWeight
 
 
 def _check_runnable(config: QuarkConfig) -> None:
@@ -197,8 +205,8 @@ def _check_quantizable(config: QuarkConfig) -> None:
     odd = next((layer.weight for layer in config.layers() if layer.weight and not layer.weight.is_exported), None)
     if odd is not None:
         raise ValueError(
-            f"QuarkConfig: quark has no export of {odd.element} by {odd.strategy}, so nothing would read it; use int3 by "
-            "channel, uint2 by channel or group, or more bits"
+            f"QuarkConfig: quark has no export of {odd.element} by {odd.strategy}, so nothing would read it; use int3 "
+            "by channel, uint2 by channel or group, or more bits"
         )
     if any(spec.is_interleaved for spec in specs):
         raise ValueError("QuarkConfig: dtype 'mx' is read, not made; use 'fp4' with scale_format 'e8m0' to quantize")

@@ -27,13 +27,14 @@ _ELEMENTS = {
 # Elements of which quark exports no codes, and strategies under which it exports none of others.
 _EMULATED = ("int16", "uint16", "int32", "mx6", "mx9", "bfp16")
 _NOT_EXPORTED = (("int3", "tensor"), ("int3", "group"), ("uint2", "tensor"))
+_INTEGERS = tuple(element for element in _ELEMENTS if "int" in element)
 _BELOW_8_BITS = ("e2m1", "e2m3", "e3m2")
 _FLOATS = ("bfloat16", "float16", "float32")
 _STRATEGIES = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group", "per_block": "block"}
 _MODES = ("even", "floor", "ceil")
 _SCALE_TYPES = ("float", *_FLOATS, "pof2", "float8_e5m3", "float8_e8m0fnu")
 _OLD_MX = {"mx_element_dtype": "fp4", "group_size": 32}  # what the old data type "mx" is read with
-_SECOND = "fp8_e4m3"  # what scales of a first stage are rounded to
+_TENSOR_FP8 = "fp8_e4m3"  # per tensor: what scales are rounded to, or a weight whose codes are rounded again
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class TensorQuant:
 
     scale: what scales are: "float", "e8m0" (by the rounding mode), "e5m3", or "e4m3" under a second scale. scale_type:
     how a float scale is stored, "float" as the model's weights, "pof2" a power of two, else a dtype. is_interleaved:
-    each group is stored after the byte of its scale.
+    each group is stored after the byte of its scale. is_progressive: the tensor is rounded to E4M3 first, and this is
+    the spec of what its codes are rounded to.
     """
 
     element: str
@@ -56,16 +58,20 @@ class TensorQuant:
     block_rows: int = 0
     scale_type: str = "float"
     is_interleaved: bool = False
+    is_progressive: bool = False
 
     @classmethod
     def parse(cls, values: Any, label: str) -> TensorQuant | None:
-        """A spec, or a list of two: of the tensor and of its scales. None for null, and for floats.
+        """A spec, or a list of two: of the tensor and of its scales or its codes. None for null, and for floats.
 
         Raises TypeError or ValueError naming the key.
         """
         values, second = _stages(values, label)
         if values is None or values.get("dtype") in _FLOATS:
             return None
+        is_progressive = second is not None and second.get("dtype") in _INTEGERS and _is_tensor_fp8(values)
+        if is_progressive:
+            values, second = second, None
         is_interleaved = values.get("dtype") == "mx"
         if is_interleaved:
             values = _as_group(values, label)
@@ -96,6 +102,7 @@ class TensorQuant:
             block_rows=rows,
             scale_type=values.get("scale_type") or "float",
             is_interleaved=is_interleaved,
+            is_progressive=is_progressive,
         )
 
     @property
@@ -116,6 +123,8 @@ class TensorQuant:
             raise ValueError(f"activations in {self.element} are not supported; use int8 or a float")
         if self.block_rows > 1:
             raise ValueError(f"activations in blocks of {self.block_rows} rows are not supported; use 1")
+        if self.is_progressive:
+            raise ValueError(f"activations rounded to {_TENSOR_FP8} and then {self.element} are not supported")
         is_below = self.element in _BELOW_8_BITS
         if self.scale == "float" and not self.is_dynamic and (self.strategy != "tensor" or is_below):
             raise ValueError(
@@ -207,13 +216,17 @@ def _size(value: Any, label: str) -> int:
 
 def _scale_of(values: Mapping[str, Any], second: Mapping[str, Any] | None, label: str) -> str:
     if second is not None:
-        if second.get("dtype") != _SECOND or (second.get("qscheme") or "per_tensor") != "per_tensor":
-            raise ValueError(f"{label}[1] must be {_SECOND} per_tensor, got {dict(second)!r:.120}")
+        if not _is_tensor_fp8(second):
+            raise ValueError(f"{label}[1] must be {_TENSOR_FP8} per_tensor, got {dict(second)!r:.120}")
         return "e4m3"
     written = str(values.get("scale_format") or values.get("scale_type") or "float")
     if "e8m0" in written:
         return "e8m0"
     return "e5m3" if "e5m3" in written else "float"
+
+
+def _is_tensor_fp8(values: Mapping[str, Any]) -> bool:
+    return values.get("dtype") == _TENSOR_FP8 and (values.get("qscheme") or "per_tensor") == "per_tensor"
 
 
 def _check(value: Any, choices: Mapping[str, Any] | tuple[str, ...], label: str) -> None:
