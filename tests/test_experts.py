@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,12 @@ import torch
 
 import quantcore
 from quantcore.checkpoints.read import Checkpoint
+from quantcore.kernels import reference
+from quantcore.kernels.dispatch import Kernel
 from quantcore.nn import QuantizedExperts
 from quantcore.nn.replace import quantized_modules
+from quantcore.plugins import hookimpl
+from quantcore.plugins.manager import plugins
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 96}
 SIZES |= {"intermediate_size": 128, "num_key_value_heads": 2, "max_position_embeddings": 32}
@@ -158,3 +162,59 @@ def test_config_json_of_a_mixture_says_what_was_loaded(family: str, tmp_path: Pa
     assert found(tmp_path / "again") == found(tmp_path / "q")
     names = set(Checkpoint(tmp_path / "q").headers)
     assert set(Checkpoint(tmp_path / "again").headers) == names
+
+
+class Groups:
+    """A plugin with a kernel for all experts at once: the reference, counted."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    @hookimpl
+    def quantcore_kernels(self) -> tuple[Kernel, ...]:
+        plain = (reference.linear, reference.linear_input_grad)
+        refuse = lambda problem: None if problem.op == "grouped_linear" else "groups"  # noqa: E731
+        return (Kernel("groups", "cpu", refuse, *plain, grouped_linear=self._count),)
+
+    def _count(self, *arguments: Any) -> torch.Tensor:
+        self.calls += 1
+        return reference.grouped_linear(*arguments)
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[Groups]:
+    """The kernel is there, and experts take transformers' forward over sorted rows, as they do on a GPU."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    offer = Groups()
+    plugins().register(offer)
+    wrapped: Callable[..., Any] = lambda experts, forward, x: (  # noqa: E731
+        ALL_EXPERTS_FUNCTIONS["grouped_mm"] if hasattr(forward, "__wrapped__") else None
+    )
+    monkeypatch.setattr("quantcore.nn.experts.sorted_forward", wrapped)
+    yield offer
+    plugins().unregister(offer)
+
+
+def test_all_experts_at_once_compute_what_each_computes(family: str, groups: Groups) -> None:
+    model = quantcore.quantize(make(family), CONFIGS["nf4"])
+    found, calls = logits(model), groups.calls
+    plugins().unregister(groups)
+    torch.testing.assert_close(found, logits(model), atol=1e-5, rtol=1e-5)  # sums over experts in another order
+    plugins().register(groups)
+    mixtures = sum(isinstance(module, QuantizedExperts) for module in model.modules())
+    assert calls == 3 * mixtures
+
+
+def test_gradient_through_all_experts_at_once_is_that_of_each(groups: Groups) -> None:
+    model = quantcore.quantize(make("gpt-oss"), CONFIGS["nf4"]).train()
+    grads = []
+    for each in (True, False):
+        if not each:
+            plugins().unregister(groups)
+        x = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        model(inputs_embeds=x).logits.square().sum().backward()
+        grads.append(x.grad)
+    plugins().register(groups)
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)  # of logits whose squares reach 100
+    assert groups.calls == 6

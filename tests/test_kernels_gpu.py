@@ -82,9 +82,8 @@ def test_experts_give_what_each_gives_alone(rows: list[int]) -> None:
     layers = [QuantizedLinear.from_linear(linear, config).to("cuda") for linear in linears]
     operands = [list(each.format.operands(each.quantized_weight.tensors, (96, 512)).values()) for each in layers]
     x = torch.randn(sum(rows), 512, dtype=torch.float16, device="cuda")
-    offsets = torch.tensor([0, *accumulate(rows)], device="cuda")
-    stacked = [torch.stack(parts) for parts in zip(*operands, strict=True)]
-    found = launch.grouped(x, offsets, stacked, None, decoder_for(layers[0].format), 96, torch.float32)
+    ends = torch.tensor([*accumulate(rows)], device="cuda")
+    found = launch.grouped(x, ends, operands, decoder_for(layers[0].format), 96, torch.float32)
     with settings.forced_to("reference"):
         expected = torch.cat([layer(part) for layer, part in zip(layers, x.split(rows), strict=True)])
     assert relative_error(found, expected) <= TOLERANCE[torch.float16]

@@ -6,8 +6,16 @@ import pytest
 import torch
 import triton.language as tl
 
+from quantcore.kernels import reference
 from quantcore.kernels.triton import launch
-from quantcore.kernels.triton.checks import check_dequantize, check_grouped, check_input_grad, check_linear
+from quantcore.kernels.triton.checks import (
+    check_dequantize,
+    check_grouped,
+    check_input_grad,
+    check_linear,
+    quantized,
+)
+from quantcore_bnb.bitsandbytes import triton_kernels
 from quantcore_bnb.bitsandbytes.decode import decoder_for
 from quantcore_bnb.bitsandbytes.format import Bnb4Bit
 
@@ -103,6 +111,16 @@ def test_whole_blocks_fit_tiles(name: str) -> None:
 
 def test_experts_match_reference() -> None:
     check_grouped(FORMATS["nf4_nested"], decoder_for(FORMATS["nf4_nested"]), [5, 0, 3], (7, 128), torch.bfloat16)
+
+
+def test_offered_kernel_multiplies_all_experts_at_once() -> None:
+    weight_format, shape = FORMATS["nf4"], (9, 128)
+    experts = [list(quantized(weight_format, shape, seed).values()) for seed in range(3)]
+    x, ends = torch.randn(5, shape[1]), torch.tensor([2, 2, 5], dtype=torch.int32)
+    offered = next(kernel for kernel in triton_kernels() if kernel.grouped_linear)
+    found = offered.grouped_linear(x, ends, experts, weight_format, shape[0])
+    expected = reference.grouped_linear(x, ends, experts, weight_format, shape[0])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # 128 products in another order
 
 
 def test_blocks_that_cross_rows_are_gathered() -> None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from quantcore.formats.activation import Activation
+from quantcore.kernels import reference
 from quantcore.kernels.triton import launch
 from quantcore.kernels.triton.checks import check_dequantize, check_grouped, check_linear, poisoned_buffers, quantized
 from quantcore_fp8.block_matmul import block_matmul
 from quantcore_fp8.decode import decoder_for, e4m3_values
 from quantcore_fp8.format import ROW, TENSOR, Fp8
 from quantcore_fp8.format_fp4 import Fp4Expert
+from quantcore_fp8.kernels import fp8_kernels
 
 FORMATS = {
     "blocks": Fp8(dtype="float32"),
@@ -47,6 +49,16 @@ def test_gemv_matches_reference(name: str, rows: int) -> None:
 def test_gemm_and_experts_match_reference(name: str) -> None:
     check_linear(launch.gemm, FORMATS[name], decoder_for(FORMATS[name]), torch.randn(17, 160).bfloat16(), 33)
     check_grouped(FORMATS[name], decoder_for(FORMATS[name]), (2, 0, 3), (9, 64), torch.float32)
+
+
+def test_experts_at_once_round_their_input_as_each_does() -> None:
+    weight_format, shape = Fp8(activation=Activation("e4m3", "group", 128), dtype="float32"), (9, 160)
+    experts = [list(quantized(weight_format, shape, seed).values()) for seed in range(3)]
+    x, ends = torch.randn(5, shape[1]), torch.tensor([2, 2, 5], dtype=torch.int32)
+    offered = next(kernel for kernel in fp8_kernels() if kernel.grouped_linear)
+    found = offered.grouped_linear(x, ends, experts, weight_format, shape[0])
+    expected = reference.grouped_linear(x, ends, experts, weight_format, shape[0])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # 160 products in another order
 
 
 @pytest.mark.parametrize(("M", "N", "K"), [(1, 1, 1), (3, 130, 257), (70, 66, 128)], ids=str)

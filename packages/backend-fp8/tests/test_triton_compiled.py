@@ -89,5 +89,14 @@ def test_product_of_blocks_says_what_it_cannot() -> None:
     assert "in groups of columns" in str(refuse_blocks(problem))
 
 
+@pytest.mark.parametrize(
+    "rounding", [Activation("e4m3", "tensor"), Activation("e4m3", "tensor", is_static=True)], ids=["dynamic", "static"]
+)
+def test_experts_with_a_scale_of_their_own_for_the_input_are_multiplied_one_by_one(rounding: Activation) -> None:
+    problem = Problem("grouped_linear", Fp8(activation=rounding), "cuda", torch.bfloat16, 4, *SHAPE)
+    reasons = [kernel.refuse(problem) for kernel in fp8_kernels() if kernel.grouped_linear]
+    assert reasons == ["experts each round their input by a scale of their own"]
+
+
 def test_other_formats_have_no_decoder() -> None:
     assert decoder_for(WeightFormat()) is None

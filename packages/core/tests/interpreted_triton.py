@@ -152,11 +152,12 @@ def test_grouped_gives_each_row_its_expert(rows: list[int], dtype: torch.dtype) 
     check_grouped(Plain(), plain(), rows, (35, 77), dtype)
 
 
-@pytest.mark.parametrize("offsets_dtype", [torch.int32, torch.int64], ids=str)
-def test_grouped_rows_may_be_strided(offsets_dtype: torch.dtype) -> None:
-    weight, x = torch.randn(2, 9, 40), torch.randn(40, 6).T
-    y = launch.grouped(x, torch.tensor([0, 2, 6], dtype=offsets_dtype), [weight], None, plain(), 9)
-    expected = torch.cat([x[:2] @ weight[0].T, x[2:] @ weight[1].T])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_grouped_rows_and_weights_may_lie_anywhere(dtype: torch.dtype) -> None:
+    weight, x = torch.randn(2 * 9 * 40 + 1)[1:].view(2, 9, 40), torch.randn(40, 6).T
+    weights = [weight[1], weight[0].t().contiguous().t()]
+    y = launch.grouped(x, torch.tensor([2, 6], dtype=dtype), [[each] for each in weights], plain(), 9)
+    expected = torch.cat([x[:2] @ weights[0].T, x[2:] @ weights[1].T])
     assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5)  # 40 products in another order
 
 

@@ -113,7 +113,22 @@ def _with_rounded_input(kernel: Kernel) -> Kernel:
         found: Tensor = kernel.linear_input_grad(grad, operands[:2], weight_format, in_features)
         return found
 
-    return replace(kernel, linear=linear, linear_input_grad=input_grad)
+    def grouped(
+        x: Tensor, ends: Tensor, experts: Sequence[Sequence[Tensor]], weight_format: WeightFormat, out_features: int
+    ) -> Tensor:
+        assert isinstance(weight_format, Fp8 | Fp4Expert)
+        assert kernel.grouped_linear is not None
+        weights = [operands[:2] for operands in experts]
+        return kernel.grouped_linear(_rounded(x, (), weight_format), ends, weights, weight_format, out_features)
+
+    def refuse(problem: Problem) -> str | None:
+        rounding = getattr(problem.weight_format, "activation", None)
+        if problem.op == "grouped_linear" and rounding and (rounding.is_static or rounding.strategy == "tensor"):
+            return "experts each round their input by a scale of their own"
+        return kernel.refuse(problem)
+
+    of_experts = grouped if kernel.grouped_linear else None
+    return replace(kernel, refuse=refuse, linear=linear, linear_input_grad=input_grad, grouped_linear=of_experts)
 
 
 def _rounded(x: Tensor, operands: Sequence[Tensor], weight_format: Fp8 | Fp4Expert) -> Tensor:

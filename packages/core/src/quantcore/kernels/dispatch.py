@@ -22,7 +22,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kernel is asked for: op ("linear" or "linear_input_grad") on a weight [N, K] and M rows of input."""
+    """What a kernel is asked for: op on a weight [N, K] and M rows of input.
+
+    op: "linear", "linear_input_grad" or "grouped_linear", where M is the mean of the experts.
+    """
 
     op: str
     weight_format: WeightFormat
@@ -49,6 +52,7 @@ class Kernel:
     linear_input_grad: Callable[..., Tensor]
     priority: int = 0
     on_trial: bool = False
+    grouped_linear: Callable[..., Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ REFERENCE = Kernel(
     linear=reference.linear,
     linear_input_grad=reference.linear_input_grad,
     priority=-1000,
+    grouped_linear=reference.grouped_linear,
 )
 
 
@@ -129,6 +134,8 @@ def _choose(problem: Problem, forced: str | None, loaded: Plugins, generation: i
 def _refusal(kernel: Kernel, problem: Problem, forced: str | None) -> str | None:
     if forced is not None and forced not in (kernel.group, kernel.name):
         return f"excluded by QUANTCORE_KERNEL={forced}"
+    if getattr(kernel, problem.op) is None:
+        return f"has no {problem.op}"
     fault = trial.fault(_tried(kernel, problem)) if kernel.on_trial and forced is None else None
     return fault or kernel.refuse(problem)
 

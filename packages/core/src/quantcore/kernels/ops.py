@@ -2,6 +2,9 @@
 
 `quantcore::linear(x, tensors, bias, format, out_features)`: x [..., K] times a quantized weight [N, K].
 `quantcore::linear_input_grad(grad, tensors, format, in_features)`: grad [..., N] times the weight, its gradient for x.
+`quantcore::grouped_linear(x, ends, tensors, format, out_features)`: each row of x [M, K] times the weight of its
+expert; expert e has the rows from ends[e - 1] to ends[e], and all rows have one. tensors: those of expert after expert.
+`quantcore::grouped_linear_input_grad(grad, ends, tensors, format, in_features)`: its gradient for x.
 `quantcore::embedding(ids, tensors, format, shape, dtype)`: the rows [..., K] of a quantized weight that ids number.
 `format` is the repr of a weight format and `tensors` are its operands in `operand_names` order.
 """
@@ -9,6 +12,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +20,15 @@ from torch import Tensor
 
 from quantcore.formats.interning import format_from_key
 from quantcore.kernels.dispatch import Problem, compute
+from quantcore.kernels.reference import rows_of_experts
 
 _LIBRARY = torch.library.Library("quantcore", "DEF")
 _LIBRARY.define("linear(Tensor x, Tensor[] tensors, Tensor? bias, str format, SymInt out_features) -> Tensor")
 _LIBRARY.define("linear_input_grad(Tensor grad, Tensor[] tensors, str format, SymInt in_features) -> Tensor")
-
+_LIBRARY.define("grouped_linear(Tensor x, Tensor ends, Tensor[] tensors, str format, SymInt out_features) -> Tensor")
+_LIBRARY.define(
+    "grouped_linear_input_grad(Tensor grad, Tensor ends, Tensor[] tensors, str format, SymInt in_features) -> Tensor"
+)
 _LIBRARY.define("embedding(Tensor ids, Tensor[] tensors, str format, SymInt[] shape, ScalarType dtype) -> Tensor")
 
 
@@ -42,12 +50,36 @@ def _linear_input_grad(grad: Tensor, tensors: list[Tensor], format: str, in_feat
     return compute(problem, grad, tensors, weight_format, in_features)
 
 
+def _grouped_linear(x: Tensor, ends: Tensor, tensors: list[Tensor], format: str, out_features: int) -> Tensor:
+    weight_format = format_from_key(format)
+    experts = _by_expert(tensors, ends)
+    rows = -(-x.shape[0] // len(experts))
+    problem = Problem("grouped_linear", weight_format, x.device.type, x.dtype, rows, out_features, x.shape[-1])
+    return compute(problem, x, ends, experts, weight_format, out_features)
+
+
+def _grouped_linear_input_grad(
+    grad: Tensor, ends: Tensor, tensors: list[Tensor], format: str, in_features: int
+) -> Tensor:
+    parts = zip(rows_of_experts(grad, ends), _by_expert(tensors, ends), strict=True)
+    return torch.cat([_linear_input_grad(rows, operands, format, in_features) for rows, operands in parts])
+
+
+def _by_expert(tensors: list[Tensor], ends: Tensor) -> list[list[Tensor]]:
+    count = len(tensors) // ends.numel()
+    return [tensors[start : start + count] for start in range(0, len(tensors), count)]
+
+
 def _linear_fake(x: Tensor, tensors: list[Tensor], bias: Tensor | None, format: str, out_features: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _linear_input_grad_fake(grad: Tensor, tensors: list[Tensor], format: str, in_features: int) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _grouped_fake(x: Tensor, ends: Tensor, tensors: list[Tensor], format: str, features: int) -> Tensor:
+    return x.new_empty((x.shape[0], features))
 
 
 def _embedding(ids: Tensor, tensors: list[Tensor], format: str, shape: list[int], dtype: torch.dtype) -> Tensor:
@@ -94,9 +126,30 @@ def _linear_input_grad_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )
 
 
+def _save_grouped(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ends, tensors, ctx.format, _ = inputs
+    ctx.features = x.shape[-1]
+    ctx.save_for_backward(ends, *tensors)
+
+
+def _grouped_backward(op: str, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    ends, *tensors = ctx.saved_tensors
+    grad_x = getattr(torch.ops.quantcore, op)(grad, ends, tensors, ctx.format, ctx.features)
+    return grad_x, None, [None] * len(tensors), None, None
+
+
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_input_grad", _linear_input_grad, "CompositeExplicitAutograd")
 _LIBRARY.impl("embedding", _embedding, "CompositeExplicitAutograd")
+for _op, _run, _gradient in (
+    ("grouped_linear", _grouped_linear, "grouped_linear_input_grad"),
+    ("grouped_linear_input_grad", _grouped_linear_input_grad, "grouped_linear"),
+):
+    _LIBRARY.impl(_op, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"quantcore::{_op}", _grouped_fake, lib=_LIBRARY)
+    torch.library.register_autograd(
+        f"quantcore::{_op}", partial(_grouped_backward, _gradient), setup_context=_save_grouped, lib=_LIBRARY
+    )
 torch.library.register_fake("quantcore::embedding", _embedding_fake, lib=_LIBRARY)
 torch.library.register_fake("quantcore::linear", _linear_fake, lib=_LIBRARY)
 torch.library.register_fake("quantcore::linear_input_grad", _linear_input_grad_fake, lib=_LIBRARY)
@@ -106,4 +159,5 @@ torch.library.register_autograd(
 )
 
 linear = torch.ops.quantcore.linear
+grouped_linear = torch.ops.quantcore.grouped_linear
 embedding = torch.ops.quantcore.embedding

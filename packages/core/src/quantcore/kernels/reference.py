@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from quantcore.formats.base import WeightFormat
@@ -24,6 +25,20 @@ def linear_input_grad(
     shape = (grad.shape[-1], in_features)
     weight = weight_format.dequantize(_named(weight_format, operands, shape), shape)
     return grad @ weight.to(grad.dtype)
+
+
+def grouped_linear(
+    x: Tensor, ends: Tensor, experts: Sequence[Sequence[Tensor]], weight_format: WeightFormat, out_features: int
+) -> Tensor:
+    """Each row of x [M, K] times the weight of its expert: expert e has the rows from ends[e - 1] to ends[e]."""
+    parts = zip(rows_of_experts(x, ends), experts, strict=True)
+    return torch.cat([linear(rows, operands, None, weight_format, out_features) for rows, operands in parts])
+
+
+def rows_of_experts(x: Tensor, ends: Tensor) -> list[Tensor]:
+    """The rows of each expert, as `grouped_linear` says: views of x."""
+    stops = ends.tolist()
+    return [x[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
 
 
 def _named(weight_format: WeightFormat, operands: Sequence[Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:

@@ -11,7 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from quantcore.kernels.reference import rows_of_experts
 from quantcore.nn.dense import build_dense, view_dense
+from quantcore.nn.grouped import grouped_linear, is_served, sorted_forward
 from quantcore.nn.linear import QuantizedLinear
 from quantcore.nn.replace import quantized_modules, replace_module
 from quantcore.nn.stack import STACK, QuantizedStack, stored_whole
@@ -115,6 +117,7 @@ class QuantizedExperts(nn.Module):
         self._architecture = type(fused)
         self._fused = {weight.name: weight for weight in weights}
         self.added: dict[str, Addition] = {}  # to 3-D weights, while adapters are active
+        self._dtypes: dict[Any, torch.dtype] = {}  # of weights, by how they are stored
         experts = [nn.ModuleDict() for _ in range(weights[0].shape[0])]
         for weight in weights:
             parameter = self._parameters.pop(weight.name)
@@ -176,19 +179,43 @@ class QuantizedExperts(nn.Module):
             y = self._fused[weight].join([layer(x) for layer in self.layers(expert, weight)])
         return y + self.added[weight].apply(expert, x) if weight in self.added else y
 
+    def run_grouped(self, weight: str, x: Tensor, ends: Tensor) -> Tensor:
+        """Rows ends[e - 1] to ends[e] of x [M, K] times the part of a 3-D weight for expert e: [M, N]."""
+        if weight not in self.added and self.stack(weight) is None:
+            by_part = zip(*(self.layers(expert, weight) for expert in range(self._fused[weight].shape[0])), strict=True)
+            parts = [grouped_linear(layers, x, ends) for layers in by_part]
+            found = [part for part in parts if part is not None]
+            if len(found) == len(parts):
+                return self._fused[weight].join(found)
+        return torch.cat([self.run(weight, expert, rows) for expert, rows in enumerate(rows_of_experts(x, ends))])
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        run = type(self)._run
+        if torch.compiler.is_compiling():  # which experts run depends on values: there is nothing to trace
+            run = torch.compiler.disable(run)
+        return run(self, *args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         # transformers chooses between implementations there that need whole float weights; the plain one is wrapped.
         forward = inspect.getattr_static(self._architecture, "forward")
-        forward = getattr(forward, "__wrapped__", forward)
-        if torch.compiler.is_compiling():  # which experts run depends on values: there is nothing to trace
-            forward = torch.compiler.disable(forward)
+        forward = self._sorted_forward(forward, *args) or getattr(forward, "__wrapped__", forward)
         return forward(self, *args, **kwargs)
+
+    def _sorted_forward(self, forward: Any, *args: Any) -> Any:
+        """The forward that multiplies all experts at once, where kernels serve it. args: x, the experts of each row."""
+        if len(args) < 2 or (found := sorted_forward(self, forward, args[0])) is None:
+            return None
+        if self.added or any(self.stack(weight) is not None for weight in self._fused):
+            return None
+        layers = [layer for weight in self._fused for layer in self.layers(0, weight)]
+        x, rows, experts = args[0], args[1].numel(), self.fused[0].shape[0]
+        return found if all(is_served(layer, rows, experts, x) for layer in layers) else None
 
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The fused module again, with float weights (dtype None: the one that each had)."""
         fused = self._architecture.__new__(self._architecture)
         vars(fused).update(_shallow(vars(self)))
-        for attribute in ("_architecture", "_fused", "added"):
+        for attribute in ("_architecture", "_fused", "added", "_dtypes"):
             del vars(fused)[attribute]
         for weight in self._fused.values():
             trained = any(p.requires_grad for layer in self.layers(0, weight.name) for p in layer.parameters())
@@ -220,7 +247,13 @@ class QuantizedExperts(nn.Module):
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The float dtype of a 3-D weight: that of its first expert."""
-        return self.expert_weight(name, 0).dtype
+        layers = [layer for layer in self.layers(0, name) if isinstance(layer, QuantizedLinear)]
+        key = tuple((layer._format_key, *(operand.dtype for operand in layer.operands)) for layer in layers)
+        if not key:
+            return self.expert_weight(name, 0).dtype
+        if key not in self._dtypes:  # model code asks for it at each call
+            self._dtypes[key] = self.expert_weight(name, 0).dtype
+        return self._dtypes[key]
 
     def device_of(self, name: str) -> torch.device:
         """The device of a 3-D weight."""

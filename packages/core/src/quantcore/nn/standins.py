@@ -71,17 +71,22 @@ class ExpertWeight(_StandIn):
 
 
 class StackedWeight(_StandIn):
-    """Stands for a 3-D weight; indexed by one expert it gives an `ExpertWeight`."""
+    """Stands for a 3-D weight; indexed by one expert it gives an `ExpertWeight`.
 
-    def __init__(self, experts: QuantizedExperts, weight: FusedWeight) -> None:
-        super().__init__(experts, weight, weight.shape)
+    is_turned: whether it stands for the weight with its last two dimensions exchanged.
+    """
+
+    def __init__(self, experts: QuantizedExperts, weight: FusedWeight, is_turned: bool = False) -> None:
+        count, rows, columns = weight.shape
+        super().__init__(experts, weight, (count, columns, rows) if is_turned else weight.shape)
+        self.is_turned = is_turned
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> Any:
         is_number = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0)
-        if not is_number:
+        if not is_number or self.is_turned:
             return self.dense()[index]
         expert = int(index)
         if not -len(self) <= expert < len(self):
@@ -90,7 +95,23 @@ class StackedWeight(_StandIn):
 
     def dense(self) -> Tensor:
         """The whole weight as float."""
-        return self.experts.dense_weight(self.weight.name)
+        dense = self.experts.dense_weight(self.weight.name)
+        return dense.transpose(1, 2) if self.is_turned else dense
+
+    def transpose(self, first: int, second: int) -> Any:
+        """The weight with two dimensions exchanged; a stand-in where these are the last two."""
+        if {first % 3, second % 3} != {1, 2}:
+            return self.dense().transpose(first, second)
+        return StackedWeight(self.experts, self.weight, not self.is_turned)
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether it stands for matrices [K, N], from whose left inputs are multiplied."""
+        return self.weight.transposed != self.is_turned
+
+    def apply(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Rows ends[e - 1] to ends[e] of x [M, K] times the weight of expert e: [M, N]."""
+        return self.experts.run_grouped(self.weight.name, x, ends)
 
 
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
@@ -107,9 +128,23 @@ def _matmul(input: Tensor, other: Any) -> Any:
 
 
 def _bmm(input: Tensor, mat2: Any) -> Any:
-    if not isinstance(mat2, StackedWeight) or not mat2.weight.transposed or len(input) != len(mat2):
+    if not isinstance(mat2, StackedWeight) or not mat2.has_columns or len(input) != len(mat2):
         return NotImplemented
-    return torch.stack([weight.apply(x) for x, weight in zip(input, mat2, strict=True)])
+    ends = torch.arange(1, len(input) + 1, device=input.device) * input.shape[1]
+    return mat2.apply(input.flatten(0, 1), ends).view(*input.shape[:2], -1)
+
+
+def _grouped_mm(
+    input: Tensor,
+    mat2: Any,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    if not isinstance(mat2, StackedWeight) or not mat2.has_columns or offs is None or bias is not None:
+        return NotImplemented
+    y = mat2.apply(input, offs)
+    return y if out_dtype is None else y.to(out_dtype)
 
 
 _SERVED: dict[Any, Callable[..., Any]] = {
@@ -120,6 +155,7 @@ _SERVED: dict[Any, Callable[..., Any]] = {
     Tensor.mm: _matmul,
     Tensor.__matmul__: _matmul,
     torch.bmm: _bmm,
+    getattr(torch, "_grouped_mm", None): _grouped_mm,  # what torch.nn.functional.grouped_mm calls
 }
 
 

@@ -75,18 +75,17 @@ def check_linear(
 def check_grouped(
     weight_format: WeightFormat, decoder: Any, rows: Sequence[int], shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    """Experts with these numbers of rows give each what `check_linear` asks of one, bias included."""
+    """Experts with these numbers of rows give each what `check_linear` asks of one."""
     from quantcore.kernels.triton import launch
 
     experts = [quantized(weight_format, shape, seed) for seed in range(len(rows))]
-    stacked = [torch.stack(operands) for operands in zip(*(named.values() for named in experts), strict=True)]
-    x, bias = torch.randn(sum(rows), shape[1]).to(dtype), torch.randn(len(rows), shape[0])
-    offsets = torch.tensor([0, *accumulate(rows)], dtype=torch.int32)
+    operands = [list(named.values()) for named in experts]
+    x, ends = torch.randn(sum(rows), shape[1]).to(dtype), torch.tensor([*accumulate(rows)], dtype=torch.int32)
     with poisoned_buffers():
-        found = launch.grouped(x, offsets, stacked, bias, decoder, shape[0], weight_format.compute_torch_dtype)
+        found = launch.grouped(x, ends, operands, decoder, shape[0], weight_format.compute_torch_dtype)
     assert (found.shape, found.dtype) == ((sum(rows), shape[0]), dtype)
-    for named, part, own, added in zip(experts, x.split(list(rows)), found.split(list(rows)), bias, strict=True):
-        _check_near(own, weight_format, named, part, shape, added, decoder.name)
+    for named, part, own in zip(experts, x.split(list(rows)), found.split(list(rows)), strict=True):
+        _check_near(own, weight_format, named, part, shape, None, decoder.name)
 
 
 def check_input_grad(weight_format: WeightFormat, decoder: Any, grad: Tensor, in_features: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from quantcore.formats.base import WeightFormat, dtype_name
 from quantcore.kernels.dispatch import REFERENCE, Kernel, Problem
 from quantcore.kernels.triton.decoder import Decoder
+from quantcore.kernels.triton.heuristics import DENSE_ROWS
 from quantcore.plugins.backend import import_string
 
 MOST_GEMV_ROWS = 16
@@ -26,10 +27,19 @@ def kernels_for(label: str, target: str) -> list[Kernel]:
     triton: it is imported when the first problem on a GPU is asked about.
     """
     served = _Served(target)
-    grad = served.linear_input_grad
+    grad, grouped = served.linear_input_grad, served.grouped_linear
     return [
         Kernel(f"gemv_{label}", "triton", served.refuse_gemv, served.gemv, grad, _PRIORITY + 1, on_trial=True),
-        Kernel(f"gemm_{label}", "triton", served.refuse, served.gemm, grad, _PRIORITY, on_trial=True),
+        Kernel(
+            f"gemm_{label}",
+            "triton",
+            served.refuse,
+            served.gemm,
+            grad,
+            _PRIORITY,
+            on_trial=True,
+            grouped_linear=grouped,
+        ),
     ]
 
 
@@ -49,6 +59,8 @@ class _Served:
         for what, dtype in (("input", problem.dtype), ("compute", compute or problem.dtype)):
             if dtype not in DTYPES:
                 return f"{what} dtype {dtype_name(dtype)} is none of {', '.join(map(dtype_name, DTYPES))}"
+        if problem.op == "grouped_linear" and problem.M > DENSE_ROWS:
+            return f"experts of more than {DENSE_ROWS} rows are faster one by one"
         if self._find(problem.weight_format) is None:
             return f"no decoder for {problem.weight_format!r}"
         return None
@@ -74,6 +86,19 @@ class _Served:
 
         decoder = self._decoder(weight_format)
         return launch.gemm(x, operands, bias, decoder, out_features, weight_format.compute_torch_dtype)
+
+    def grouped_linear(
+        self,
+        x: Tensor,
+        ends: Tensor,
+        experts: Sequence[Sequence[Tensor]],
+        weight_format: WeightFormat,
+        out_features: int,
+    ) -> Tensor:
+        from quantcore.kernels.triton import launch
+
+        decoder = self._decoder(weight_format)
+        return launch.grouped(x, ends, experts, decoder, out_features, weight_format.compute_torch_dtype)
 
     def linear_input_grad(
         self, grad: Tensor, operands: Sequence[Tensor], weight_format: WeightFormat, in_features: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from quantcore.kernels.triton.tuning import best_launch
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _SUM_COLUMNS = 128
+_ALIGNMENT = 16  # bytes that one thread loads at once
 
 
 def dequantize(
@@ -123,35 +125,40 @@ def gemm(
 
 def grouped(
     x: Tensor,
-    offsets: Tensor,
-    operands: Sequence[Tensor],
-    bias: Tensor | None,
+    ends: Tensor,
+    experts: Sequence[Sequence[Tensor]],
     decoder: Decoder,
     out_features: int,
     compute_dtype: torch.dtype | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
-    """Rows offsets[e] to offsets[e + 1] of x [M, K] times the weight of expert e, plus its row of bias [E, N].
+    """Each row of x [M, K] times the weight of its expert: expert e has the rows from ends[e - 1] to ends[e].
 
-    operands: those of a weight, stacked over E. offsets: integers [E + 1] from 0 to M, which are not copied to the CPU.
+    experts: the operands of each, wherever they lie. ends: integers [E] up to M, which are not copied to the CPU.
     """
     (M, K), N, dtype = x.shape, out_features, compute_dtype or x.dtype
-    experts = offsets.numel() - 1
-    stacked = [operand.contiguous() for operand in operands]
-    tensors, bias = decoder.arrange(stacked), _contiguous(bias)
-    strides = tuple(tensor.numel() // max(1, experts) for tensor in tensors)
+    held = [operand.contiguous() for operands in experts for operand in operands]
+    pointers = tuple(operand.data_ptr() for operand in held)
+    tensors, table = decoder.arrange(experts[0]), _table(pointers, x.device)
+    is_aligned = all(pointer % _ALIGNMENT == 0 for pointer in pointers)
 
     def run(launch: Launch) -> Tensor:
         y = x.new_empty(M, N)
-        most_blocks = min(M, triton.cdiv(M, launch.BM) + experts)
-        shared = (TRITON_DTYPES[dtype], *_decoding(decoder, N, K, launch.BK), triton.next_power_of_2(experts))
-        arguments = (tensors, strides, x, offsets, bias, y, experts, N, K, *x.stride(), *shared)
+        most_blocks = min(M, triton.cdiv(M, launch.BM) + len(experts))
+        decoding = (*_decoding(decoder, N, K, launch.BK), is_aligned, triton.next_power_of_2(len(experts)))
+        arguments = (tensors, table, x, ends, y, len(experts), N, K, *x.stride(), TRITON_DTYPES[dtype], *decoding)
         grid = (most_blocks * triton.cdiv(N, launch.BN),)
         _launch(skeletons.grouped_kernel, grid, decoder, x.device, arguments, _without_splits(launch))
         return y
 
-    shape = (triton.cdiv(M, max(1, experts)), N, K)
+    shape = (triton.cdiv(M, len(experts)), N, K)
     return _result(x, N, lambda: launch or _choose("grouped", decoder, shape, dtype, x.device, run), run)
+
+
+@lru_cache(maxsize=4096)
+def _table(pointers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Addresses as int64 on a device. Kept, since copying them there anew would take longer than small products."""
+    return torch.tensor(pointers, dtype=torch.int64, device=device)
 
 
 def linear_input_grad(grad: Tensor, operands: Sequence[Tensor], decoder: Decoder, in_features: int) -> Tensor:

@@ -151,10 +151,9 @@ def gemm_kernel(
 @triton.jit
 def grouped_kernel(
     tensors,
-    strides,
+    table,
     x,
-    offsets,
-    bias,
+    ends,
     y,
     E,
     N,
@@ -165,50 +164,53 @@ def grouped_kernel(
     D: tl.constexpr,
     INDEX: tl.constexpr,
     RUN: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """y [M, N]: row m of x [M, K] times the weight of its expert e, plus bias [E, N]; offsets[e] <= m < offsets[e + 1].
+    """y [M, N]: row m of x [M, K] times the weight of its expert, the first e with m < ends[e].
 
-    strides: elements of each tensor from one expert to the next. There are as many programs as blocks of BM rows could
-    be needed; those that find no rows end.
+    table: int64 [E, T], where each expert's tensors lie, all at multiples of 16 bytes if ALIGNED. tensors: those of one
+    expert, for their dtypes. There are as many programs as blocks of BM rows could be needed; those without rows end.
     """
     block_m = tl.program_id(0) // tl.cdiv(N, BN)
     block = tl.program_id(0) % tl.cdiv(N, BN)
-    expert, first, last = rows_of_block(offsets, block_m, E, BE, BM)
+    expert, first, last = rows_of_block(ends, block_m, E, BE, BM)
     if expert < E:
         m = first + tl.arange(0, BM)
         n = tile_rows(block, N, D, BN, RUN)
-        own = expert_tensors(tensors, strides, expert)
+        own = expert_tensors(tensors, table, expert, ALIGNED)
         sums = tl.zeros((BM, BN), tl.float32)
         for start in range(0, K, BK):
             k = start + tl.arange(0, BK)
             weight = rounded(weight_tile(own, block, start, n, N, K, D, INDEX, BK, RUN), COMPUTE)
             values = x_tile(x, m, k, last, K, stride_xm, stride_xk, COMPUTE)
             sums = tl.dot(values, tl.trans(weight), sums, input_precision="ieee")
-        own_bias = bias if bias is None else bias + expert.to(tl.int64) * N
-        store_result(y, own_bias, sums, m, n, last, N, COMPUTE)
+        store_result(y, None, sums, m, n, last, N, COMPUTE)
 
 
 @triton.jit
-def rows_of_block(offsets, block_m, E, BE: tl.constexpr, BM: tl.constexpr):
+def rows_of_block(ends, block_m, E, BE: tl.constexpr, BM: tl.constexpr):
     """The expert of a block of rows, E for none, and its rows: the first of the block, and the end of the expert."""
     e = tl.arange(0, BE)
-    begins = tl.load(offsets + e, mask=e < E, other=0).to(tl.int32)
-    ends = tl.load(offsets + e + 1, mask=e < E, other=0).to(tl.int32)
-    blocks = tl.cdiv(ends - begins, BM)
+    until = tl.load(ends + e, mask=e < E, other=0).to(tl.int32)
+    begins = tl.load(ends + e - 1, mask=(e > 0) & (e < E), other=0).to(tl.int32)
+    blocks = tl.cdiv(until - begins, BM)
     expert = tl.sum(((tl.cumsum(blocks, 0) <= block_m) & (e < E)).to(tl.int32), 0)
     before = tl.sum(tl.where(e < expert, blocks, 0), 0)
     begin = tl.sum(tl.where(e == expert, begins, 0), 0)
-    return expert, begin + (block_m - before) * BM, tl.sum(tl.where(e == expert, ends, 0), 0)
+    return expert, begin + (block_m - before) * BM, tl.sum(tl.where(e == expert, until, 0), 0)
 
 
 @triton.jit
-def expert_tensors(tensors, strides, expert):
+def expert_tensors(tensors, table, expert, ALIGNED: tl.constexpr):
     """The tensors of one expert."""
     own = ()
     for i in tl.static_range(len(tensors)):
-        own = own + (tensors[i] + expert.to(tl.int64) * strides[i],)  # noqa: RUF005 - what Triton compiles
+        tensor = tl.load(table + expert * len(tensors) + i).to(tensors[i].dtype)
+        if ALIGNED:
+            tensor = tl.multiple_of(tensor, 16)
+        own = own + (tensor,)  # noqa: RUF005 - what Triton compiles
     return own
