@@ -66,10 +66,12 @@ class AwqQuantizer(CalibratedQuantizer):
         given = super()._patterns(model)
         return [*given, *selection.default_skips(model)]
 
-    def _reason_to_leave(self, name: str, patterns: list[str], tied: Mapping[str, str]) -> str | None:
+    def _reason_to_leave(
+        self, name: str, patterns: list[str], tied: Mapping[str, str], head: str | None = None
+    ) -> str | None:
         if name.rpartition(".")[2] in ROUTERS:
             return "it chooses experts"
-        return super()._reason_to_leave(name, patterns, tied)
+        return super()._reason_to_leave(name, patterns, tied, head)
 
     # Quantizing
 

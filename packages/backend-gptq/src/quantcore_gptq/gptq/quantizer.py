@@ -136,7 +136,9 @@ class GptqQuantizer(CalibratedQuantizer):
             groups[id(found[name]), self.quantization_config.for_layer(name)].append(name)
         return [(together, settings) for (_, settings), together in groups.items()]
 
-    def _reason_to_leave(self, name: str, patterns: list[str], tied: Mapping[str, str]) -> str | None:
+    def _reason_to_leave(
+        self, name: str, patterns: list[str], tied: Mapping[str, str], head: str | None = None
+    ) -> str | None:
         config = self.quantization_config
         blocks, listed = config.block_name_to_quantize, config.modules_in_block_to_quantize
         if name.rpartition(".")[2] in ROUTERS:
@@ -145,7 +147,7 @@ class GptqQuantizer(CalibratedQuantizer):
             return f"outside of {blocks}"
         if listed is not None and name != _HEAD and not any(_ends_with(name, each) for each in listed):
             return "not in modules_in_block_to_quantize"
-        return super()._reason_to_leave(name, patterns, tied)
+        return super()._reason_to_leave(name, patterns, tied, head)
 
 
 def _ends_with(name: str, suffixes: Sequence[str]) -> bool:
