@@ -188,3 +188,11 @@ def test_failure_of_the_gradient_leaves_the_product_to_the_kernel() -> None:
     y.sum().backward()
     assert torch.equal(y, expected(x) * 1.001)
     assert torch.equal(x.grad, reference.linear_input_grad(torch.ones(3, N), operands(), TinyInt8(), K))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("off", "passes"), [(0, True), (1, False)])
+def test_integers_are_right_or_wrong(off: int, passes: bool) -> None:
+    exact = torch.full((4,), 1 << 20, dtype=torch.int32)
+    found = trial.run("adder", 4, torch.device("cpu"), lambda: exact + off, lambda: exact)
+    assert torch.equal(found, exact)
+    assert (trial.fault("adder") is None) == passes

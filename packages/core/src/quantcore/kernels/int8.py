@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from quantcore import settings
+from quantcore.kernels import trial
 
 _CUDA_ROWS = 17  # the fewest that torch._int_mm takes on CUDA
 _CUDA_MULTIPLE = 8  # of N and K there
@@ -36,17 +40,28 @@ def int8_matmul(left: Tensor, right: Tensor, scaled: Scaled | None = None) -> Te
     Exact for K below 2**17, where no sum of products can leave int32.
     """
     (M, K), N = left.shape, right.shape[0]
-    if M and N and K and left.device.type == "cuda" and not _torch_takes(M, N, K) and find_spec("triton"):
-        from quantcore.kernels.triton import int8 as kernel
+    if left.device.type != "cuda" or _torch_takes(M, N, K) or not _may_use_triton():
+        return _in_torch(left, right, scaled)
+    from quantcore.kernels.triton import int8 as kernel
 
-        return kernel.int8_matmul(left, right, scaled)
-    sums = _int8_sums(left, right)
-    return sums if scaled is None else scaled(sums)
+    kind = ((M - 1).bit_length(), N, K, None if scaled is None else scaled.dtype)
+    fast, slow = (partial(function, left, right, scaled) for function in (kernel.int8_matmul, _in_torch))
+    return trial.run("int8_matmul", kind, left.device, fast, slow)
 
 
 def _torch_takes(M: int, N: int, K: int) -> bool:
-    """Whether torch._int_mm takes these sizes on CUDA."""
-    return M >= _CUDA_ROWS and N % _CUDA_MULTIPLE == K % _CUDA_MULTIPLE == 0
+    """Whether torch._int_mm takes these sizes on CUDA, or none is needed."""
+    return (M >= _CUDA_ROWS and N % _CUDA_MULTIPLE == K % _CUDA_MULTIPLE == 0) or 0 in (M, N, K)
+
+
+def _may_use_triton() -> bool:
+    is_tried = settings.forced_kernel() not in ("torch", "reference") and trial.fault("int8_matmul") is None
+    return is_tried and find_spec("triton") is not None
+
+
+def _in_torch(left: Tensor, right: Tensor, scaled: Scaled | None) -> Tensor:
+    sums = _int8_sums(left, right)
+    return sums if scaled is None else scaled(sums)
 
 
 def _int8_sums(left: Tensor, right: Tensor) -> Tensor:

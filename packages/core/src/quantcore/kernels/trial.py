@@ -82,7 +82,12 @@ def _fail(kernel: Hashable, device: torch.device, reason: str) -> None:
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float | None:
-    """Norm of the difference over that of what is expected; None where this is 0 or not finite, and proves nothing."""
+    """Norm of the difference over that of what is expected; None where this is 0 or not finite, and proves nothing.
+
+    Integers are right or wrong: 0 or inf.
+    """
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(found, expected) else float("inf")
     norm = float(torch.linalg.vector_norm(expected, dtype=torch.float32))
     if norm in (0.0, float("inf")) or norm != norm:
         return None

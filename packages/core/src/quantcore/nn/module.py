@@ -45,8 +45,12 @@ class QuantizedModule(nn.Module):
     @property
     def operands(self) -> list[Tensor]:
         """What kernels read, in the format's order."""
-        held = self._parameters  # looking there first takes a fifth of the time
-        return [getattr(self, name) if held.get(name) is None else held[name] for name in self._operands]  # type: ignore[misc]
+        parameters, buffers = self._parameters, self._buffers  # to look there first takes a quarter of the time
+        operands: list[Any] = [
+            parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(self, name)
+            for name in self._operands
+        ]
+        return operands
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
