@@ -239,6 +239,52 @@ def test_float_checkpoint_with_a_tensor_for_each_expert_loads(tmp_path: Path) ->
     assert loaded.get_parameter(f"{EXPERTS_NAME}.down_proj").requires_grad
 
 
+@pytest.fixture
+def with_biases(tmp_path: Path) -> Path:
+    """A float checkpoint with a weight and a bias for each layer of each expert, of interleaved [E, K, N] weights."""
+    model = SmallMixtureModel(TransposedExperts)
+    fused = model.model.mlp.experts
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if ".experts." not in name}
+    for weight in fused_weights(fused):
+        biases = weight.split_rows(fused.get_parameter(f"{weight.name}_bias").detach())
+        for part, own in zip(weight.parts, biases, strict=True):
+            tensors |= {f"{EXPERTS_NAME}.{expert}.{part}.bias": bias.clone() for expert, bias in enumerate(own)}
+    for name, layer in linear_layers(model):
+        if ".experts." in name:
+            tensors[f"{name}.weight"] = layer.weight.detach().clone()
+    folder = tmp_path / "biases"
+    folder.mkdir()
+    write_tensors(tensors, folder, "5GB")
+    (folder / "config.json").write_text('{"model_type": "small"}')
+    return folder
+
+
+def test_float_checkpoint_with_a_bias_for_each_expert_loads(with_biases: Path) -> None:
+    loaded = quantcore.load(with_biases, lambda: SmallMixtureModel(TransposedExperts))
+    expected = SmallMixtureModel(TransposedExperts)
+    assert {name: type(module) for name, module in loaded.named_modules()} == {
+        name: type(module) for name, module in expected.named_modules()
+    }
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in expected.state_dict().items())
+
+
+def test_biases_of_single_experts_stay_with_their_layers(tiny: None, with_biases: Path, tmp_path: Path) -> None:
+    build = lambda: SmallMixtureModel(TransposedExperts)  # noqa: E731
+    quantcore.quantize_checkpoint(with_biases, tmp_path / "q", "tiny-int8", model=build)
+    stored = {name for name in Checkpoint(tmp_path / "q").headers if name.endswith("bias") and EXPERTS_NAME in name}
+    assert stored == {f"{name}.bias" for name in names_of_layers()}
+    model = quantcore.load(tmp_path / "q", build)
+    layers = dict(experts_of(model).named_layers())
+    assert all(isinstance(layer, QuantizedLinear) and layer.bias is not None for layer in layers.values())
+    torch.testing.assert_close(model(IDS), quantized(TransposedExperts)(IDS))  # torch adds a bias within the product
+    quantcore.save(model, tmp_path / "again")
+    assert torch.equal(quantcore.load(tmp_path / "again", build)(IDS), model(IDS))
+    assert torch.equal(copy.deepcopy(model)(IDS), model(IDS))
+    dense = quantcore.dequantize(model)
+    assert torch.equal(dense.model.mlp.experts.down_proj_bias, build().model.mlp.experts.down_proj_bias)
+    assert torch.equal(dense.model.mlp.experts.gate_up_proj_bias, build().model.mlp.experts.gate_up_proj_bias)
+
+
 def test_weight_with_nan_is_named_by_expert_and_the_model_is_left(tiny: None) -> None:
     model = SmallMixtureModel()
     with torch.no_grad():

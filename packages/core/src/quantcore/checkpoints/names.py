@@ -47,7 +47,8 @@ def named_as(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
 def split_stored_experts(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Take apart the experts that a checkpoint, with the names of the model, stores one by one."""
     owners = {name[: dot.start()] for name in checkpoint.headers for dot in re.finditer(r"\.", name)}
-    split_experts(model, owners, part_names(model))
+    biased = [name.removesuffix(".bias") for name in checkpoint.headers if name.endswith(".bias")]
+    split_experts(model, owners, part_names(model), biased)
 
 
 def part_names(model: nn.Module) -> dict[str, dict[str, tuple[str, ...]]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -13,76 +12,18 @@ from torch import Tensor, nn
 
 from quantcore.kernels.reference import rows_of_experts
 from quantcore.nn.dense import build_dense, view_dense
+from quantcore.nn.fused import (
+    FusedWeight as FusedWeight,
+    PartNames,
+    fused_weights as fused_weights,
+)
 from quantcore.nn.grouped import grouped_linear, is_served, sorted_forward
 from quantcore.nn.linear import QuantizedLinear
 from quantcore.nn.replace import quantized_modules, replace_module
 from quantcore.nn.stack import STACK, QuantizedStack, stored_whole
 from quantcore.nn.standins import StackedWeight
 
-PartNames = Mapping[str, Sequence[str]]  # parameter -> the linear layers of one expert that it holds
 NamesByModule = Mapping[str, PartNames]  # experts module -> its part names
-
-
-@dataclass(frozen=True)
-class FusedWeight:
-    """A 3-D parameter of an experts module, and the linear layers of one expert that it holds.
-
-    parts: their names as checkpoints have them, in the order of their rows. shape: the parameter's own. transposed:
-    [E, K, N] instead of [E, N, K]. interleaved: rows of the parts take turns instead of following each other.
-    """
-
-    name: str
-    parts: tuple[str, ...]
-    shape: tuple[int, int, int]
-    transposed: bool = False
-    interleaved: bool = False
-
-    def split(self, weight: Tensor) -> list[Tensor]:
-        """Views [E, N, K] of the parts of a weight that has the parameter's shape."""
-        rows = weight.transpose(1, 2) if self.transposed else weight
-        count = len(self.parts)
-        if self.interleaved:
-            return [rows[:, start::count] for start in range(count)]
-        return list(rows.chunk(count, dim=1))
-
-    def matrices(self, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The weight [N, K] of each linear layer, a view, with the layer's name ("3.gate_proj")."""
-        for part, stacked in zip(self.parts, self.split(weight), strict=True):
-            yield from ((f"{expert}.{part}", matrix) for expert, matrix in enumerate(stacked))
-
-    def join(self, outputs: Sequence[Tensor]) -> Tensor:
-        """What the parts give, [..., N] each, in the order in which the fused weight gives it."""
-        if len(outputs) == 1:
-            return outputs[0]
-        return torch.stack(list(outputs), -1).flatten(-2) if self.interleaved else torch.cat(list(outputs), -1)
-
-
-def fused_weights(module: nn.Module, names: PartNames | None = None) -> tuple[FusedWeight, ...]:
-    """The 3-D weights of an experts module; none for a module of another kind.
-
-    A module holds experts when it has `num_experts`, and float parameters with as many matrices. names: the parts of a
-    parameter; where it says nothing, "gate_up_proj" holds "gate_proj" and "up_proj", and others are whole.
-    """
-    count = getattr(module, "num_experts", None)
-    weights = {
-        name: parameter
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.ndim == 3 and parameter.shape[0] == count
-    }
-    if not all(weight.is_floating_point() for weight in weights.values()):
-        return ()
-    transposed = _is_transposed(module, list(weights.values()))
-    interleaved = not getattr(module, "is_concatenated", True)
-    return tuple(
-        FusedWeight(
-            name,
-            tuple((names or {}).get(name) or _usual_parts(name)),
-            (weight.shape[0], weight.shape[1], weight.shape[2]),
-            transposed,
-            interleaved,
-        )
-        for name, weight in weights.items()
-    )
 
 
 class Addition(Protocol):
@@ -98,9 +39,10 @@ class Addition(Protocol):
 class QuantizedExperts(nn.Module):
     """Experts that were taken apart: for each a linear layer a projection, quantized or float, "3.gate_proj" by name.
 
-    stacks: 3-D weights that are stored whole, by parameter; they are not taken apart. All else is what the fused module
-    had: its biases, its activation, and its forward, which runs on stand-ins for the 3-D weights: what it computes with
-    the weight of one expert is computed by that expert's layers.
+    stacks: 3-D weights that are stored whole, by parameter; they are not taken apart. biased: names of layers that have
+    a bias of their own; others leave it to the fused module's 2-D parameter ("gate_up_proj_bias"). All else is what the
+    fused module had: its activation, and its forward, which runs on stand-ins for the 3-D weights: what it computes
+    with the weight of one expert is computed by that expert's layers.
     """
 
     def __init__(
@@ -108,6 +50,7 @@ class QuantizedExperts(nn.Module):
         fused: nn.Module,
         names: PartNames | None = None,
         stacks: Mapping[str, QuantizedStack] | None = None,
+        biased: Container[str] = (),
     ) -> None:
         super().__init__()
         weights = fused_weights(fused, names)
@@ -116,6 +59,7 @@ class QuantizedExperts(nn.Module):
         vars(self).update(_shallow(vars(fused)))
         self._architecture = type(fused)
         self._fused = {weight.name: weight for weight in weights}
+        self._biases: dict[str, str] = {}  # 2-D biases of which each layer has its own part -> their weights
         self.added: dict[str, Addition] = {}  # to 3-D weights, while adapters are active
         self._dtypes: dict[Any, torch.dtype] = {}  # of weights, by how they are stored
         experts = [nn.ModuleDict() for _ in range(weights[0].shape[0])]
@@ -128,9 +72,20 @@ class QuantizedExperts(nn.Module):
             for name, matrix in weight.matrices(parameter.detach()):
                 index, _, part = name.partition(".")
                 experts[int(index)][part] = build_dense(nn.Linear, matrix, None).requires_grad_(parameter.requires_grad)
+            if f"0.{weight.parts[0]}" in biased and f"{weight.name}_bias" in self._parameters:
+                self._share_out_bias(weight, experts)
         for number, expert in enumerate(experts):
             if len(expert):
                 self.add_module(str(number), expert)
+
+    def _share_out_bias(self, weight: FusedWeight, experts: Sequence[nn.ModuleDict]) -> None:
+        name = f"{weight.name}_bias"
+        bias = self._parameters.pop(name)
+        assert bias is not None
+        self._biases[name] = weight.name
+        for part, values in zip(weight.parts, weight.split_rows(bias.detach()), strict=True):
+            for expert, own in zip(experts, values, strict=True):
+                expert[part].register_parameter("bias", nn.Parameter(own, requires_grad=bias.requires_grad))
 
     @property
     def fused(self) -> tuple[FusedWeight, ...]:
@@ -215,14 +170,25 @@ class QuantizedExperts(nn.Module):
         """The fused module again, with float weights (dtype None: the one that each had)."""
         fused = self._architecture.__new__(self._architecture)
         vars(fused).update(_shallow(vars(self)))
-        for attribute in ("_architecture", "_fused", "added", "_dtypes"):
+        for attribute in ("_architecture", "_fused", "_biases", "added", "_dtypes"):
             del vars(fused)[attribute]
         for weight in self._fused.values():
             trained = any(p.requires_grad for layer in self.layers(0, weight.name) for p in layer.parameters())
             fused._parameters[weight.name] = nn.Parameter(self.dense_weight(weight.name, dtype), requires_grad=trained)
+        for name, weight_name in self._biases.items():
+            bias = self._joined_bias(weight_name)
+            fused._parameters[name] = nn.Parameter(bias if dtype is None else bias.to(dtype), requires_grad=False)
         for name in [name for name in fused._modules if name.isdigit() or name.removesuffix(STACK) in self._fused]:
             del fused._modules[name]
         return fused
+
+    def _joined_bias(self, weight: str) -> Tensor:
+        """The bias [E, N] of a 3-D weight of which each layer has its own part."""
+        layers = [self.layers(expert, weight) for expert in range(self._fused[weight].shape[0])]
+        by_part = [
+            torch.stack([layer.get_parameter("bias").detach() for layer in part]) for part in zip(*layers, strict=True)
+        ]
+        return self._fused[weight].join(by_part)
 
     def dense_weight(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A 3-D weight in its own shape, dequantized expert by expert."""
@@ -287,6 +253,9 @@ class QuantizedExperts(nn.Module):
         weight = self.__dict__.get("_fused", {}).get(name)
         if weight is not None:
             return StackedWeight(self, weight)
+        biased = self.__dict__.get("_biases", {}).get(name)
+        if biased is not None:  # model code adds it to what the layers give, which have added it
+            return torch.zeros_like(self._joined_bias(biased))
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -332,14 +301,18 @@ def linear_layers(
             yield name, module
 
 
-def split_experts(model: nn.Module, layers: Iterable[str], names: NamesByModule | None = None) -> None:
+def split_experts(
+    model: nn.Module, layers: Iterable[str], names: NamesByModule | None = None, biased: Iterable[str] = ()
+) -> None:
     """Take apart every experts module of a model that holds one of the named layers. Their weights are views.
 
-    names: the parts of the parameters of each experts module.
+    names: the parts of the parameters of each experts module. biased: names of layers that have a bias of their own.
     """
     wanted = set(layers)
     for name, module in list(fused_experts(model)):
-        split = QuantizedExperts(module, (names or {}).get(name))
+        prefix = f"{name}." if name else ""
+        own = {layer[len(prefix) :] for layer in biased if layer.startswith(prefix)}
+        split = QuantizedExperts(module, (names or {}).get(name), biased=own)
         if any(_join(name, inner) in wanted for inner, _ in split.named_layers()):
             replace_module(model, name, split)
 
@@ -352,26 +325,8 @@ def fuse_float_experts(model: nn.Module) -> None:
             replace_module(model, name, module.to_dense().train(module.training))
 
 
-def _is_transposed(module: nn.Module, weights: Sequence[Tensor]) -> bool:
-    """Whether 3-D weights are [E, K, N]: as the module says, else as two weights fit together.
-
-    The gate and up projections give twice what the down projection takes.
-    """
-    stated = getattr(module, "is_transposed", None)
-    if isinstance(stated, bool) or len(weights) != 2:
-        return bool(stated)
-    (_, rows, columns), (_, next_rows, next_columns) = weights[0].shape, weights[1].shape
-    return rows == next_columns and columns == 2 * next_rows
-
-
 def _join(module: str, name: str) -> str:
     return f"{module}.{name}" if module else name
-
-
-def _usual_parts(name: str) -> tuple[str, ...]:
-    if "gate_up" not in name:
-        return (name,)
-    return name.replace("gate_up", "gate"), name.replace("gate_up", "up")
 
 
 def weight_of(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
