@@ -95,8 +95,36 @@ def test_scales_of_keys_are_kept(owner: str, tmp_path: Path) -> None:
     save_file({**tensors, f"{owner}.k_scale": torch.tensor(0.25)}, folder / "model.safetensors")
     loaded = quantcore.load(folder, Model)
     assert float(loaded.state_dict()[f"{owner}.k_scale"]) == 0.25
+    assert float(loaded.get_submodule(owner).k_scale) == 0.25
     quantcore.save(loaded, tmp_path / "again")
     assert float(load_file(tmp_path / "again" / "model.safetensors")[f"{owner}.k_scale"]) == 0.25
+    assert not any("k_scale" in name for name in quantcore.dequantize(loaded).state_dict())
+
+
+@pytest.mark.parametrize("method", ["fp8", "fbgemm_fp8"])
+@pytest.mark.parametrize("suffixes", [("k_scale", "v_scale"), ("k_proj.k_scale", "v_proj.output_scale")], ids=str)
+def test_stored_scales_of_keys_and_values_round_the_cache(
+    method: str, suffixes: tuple[str, str], tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    from quantcore.integrations.transformers import use
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(vocab_size=32, num_key_value_heads=2, head_dim=32, **sizes)
+    quantcore.save(quantcore.quantize(transformers.LlamaForCausalLM(config), {"quant_method": method}), tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    scales = {f"model.layers.0.self_attn.{name}": torch.tensor(0.00123) for name in suffixes}
+    save_file({**tensors, **scales}, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    with use():
+        served = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
+    for loaded in (quantcore.load(tmp_path / "a"), served):
+        stored = loaded.state_dict()
+        assert all(torch.equal(stored[name], scale) for name, scale in scales.items())
+        cache = loaded(ids(), use_cache=True).past_key_values.layers[0]
+        for states in (cache.keys.float(), cache.values.float()):
+            again = (states / 0.00123).to(torch.float8_e4m3fn).float() * 0.00123
+            assert torch.allclose(again, states, rtol=0.01)
+            assert len(states.unique()) < 250
 
 
 def test_codes_without_their_scale_are_no_float_weight(tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ class Fp8(WeightFormat):
     the stored scales. writer: whose rule chooses scales ("transformers", "deepgemm", "fbgemm"). power_of_two: round
     them up to one. activation: how the layer rounds its input, None for not at all. input_scale, input_dtype,
     input_rank: where a static scale of that is stored. bias_first: add the bias before the result is rounded. carried:
-    name and dtype of scalars that a file stores with the layer for a cache of keys and values; they are kept, and not
-    used. dtype: of the weight that was quantized.
+    name and dtype of scalars that a file stores with the layer for the cache of keys and values. dtype: of the weight
+    that was quantized.
     """
 
     block: Block = (128, 128)
@@ -64,6 +64,10 @@ class Fp8(WeightFormat):
     def is_static(self) -> bool:
         """Whether a scale of the input is stored."""
         return self.activation is not None and self.activation.is_static
+
+    @property
+    def cache_scales(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.carried)
 
     def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         rows, columns = self.block

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from quantcore.formats.activation import Activation
 from quantcore.formats.base import WeightFormat, dtype_name
 from quantcore.nn.experts import fused_experts, fused_weights
-from quantcore.quantizers.weight import Plan, WeightQuantizer
+from quantcore.quantizers.plan import Plan
+from quantcore.quantizers.weight import WeightQuantizer
 from quantcore_fp8.fbgemm_fp8.config import FbgemmFp8Config
 from quantcore_fp8.fbgemm_fp8.format_columns import Fp8Columns
-from quantcore_fp8.format import ROW, Fp8
+from quantcore_fp8.format import ROW, STATIC_INPUT, Fp8
 
 _STACK = re.compile(r"(^|\.)experts\.\w*[a-z]\w*$")  # a 3-D parameter of experts, not a layer of one of them
 _DOWN = "down_proj"
@@ -26,6 +27,10 @@ class FbgemmFp8Quantizer(WeightQuantizer):
 
     quantization_config: FbgemmFp8Config
     _transposed: frozenset[str] = frozenset()  # names of 3-D weights [E, K, N] in the model that is planned
+
+    @property
+    def cache_rounding(self) -> Activation:
+        return STATIC_INPUT
 
     def plan(self, model: nn.Module) -> Plan:
         self._transposed = frozenset(

@@ -12,17 +12,13 @@ from torch import nn
 from quantcore.calibration.statistics import AbsMax
 from quantcore.formats.activation import Activation
 from quantcore.formats.base import WeightFormat, dtype_name
-from quantcore.nn.module import QuantizedModule
 from quantcore.quantizers.calibrated import CalibratedQuantizer
-from quantcore.quantizers.weight import dequantize_layers
 from quantcore_fp8.format import ROW_INPUT, STATIC_INPUT, TENSOR, Fp8
 from quantcore_fp8.format_fp4 import Fp4Expert
 from quantcore_fp8.fp8.config import MX_BLOCK, FineGrainedFP8Config
-from quantcore_fp8.names import CACHE_SCALE_NAMES
 
 if TYPE_CHECKING:
     from quantcore.calibration.block import Block
-    from quantcore.checkpoints.read import Checkpoint
 
 _ROUTED_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 _DEEPGEMM_INPUT = Activation("e4m3", "group", 128, floor=1e-4, quotient="multiply")
@@ -80,28 +76,14 @@ class Fp8Quantizer(CalibratedQuantizer):
         self._load_dtype = dtype
         return super().preprocess_model(model, dtype, device_map, **kwargs)
 
-    def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint: Checkpoint | None = None, **kwargs: Any
-    ) -> None:
-        super()._process_model_before_weight_loading(model, checkpoint=checkpoint, **kwargs)
-        if checkpoint is not None:
-            _keep_cache_scales(model, checkpoint)
+    @property
+    def cache_rounding(self) -> Activation:
+        return STATIC_INPUT
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         super()._process_model_after_weight_loading(model, **kwargs)
         if self.pre_quantized and self.quantization_config.dequantize:
-            dequantize_layers(model, self._load_dtype)
-
-
-def _keep_cache_scales(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Give attention modules the scales of keys and values that a checkpoint stores there, for whoever serves it."""
-    modules = dict(model.named_modules())
-    for name, header in checkpoint.headers.items():
-        owner, _, suffix = name.rpartition(".")
-        module = modules.get(owner)
-        if suffix in CACHE_SCALE_NAMES and module is not None and not isinstance(module, QuantizedModule):
-            empty = torch.empty(header.shape, dtype=header.dtype, device="meta")
-            module.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
+            self._dequantize(model, self._load_dtype)
 
 
 def _is_mx(config: FineGrainedFP8Config) -> bool:

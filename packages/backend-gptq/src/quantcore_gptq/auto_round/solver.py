@@ -24,7 +24,7 @@ from quantcore_gptq.auto_round.tuning import TunedWeight
 if TYPE_CHECKING:
     from quantcore.calibration.activations import Sample
     from quantcore.calibration.block import Block
-    from quantcore.quantizers.weight import PlannedLayer
+    from quantcore.quantizers.plan import PlannedLayer
 
 SEED = 42
 _LOSS_SCALE = 1000.0  # keeps gradients of half precision above zero; their signs are all that counts

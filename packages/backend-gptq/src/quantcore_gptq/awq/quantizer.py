@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from quantcore.calibration.block import Block
     from quantcore.calibration.data import Calibration
     from quantcore.checkpoints.read import Checkpoint
-    from quantcore.quantizers.weight import Plan
+    from quantcore.quantizers.plan import Plan
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from quantcore_gptq.gptq.solver import HessianError, Settings, Solution, curvatu
 
 if TYPE_CHECKING:
     from quantcore.calibration.block import Block
-    from quantcore.quantizers.weight import PlannedLayer
+    from quantcore.quantizers.plan import PlannedLayer
 
 
 def solve_together(

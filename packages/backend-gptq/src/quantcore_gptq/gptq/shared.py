@@ -21,7 +21,7 @@ from quantcore_gptq.rounding import Grid
 
 if TYPE_CHECKING:
     from quantcore.calibration.block import Block
-    from quantcore.quantizers.weight import PlannedLayer
+    from quantcore.quantizers.plan import PlannedLayer
 
 ORDERS = (None, "static", "group")
 _DAMP_STEP = 0.01

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +13,12 @@ from torch import nn
 
 from quantcore.calibration.solvers import shared_solver
 from quantcore.formats.base import dtype_name
+from quantcore.nn.kv_cache import owners, round_caches, take_off
 from quantcore.nn.replace import quantized_modules
 from quantcore.quantizers import selection
 from quantcore.quantizers.calibrated import CalibratedQuantizer
-from quantcore.quantizers.weight import Plan, dequantize_layers
+from quantcore.quantizers.plan import Plan
+from quantcore.quantizers.weight import dequantize_layers
 from quantcore_misc.compressed_tensors import kv_cache, rotations, static
 from quantcore_misc.compressed_tensors.config import CompressedTensorsConfig
 from quantcore_misc.compressed_tensors.fused import joined_layers
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
     from quantcore.calibration.block import Block
     from quantcore.calibration.data import Calibration
     from quantcore.checkpoints.read import Checkpoint
+    from quantcore.formats.activation import Activation
     from quantcore.formats.base import WeightFormat
-    from quantcore.quantizers.weight import PlannedLayer, WeightsOf
+    from quantcore.quantizers.plan import PlannedLayer
+    from quantcore.quantizers.weight import WeightsOf
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +97,11 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
         found = None if scheme is None or scheme.weights is None else self.format_for(name, embedding)
         return None if found is None else dataclasses.replace(found, input=None, output=None)
 
+    @property
+    def cache_rounding(self) -> Activation | None:
+        args = self.quantization_config.cache_args
+        return None if args is None else cache_rounding(args)
+
     # Quantizing
 
     @property
@@ -124,11 +133,8 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
 
     def calibrate_model(self, model: nn.Module, calibration: Calibration) -> nn.Module:
         model = super().calibrate_model(model, calibration)
-        if self.quantization_config.cache_args is not None:
-            owners = kv_cache.owners(model)
-            if not owners:
-                logger.warning("%s has no module that writes to a cache; no scales are stored", type(model).__name__)
-            self._round_caches(model, owners)
+        if self.cache_rounding is not None and not owners(model):
+            logger.warning("%s has no module that writes to a cache; no scales are stored", type(model).__name__)
         self.quantization_config.update(solver=None, dampening_frac=None)
         return model
 
@@ -169,15 +175,11 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
             return super()._process_model_before_weight_loading(model, checkpoint=checkpoint, **kwargs)
         headers = checkpoint.headers
         turned = rotations.places(model, self._transforms())
-        scales = kv_cache.stored_scales(model, headers) if self.quantization_config.cache_args is not None else {}
         besides = rotations.stored_names(turned, headers)
-        besides |= {f"{owner}.{suffix}" for owner, suffixes in scales.items() for suffix in suffixes}
         rest = copy.copy(checkpoint)
         rest.headers = {name: header for name, header in headers.items() if name not in besides}
         super()._process_model_before_weight_loading(model, checkpoint=rest, **kwargs)
         rotations.attach(model, turned, headers)
-        kv_cache.attach(model, scales, headers)
-        self._round_caches(model, scales)
         return None
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -185,17 +187,9 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
         if self.pre_quantized and self.quantization_config.dequantize:
             self._dequantize(model)
 
-    def _round_caches(self, model: nn.Module, scales: Iterable[str]) -> None:
-        args = self.quantization_config.cache_args
-        if args is None:
-            return
-        carriers = {
-            name.rpartition(".")[0]
-            for name, module in quantized_modules(model)
-            if isinstance(module.format, CompressedWeight) and module.format.carried
-        }
-        for owner in {*scales, *carriers}:
-            kv_cache.run_with(model.get_submodule(owner), cache_rounding(args))
+    def round_caches(self, model: nn.Module) -> None:
+        if self.cache_rounding is not None:
+            round_caches(model, self.cache_rounding, kv_cache.basis)
 
     # Leaving
 
@@ -208,7 +202,7 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
             for child, module in children.items():
                 model.get_submodule(name).add_module(child, module)
         rotations.fold_all(model, found)
-        kv_cache.take_off(model)
+        take_off(model)
         return model
 
     # The config

@@ -59,6 +59,10 @@ class CompressedWeight(WeightFormat):
         """Whether the stored parts of a row are its own: no block spans rows, and zeros are not packed across them."""
         return self.scaling is not None and self.scaling.rows < 2 and not self.has_zero
 
+    @property
+    def cache_scales(self) -> tuple[str, ...]:
+        return self.carried
+
     def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         return (*self.code_specs(shape), *self.scale_specs(shape), *self._activation_specs())
 

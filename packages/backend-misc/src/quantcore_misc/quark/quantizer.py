@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from quantcore.calibration.statistics import MinMax
 from quantcore.formats.base import FLOAT_DTYPES, dtype_name
+from quantcore.nn.kv_cache import stored_scales
 from quantcore.quantizers import selection
 from quantcore.quantizers.calibrated import CalibratedQuantizer
-from quantcore.quantizers.weight import Plan
-from quantcore_misc.compressed_tensors.kv_cache import attach, stored_scales
+from quantcore.quantizers.plan import Plan
 from quantcore_misc.quark import kv_cache
 from quantcore_misc.quark.codes import INTEGERS
 from quantcore_misc.quark.config import QuarkConfig
@@ -30,6 +30,7 @@ from quantcore_misc.quark.weight import QuarkWeight
 if TYPE_CHECKING:
     from quantcore.calibration.block import Block
     from quantcore.checkpoints.read import Checkpoint
+    from quantcore.formats.activation import Activation
 
 _WRITTEN = "0.13"  # the version of quark whose files are written
 _EXPORT = {
@@ -119,24 +120,22 @@ class QuarkQuantizer(CalibratedQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint: Checkpoint | None = None, **kwargs: Any
     ) -> None:
-        """Scales of keys and values that stand with attention modules are given to these, and used by their caches."""
-        if checkpoint is None:
-            return super()._process_model_before_weight_loading(model, checkpoint=checkpoint, **kwargs)
-        scales = stored_scales(model, checkpoint.headers)
-        self._scaled = frozenset(scales)
-        besides = {f"{owner}.{suffix}" for owner, suffixes in scales.items() for suffix in suffixes}
-        rest = copy.copy(checkpoint)
-        rest.headers = {name: header for name, header in checkpoint.headers.items() if name not in besides}
-        super()._process_model_before_weight_loading(model, checkpoint=rest, **kwargs)
-        attach(model, scales, checkpoint.headers)
-        return None
+        """Scales of keys and values may stand with attention modules, and then their projections have none."""
+        if checkpoint is not None:
+            self._scaled = frozenset(stored_scales(model, checkpoint.headers))
+        super()._process_model_before_weight_loading(model, checkpoint=checkpoint, **kwargs)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        super()._process_model_after_weight_loading(model, **kwargs)
-        config = self.quantization_config
-        activation = (config.cache_spec() or _CACHE).activation()
+    @property
+    def cache_rounding(self) -> Activation:
+        return (self.quantization_config.cache_spec() or _CACHE).activation()
+
+    def round_caches(self, model: nn.Module) -> None:
+        """As for every method where keys are rounded after RoPE; before it, projections round what they give."""
+        if self.quantization_config.kv_cache_post_rope:
+            return super().round_caches(model)
         for owner in self._scaled:
-            kv_cache.apply(model.get_submodule(owner), activation, post_rope=bool(config.kv_cache_post_rope))
+            kv_cache.round_outputs(model.get_submodule(owner), self.cache_rounding)
+        return None
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         kv_cache.take_off(model)

@@ -27,7 +27,7 @@ from quantcore.plugins.manager import plugins
 
 if TYPE_CHECKING:
     from quantcore.formats.base import WeightFormat
-    from quantcore.quantizers.weight import PlannedLayer
+    from quantcore.quantizers.plan import PlannedLayer
 
 S = TypeVar("S", bound=Statistic)
 

@@ -159,7 +159,7 @@ class _Run:
         return block.finished()
 
     def _block(self, number: int, step: Step, chain: Chain, samples: Samples) -> Block:
-        from quantcore.quantizers.weight import PlannedLayer
+        from quantcore.quantizers.plan import PlannedLayer
 
         def tell(line: LayerReport, weights: int) -> None:
             self.weights += weights

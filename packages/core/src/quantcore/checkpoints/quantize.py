@@ -24,7 +24,8 @@ from quantcore.nn.stack import QuantizedStack, stacked_name
 from quantcore.plugins.manager import plugins
 from quantcore.quantization_config import as_dtype
 from quantcore.quantizers.auto import AutoHfQuantizer
-from quantcore.quantizers.weight import PlannedLayer, WeightQuantizer, WeightsOf
+from quantcore.quantizers.plan import PlannedLayer
+from quantcore.quantizers.weight import WeightQuantizer, WeightsOf
 
 
 def quantize_checkpoint(

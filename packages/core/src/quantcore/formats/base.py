@@ -158,6 +158,11 @@ class WeightFormat:
         """Raise ValueError with a remedy when a weight of this shape cannot be stored."""
 
     @property
+    def cache_scales(self) -> tuple[str, ...]:
+        """Names of stored tensors that are not of the weight: scales of the keys or values that the layer gives."""
+        return ()
+
+    @property
     def compute_torch_dtype(self) -> torch.dtype | None:
         """The dtype that a linear layer computes in; None follows its input."""
         return None

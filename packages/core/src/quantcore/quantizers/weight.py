@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +15,7 @@ from quantcore.checkpoints.names import part_names, split_stored_experts
 from quantcore.checkpoints.stream import misfits
 from quantcore.errors import CheckpointError
 from quantcore.formats.base import WeightFormat
+from quantcore.nn import kv_cache
 from quantcore.nn.dense import DenseLinear, check_finite, view_dense
 from quantcore.nn.embedding import QuantizedEmbedding
 from quantcore.nn.experts import QuantizedExperts, linear_layers, split_experts, stacked_weights
@@ -25,10 +25,12 @@ from quantcore.nn.tied import quantize_tied_heads, tie_dense_heads, tied_heads
 from quantcore.plugins.manager import plugins
 from quantcore.quantizers import selection
 from quantcore.quantizers.base import HfQuantizer
+from quantcore.quantizers.plan import Plan, PlannedLayer, nothing_to_do, report_plan
 from quantcore.quantizers.stacks import place_stored_stacks, quantize_stacks
 
 if TYPE_CHECKING:
     from quantcore.checkpoints.read import Checkpoint
+    from quantcore.formats.activation import Activation
 
 logger = logging.getLogger(__name__)
 
@@ -36,38 +38,6 @@ WeightsOf = Callable[[Collection[str]], Iterable[tuple[str, Tensor]]]  # float w
 
 _USUAL_HEAD = "lm_head"  # stands in default skip lists, whether or not a model has one
 _GIVE_BACK_AT = 16 << 20  # bytes of float weights that were quantized since the heap was last trimmed
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """One layer that will be quantized."""
-
-    name: str
-    dense: DenseLinear
-    weight_format: WeightFormat
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What quantizing a model will do: the layers it takes, and the linear layers it leaves, each with the reason.
-
-    misfits: names of those among left whose shape their format cannot store.
-    """
-
-    layers: tuple[PlannedLayer, ...]
-    left: Mapping[str, str]
-    misfits: tuple[str, ...] = ()
-
-    @property
-    def quantized_weights(self) -> int:
-        """Number of weights that will be quantized."""
-        return sum(layer.dense.weight.numel() for layer in self.layers)
-
-    @property
-    def quantized_bytes(self) -> int:
-        """Number of bytes in which they will be stored."""
-        specs = (layer.weight_format.tensor_specs(layer.dense.shape) for layer in self.layers)
-        return sum(spec.nbytes for each in specs for spec in each)
 
 
 class WeightQuantizer(HfQuantizer):
@@ -120,6 +90,11 @@ class WeightQuantizer(HfQuantizer):
         """Whether a skip pattern hits a module's name."""
         return selection.matches_pattern(name, pattern)
 
+    @property
+    def cache_rounding(self) -> Activation | None:
+        """How keys and values are rounded whose scales are stored; None, the default, where the method stores none."""
+        return None
+
     # Quantizing
 
     def settle(self, layers: Sequence[PlannedLayer], weights: WeightsOf) -> Mapping[str, WeightFormat]:
@@ -160,7 +135,7 @@ class WeightQuantizer(HfQuantizer):
         if misfits and not self.leaves_misfits:
             raise ValueError("\n".join(f"{name}: {error}" for name, error in misfits.items()))
         if not layers:
-            raise ValueError(_nothing_to_do(model, left))
+            raise ValueError(nothing_to_do(model, left))
         return Plan(tuple(layers), left, tuple(misfits))
 
     def _candidates(self, model: nn.Module) -> Iterator[tuple[str, DenseLinear, Callable[[], WeightFormat | None]]]:
@@ -219,6 +194,8 @@ class WeightQuantizer(HfQuantizer):
         """Put empty quantized layers where the checkpoint holds quantized weights."""
         if checkpoint is None:
             return
+        if self.cache_rounding is not None:
+            kv_cache.attach(model, checkpoint.headers)
         groups = checkpoint.by_module()
         heads = {name: head for name, head in tied_heads(model).items() if head not in groups}
         faults = place_stored_stacks(model, checkpoint, groups, self._format_to_read)
@@ -284,8 +261,14 @@ class WeightQuantizer(HfQuantizer):
                 module.bind()
             if isinstance(module, QuantizedEmbedding) and dtype is not None:
                 module.dtype = dtype
+        self.round_caches(model)
         if self._quantized_bytes:
             give_back_freed_memory()
+
+    def round_caches(self, model: nn.Module) -> None:
+        """Have attention modules round what they put into their caches, where they hold scales for that."""
+        if self.cache_rounding is not None:
+            kv_cache.round_caches(model, self.cache_rounding)
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, Any]) -> dict[str, Any]:
         """Place every stored tensor of a split layer: those that run along the split as the layer, others on each rank.
@@ -328,7 +311,9 @@ class WeightQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        return dequantize_layers(model, dtype)
+        model = dequantize_layers(model, dtype)
+        kv_cache.take_off(model)
+        return model
 
     def _patterns(self, model: nn.Module) -> list[str]:
         given = self.skip_patterns
@@ -362,32 +347,3 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.
             replace_module(model, name, module.to_dense(dtype).train(module.training))
     tie_dense_heads(model, heads)
     return model
-
-
-def _nothing_to_do(model: nn.Module, left: Mapping[str, str]) -> str:
-    if not left:
-        return f"{type(model).__name__} has no Linear layers to quantize"
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:5])
-    return f"every Linear layer of {type(model).__name__} is left float ({reasons}); shorten the skip list"
-
-
-def report_plan(plan: Plan, model: nn.Module) -> None:
-    """Log how much of a model will be quantized, in how many bytes, and what stays float with the reason."""
-    count, total = plan.quantized_weights, sum(parameter.numel() for parameter in model.parameters())
-    logger.info(
-        "quantizing %d layers: %d of %d weights (%.1f %%), stored in %d bytes",
-        *(len(plan.layers), count, total, 100 * count / total, plan.quantized_bytes),
-    )
-    for name, reason in plan.left.items():
-        logger.info("%s stays float: %s", name, reason)
-    if 2 * count < total:
-        largest = sorted(_float_weights(plan, model), key=lambda item: -item[1])[:3]
-        named = ", ".join(f"{name} ({100 * size / total:.0f} %)" for name, size in largest)
-        logger.warning("only %.0f %% of the weights are quantized; most of the others: %s", 100 * count / total, named)
-
-
-def _float_weights(plan: Plan, model: nn.Module) -> list[tuple[str, int]]:
-    """Name and size of every parameter of which the plan quantizes nothing."""
-    taken = {layer.dense.weight.untyped_storage()._cdata for layer in plan.layers}
-    parameters = model.named_parameters()
-    return [(name, each.numel()) for name, each in parameters if each.untyped_storage()._cdata not in taken]

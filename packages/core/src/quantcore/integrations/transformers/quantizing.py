@@ -21,7 +21,8 @@ from quantcore.nn.module import QuantizedModule
 from quantcore.nn.replace import quantized_modules
 from quantcore.quantizers.base import HfQuantizer
 from quantcore.quantizers.stacks import quantize_stacks
-from quantcore.quantizers.weight import PlannedLayer, WeightQuantizer, report_plan
+from quantcore.quantizers.plan import PlannedLayer, report_plan
+from quantcore.quantizers.weight import WeightQuantizer
 
 logger = logging.getLogger(__name__)
 
