@@ -36,7 +36,8 @@ def quantcore_backends() -> Iterable[Backend]:
 
 
 def triton_kernels() -> list[Kernel]:
-    """The Triton kernels of this method; triton is imported when a problem on a GPU is asked about."""
+    """The GPU kernels of this method; triton is imported when a problem on a GPU is asked about."""
     from quantcore.kernels.triton.kernels import kernels_for
+    from quantcore_misc.compressed_tensors.int8_kernel import KERNEL
 
-    return kernels_for("compressed_tensors", f"{_MODULE}.decode:decoder_for")
+    return [KERNEL, *kernels_for("compressed_tensors", f"{_MODULE}.decode:decoder_for")]
