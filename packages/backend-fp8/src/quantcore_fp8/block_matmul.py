@@ -16,8 +16,8 @@ from torch import Tensor
 
 from quantcore.formats.activation import QuantizedInput
 from quantcore.formats.blocks import Block
+from quantcore.kernels.triton.minifloats import e4m3_values
 from quantcore.kernels.triton.rounding import INTERPRETED, rounded
-from quantcore_fp8.decode import e4m3_values
 
 BM, BN = 64, 64
 FEW_ROWS = 16  # the fewest rows that a tensor core takes
@@ -46,8 +46,8 @@ def block_matmul_kernel(
     sums = tl.zeros((BM, BN), tl.float32)
     for group in range(groups):
         k = group * G + tl.arange(0, G)
-        a = load_codes(x, m, k, M, K)
-        b = load_codes(weight, n, k, N, K)
+        a = load_bytes(x, m, k, M, K)
+        b = load_bytes(weight, n, k, N, K)
         part = tl.dot(a, tl.trans(b), input_precision="ieee")
         of_x = tl.load(x_scale + m * groups + group, mask=m < M, other=0.0)
         of_weight = tl.load(scale + n // ROWS * groups + group, mask=n < N, other=0.0)
@@ -57,7 +57,7 @@ def block_matmul_kernel(
 
 
 @triton.jit
-def load_codes(codes, rows, columns, R, K):
+def load_bytes(codes, rows, columns, R, K):
     """[rows, columns] of bytes as E4M3, zero outside; as float32 in the interpreter, which has no such product."""
     mask = (rows < R)[:, None] & (columns < K)[None, :]
     loaded = tl.load(codes + rows.to(tl.int64)[:, None] * K + columns[None, :], mask=mask, other=0)

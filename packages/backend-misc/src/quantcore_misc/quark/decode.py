@@ -12,7 +12,7 @@ import triton.language as tl
 
 from quantcore.formats.base import WeightFormat, float_dtype
 from quantcore.kernels.triton.decoder import Decoder, Words, places
-from quantcore.kernels.triton.minifloats import e4m3_values, e8m0_values, element_values, load_codes
+from quantcore.kernels.triton.minifloats import block_index, e4m3_values, e8m0_values, element_values, load_codes
 from quantcore_misc.quark.codes import INTEGERS, INTERLEAVE
 from quantcore_misc.quark.weight import QuarkWeight
 
@@ -135,14 +135,7 @@ def scale_floats(tensors, codes, n, g, N, K, D: tl.constexpr):
 @triton.jit
 def float_scale(tensors, n, k, K, D: tl.constexpr):
     """float32 of row n and column k."""
-    row, column = n * 0, k * 0
-    columns = tl.full([], 1, n.dtype)
-    if D.rows > 0:
-        row = n // D.rows
-    if D.columns > 0:
-        column = k // D.columns
-        columns = columns * (K + D.columns - 1) // D.columns
-    stored = tl.load(tensors[1] + row * columns + column)
+    stored = tl.load(tensors[1] + block_index(n, k, K, D.rows, D.columns))
     if D.scales == "e8m0":
         scale = e8m0_values(stored)
     elif D.scales == "e5m3":

@@ -47,6 +47,19 @@ def e8m0_values(code):
 
 
 @triton.jit
+def block_index(n, k, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where the scale of row n and column k stands among those of blocks of ROWS by COLUMNS, 0 for all of them."""
+    row, column = n * 0, k * 0
+    columns = tl.full([], 1, n.dtype)
+    if ROWS > 0:
+        row = n // ROWS
+    if COLUMNS > 0:
+        column = k // COLUMNS
+        columns = columns * (K + COLUMNS - 1) // COLUMNS
+    return row * columns + column
+
+
+@triton.jit
 def load_codes(codes, k, n, K, BITS: tl.constexpr):
     """Codes of columns k and rows n of a matrix [N, K] as `formats.minifloat` packs them; K fills whole bytes.
 
