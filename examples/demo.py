@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import quantcore as qc
+from quantcore.cli.methods import brief_settings
 from quantcore.errors import QuantcoreError
 from quantcore.plugins.manager import plugins
 
@@ -88,18 +89,8 @@ def evaluate(folders: list[str]) -> None:
         print(json.dumps({"folder": folder, **found}), flush=True)
 
 
-def brief(value: Any) -> str:
-    """A value; of nested settings what tells one example from another."""
-    if not isinstance(value, dict):
-        return str(value)
-    nested = [f"{key}:{brief(inner)}" for key, inner in value.items() if isinstance(inner, dict)]
-    shown = [str(value[key]) for key in ("type", "num_bits", "dtype", "group_size") if value.get(key)]
-    return ",".join(nested or shown)
-
-
 def name(row: Mapping[str, Any]) -> str:
-    words = [key if value is True else f"{key}={brief(value)}" for key, value in row.get("config", {}).items()]
-    return " ".join([row.get("method", "the original"), *(word.removeprefix("bnb_4bit_") for word in words)])
+    return f"{row.get('method', 'the original')} {brief_settings(row.get('config', {}))}".strip()
 
 
 def cells(row: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:

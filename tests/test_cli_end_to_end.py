@@ -222,6 +222,38 @@ def test_a_text_in_another_encoding_is_told(made: Made, tmp_path: Path) -> None:
     assert "is no UTF-8 text: byte 2 cannot be read" in result.err
 
 
+# Comparing
+
+
+def test_models_are_compared_with_the_first(made: Made, tmp_path: Path) -> None:
+    short = ["--text", TEXT, "--max-tokens", "1024"]
+    result = cli("compare", MODEL, made.folder, "--config", made.folder / "config.json", *short, "--json")
+    assert result.code == 0, result.err
+    first, stored, again = result.json
+    assert [row["model"] for row in result.json] == [str(MODEL), str(made.folder), str(made.folder / "config.json")]
+    assert (first["kl_divergence"], first["top1_agreement"]) == (0, 1)
+    assert 0 < stored["kl_divergence"] < 0.05
+    assert stored["perplexity"] == again["perplexity"]  # quantized in memory as it was into files
+    assert again["disk_bytes"] <= stored["disk_bytes"] < 0.5 * first["disk_bytes"]
+    alone = cli("eval", made.folder, "--reference", MODEL, *short, "--json").json
+    assert {name: stored[name] for name in ("perplexity", "kl_divergence", "top1_agreement")} == {
+        name: alone[name] for name in ("perplexity", "kl_divergence", "top1_agreement")
+    }
+
+
+def test_config_of_a_method_that_calibrates_is_not_compared(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"quant_method": "gptq", "bits": 4}')
+    result = cli("compare", MODEL, "--config", tmp_path / "config.json", "--text", TEXT)
+    assert result.code == 2
+    assert "gptq quantizes with data; make a folder with quantcore quantize and compare that" in result.err
+
+
+def test_one_model_is_nothing_to_compare() -> None:
+    result = cli("compare", MODEL, "--text", TEXT)
+    assert result.code == 2
+    assert "give a second folder, or --config" in result.err
+
+
 # Help
 
 
@@ -239,7 +271,7 @@ def test_every_example_of_the_help_runs(tmp_path: Path, monkeypatch: pytest.Monk
         words = shlex.split(line)
         if words[1] == "check":  # the suite has a session of its own
             continue
-        short = ["--max-tokens", "512"] if words[1] == "eval" else []
+        short = ["--max-tokens", "512"] if words[1] in ("eval", "compare") else []
         assert cli(*words[1:], *short).code == 0, line
 
 

@@ -47,6 +47,12 @@ def test_the_quoted_plugin_is_the_tested_one() -> None:
         assert text == (PLUGIN / name).read_text(), name
 
 
+def test_plugin_that_new_backend_writes_is_the_quoted_one() -> None:
+    templates = ROOT / "packages" / "core" / "src" / "quantcore" / "cli" / "templates" / "plugin"
+    for name in ("pyproject.toml", "rowint8/__init__.py", "rowint8/method.py"):
+        assert (templates / f"{Path(name).name}.txt").read_text() == (PLUGIN / name).read_text(), name
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

@@ -16,8 +16,11 @@ VERBS = {
     "convert": VerbEntry("quantcore.cli.convert:command", "Write a quantized folder in another format."),
     "inspect": VerbEntry("quantcore.cli.inspect:command", "Show what a checkpoint folder stores."),
     "eval": VerbEntry("quantcore.cli.eval:command", "Measure a checkpoint on a text."),
+    "compare": VerbEntry("quantcore.cli.compare:command", "Compare checkpoints, or configs, on a text."),
     "bench": VerbEntry("quantcore.cli.bench:command", "Time the kernels of a method."),
+    "recommend": VerbEntry("quantcore.cli.recommend:command", "List configs that bring a model into a given memory."),
     "check": VerbEntry("quantcore.cli.check:command", "Run the conformance suite on a method."),
+    "new-backend": VerbEntry("quantcore.cli.new_backend:command", "Write the package of a new method to start from."),
 }
 
 EXAMPLES = (

@@ -20,6 +20,7 @@ from quantcore.formats.base import WeightFormat
 from quantcore.nn.replace import quantized_modules
 from quantcore.quantization_config import QuantizationConfigMixin, as_dtype
 from quantcore.quantizers.auto import AutoHfQuantizer
+from quantcore.quantizers.plan import Plan
 from quantcore.quantizers.weight import WeightQuantizer
 
 
@@ -59,19 +60,33 @@ def estimate(directory: Path, config: QuantizationConfigMixin, dtype: str | None
     """What quantizing a float checkpoint folder will give. Reads config and headers, and no weight.
 
     dtype: of the float weights; None keeps the file's.
+    Raises what `float_skeleton` and `foresee` raise.
+    """
+    return foresee(float_skeleton(directory, dtype)[0], config)[0]
+
+
+def float_skeleton(directory: Path, dtype: str | None = None) -> tuple[nn.Module, Checkpoint]:
+    """The float model of a checkpoint folder on the meta device, and its tensors under the names of the model.
+
     Raises ValueError for a folder that is quantized already or has no config.json, CheckpointError for tensors that do
-    not fit the architecture, and what `WeightQuantizer.plan` raises.
+    not fit the architecture.
     """
     check_float(directory, read_config(directory))
     model = build_skeleton(directory)
-    fill_empty(model, fit_names(model, Checkpoint(directory)), as_dtype(dtype, "dtype"))
+    checkpoint = fit_names(model, Checkpoint(directory))
+    fill_empty(model, checkpoint, as_dtype(dtype, "dtype"))
+    return model, checkpoint
+
+
+def foresee(model: nn.Module, config: QuantizationConfigMixin) -> tuple[Sizes, Plan]:
+    """The sizes of a float model before and after, and the plan; raises what `WeightQuantizer.plan` raises."""
     quantizer = _quantizer(config)
     plan = quantizer.plan(model)
     tensors = {id(slot.tensor): slot.tensor for slot in slots(model).values()}.values()
     before = sum(tensor.nbytes for tensor in tensors)
     dense = sum(layer.dense.weight.nbytes for layer in plan.layers)
     quantized = plan.quantized_bytes
-    return Sizes(
+    sizes = Sizes(
         config=quantizer.quantization_config.to_dict(),
         layers=len(plan.layers),
         weights=plan.quantized_weights,
@@ -82,6 +97,7 @@ def estimate(directory: Path, config: QuantizationConfigMixin, dtype: str | None
         left=plan.left,
         formats=_count(layer.weight_format for layer in plan.layers),
     )
+    return sizes, plan
 
 
 def measure(directory: Path, expected: Sizes, model: nn.Module | None = None) -> Sizes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantcore.cli.group import Verb
-from quantcore.cli.output import Output, in_bytes, output_options, table
+from quantcore.cli.output import Function, Output, in_bytes, output_options, table
 
 if TYPE_CHECKING:
     from quantcore.evaluation.report import Evaluation
@@ -20,21 +20,39 @@ EXAMPLES = (
 )
 
 
+_READING = (
+    click.option(
+        "--max-tokens", metavar="N", type=int, default=40_960, help="Tokens of the text to read [default: 40960]"
+    ),
+    click.option(
+        "--window",
+        metavar="N",
+        type=int,
+        default=256,
+        help="Tokens predicted on their own, as one piece [default: 256]",
+    ),
+    click.option("--batch", metavar="N", type=int, default=8, help="Windows a forward pass [default: 8]"),
+    click.option(
+        "--dtype",
+        type=click.Choice(("float32", "bfloat16", "float16")),
+        help="Dtype to read float tensors in [default: that of the file]",
+    ),
+    click.option("--device", metavar="NAME", default="cpu", help="Where to run: cpu, cuda:0, auto [default: cpu]"),
+)
+
+
+def reading_options(function: Function) -> Function:
+    """Decorator: the flags that say how much of the text is read, and how the model runs."""
+    for option in reversed(_READING):
+        function = option(function)
+    return function
+
+
 @click.command("eval", cls=Verb, examples=EXAMPLES)
 @click.argument("directory", metavar="DIR")
 @click.option("--text", metavar="FILE", required=True, help="UTF-8 text to predict")
 @click.option("--reference", metavar="DIR", help="The model before quantizing, to compare with.")
-@click.option("--max-tokens", metavar="N", type=int, default=40_960, help="Tokens of the text to read [default: 40960]")
-@click.option(
-    "--window", metavar="N", type=int, default=256, help="Tokens predicted on their own, as one piece [default: 256]"
-)
-@click.option("--batch", metavar="N", type=int, default=8, help="Windows a forward pass [default: 8]")
-@click.option(
-    "--dtype",
-    type=click.Choice(("float32", "bfloat16", "float16")),
-    help="Dtype to read float tensors in [default: that of the file]",
-)
-@click.option("--device", metavar="NAME", default="cpu", help="Where to run: cpu, cuda:0, auto [default: cpu]")
+@reading_options
 @output_options(brief="only the perplexity")
 def command(directory: str, text: str, output: Output, **options: Any) -> None:
     """Measure the checkpoint folder DIR on a text: perplexity, tokens per second, size on disk.
@@ -42,7 +60,7 @@ def command(directory: str, text: str, output: Output, **options: Any) -> None:
     With --reference also the perplexity and size of that model, the KL divergence from it, and how often both put the
     same token first.
     """
-    content = _read_text(Path(text))
+    content = read_text(Path(text))
     from quantcore.cli.progress import progress_bar
     from quantcore.evaluation.report import evaluate
 
@@ -57,7 +75,8 @@ def command(directory: str, text: str, output: Output, **options: Any) -> None:
     output.result(dataclasses.asdict(result), lambda: _text(result), f"{result.perplexity:.4f}")
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file; ValueError naming it for one that is no UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import click
 
 from quantcore.errors import UnknownMethodError
@@ -25,3 +28,17 @@ def chosen_backend(method: str, hint: str) -> Backend:
 def installed_methods() -> str:
     """Names of the installed methods, for messages."""
     return ", ".join(info.method for info in methods() if info.installed) or "none; see quantcore list"
+
+
+def brief_settings(config: Mapping[str, Any]) -> str:
+    """A config in a few words: names and values, and of nested settings what tells one config from another."""
+    words = [name if value is True else f"{name}={_brief(value)}" for name, value in config.items()]
+    return " ".join(word.removeprefix("bnb_4bit_") for word in words)
+
+
+def _brief(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return str(value)
+    nested = [f"{key}:{_brief(inner)}" for key, inner in value.items() if isinstance(inner, Mapping)]
+    shown = [str(value[key]) for key in ("type", "num_bits", "dtype", "group_size") if value.get(key)]
+    return ",".join(nested or shown)

@@ -1,15 +1,16 @@
-"""The evaluation of a checkpoint folder: what `quantcore eval` prints."""
+"""The evaluation of checkpoint folders: what `quantcore eval` and `quantcore compare` print."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantcore.checkpoints.model import load
 from quantcore.checkpoints.read import Checkpoint, resolve
+from quantcore.checkpoints.stream import slots
 from quantcore.evaluation.perplexity import (
     BATCH,
     MAX_TOKENS,
@@ -22,6 +23,9 @@ from quantcore.evaluation.perplexity import (
     perplexity,
 )
 from quantcore.integrations.transformers import load_tokenizer
+from quantcore.plugins.known import normalize_method
+from quantcore.quantization_config import QuantizationConfigMixin
+from quantcore.quantizers.model import quantize
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,45 @@ def evaluate(
     report(f"loading {reference}")
     original = load(reference, device_map=device, dtype=dtype)
     report(f"reading {tokens:,} tokens with both models")
-    return _compared(directory, reference, compare(model, original, token_ids, window, max_tokens, batch, progress))
+    measured = compare(model, original, token_ids, window, max_tokens, batch, progress)
+    return _compared(disk_bytes(directory), disk_bytes(reference), measured)
+
+
+def evaluate_beside(
+    reference: str | os.PathLike[str],
+    candidates: Iterable[str | os.PathLike[str] | QuantizationConfigMixin],
+    text: str,
+    *,
+    window: int = WINDOW,
+    max_tokens: int = MAX_TOKENS,
+    batch: int = BATCH,
+    device: Any = None,
+    dtype: str | None = None,
+    report: Callable[[str], None] = lambda step: None,
+    progress: Progress = lambda done, total: None,
+) -> Iterator[Evaluation]:
+    """What `evaluate` gives for each candidate beside one reference, which stays loaded.
+
+    candidates: checkpoint folders, or configs of methods that need no data, with which the reference is quantized in
+    memory; `disk_bytes` is then what its tensors take.
+    """
+    reference = resolve(reference)
+    token_ids = encode(reference, text)
+    report(f"loading {reference}")
+    original = load(reference, device_map=device, dtype=dtype)
+    for candidate in candidates:
+        model = None  # the one before goes before the next comes
+        if isinstance(candidate, QuantizationConfigMixin):
+            report(f"quantizing {reference} with {normalize_method(candidate.quant_method)}")
+            model = quantize(load(reference, device_map=device, dtype=dtype), candidate)
+            size = sum(
+                slot.tensor.nbytes for slot in {id(slot.tensor): slot for slot in slots(model).values()}.values()
+            )
+        else:
+            report(f"loading {candidate}")
+            model, size = load(candidate, device_map=device, dtype=dtype), disk_bytes(resolve(candidate))
+        measured = compare(model, original, token_ids, window, max_tokens, batch, progress)
+        yield _compared(size, disk_bytes(reference), measured)
 
 
 def encode(directory: Path, text: str) -> list[int]:
@@ -90,15 +132,15 @@ def _evaluation(directory: Path, measured: Perplexity) -> Evaluation:
     return Evaluation(measured.perplexity, measured.tokens, measured.tokens_per_second, disk_bytes(directory))
 
 
-def _compared(directory: Path, reference: Path, measured: Comparison) -> Evaluation:
+def _compared(size: int, reference_size: int, measured: Comparison) -> Evaluation:
     return Evaluation(
         perplexity=measured.model.perplexity,
         tokens=measured.model.tokens,
         tokens_per_second=measured.model.tokens_per_second,
-        disk_bytes=disk_bytes(directory),
+        disk_bytes=size,
         reference_perplexity=measured.reference.perplexity,
         reference_tokens_per_second=measured.reference.tokens_per_second,
-        reference_disk_bytes=disk_bytes(reference),
+        reference_disk_bytes=reference_size,
         kl_divergence=measured.kl_divergence,
         top1_agreement=measured.top1_agreement,
     )
