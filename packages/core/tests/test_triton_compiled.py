@@ -129,6 +129,8 @@ MOST_LOADS = {
     "one_code_a_byte": (3, 4, 14, 20, 22),
     "columns_in_any_order": (41, 35, 70, 90, 92),
 }
+if triton.__version__.startswith("3.6."):  # whose compiler loads scales one by one where they have no order
+    MOST_LOADS["columns_in_any_order"] = (65, 66, 132, 74, 78)
 
 
 @pytest.mark.parametrize(("layout", "most"), MOST_LOADS.items(), ids=MOST_LOADS)
