@@ -164,6 +164,17 @@ def test_saved_config_names_the_maker_and_holds_no_texts() -> None:
     assert written["meta"]["quantizer"][0].startswith("quantcore:")
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_named"),
+    [({"sym": False}, True), ({"sym": True}, False), ({"sym": False, "format": "gptq_v2"}, False)],
+)
+def test_asymmetric_files_name_a_writer_whose_zero_points_gptqmodel_trusts(
+    settings: dict[str, Any], is_named: bool
+) -> None:
+    written = quantized(**settings).hf_quantizer.quantization_config.to_dict()
+    assert ("gptqmodel:0.9.0" in written["meta"]["quantizer"]) == is_named
+
+
 def test_layer_without_inputs_is_rounded_to_nearest() -> None:
     def silent(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (torch.zeros_like(args[0]),)

@@ -34,6 +34,8 @@ _HEAD = "lm_head"
 _HEAD_OVERRIDE = {"bits": 8, "group_size": 32, "sym": True, "desc_act": False, "mse": 2.4}
 _LEAST_SHARE = 0.005  # of the tokens of a block; an expert that saw fewer is rounded to nearest
 _DAMP_STEP = 0.01
+# gptqmodel reads asymmetric zero points less one only where a writer is named that stores them as it does since then.
+_CONVENTION = "gptqmodel:0.9.0"
 
 
 class GptqQuantizer(CalibratedQuantizer):
@@ -171,5 +173,8 @@ def _describe_maker(config: GPTQConfig) -> None:
     from quantcore import __version__
 
     known = config.meta if isinstance(config.meta, dict) else {}
-    config.meta = {**known, "quantizer": [f"quantcore:{__version__}"]}
+    makers = [f"quantcore:{__version__}"]
+    if config.format == "gptq" and not config.sym:
+        makers.append(_CONVENTION)
+    config.meta = {**known, "quantizer": makers}
     config.dataset = config.tokenizer = None
