@@ -38,6 +38,24 @@ TRANSFORMERS = ("5.12.0", "5.23.0")  # the oldest release that from_pretrained i
 WORKERS = ("-n", "logical", "--maxprocesses", "8")
 QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 TEST_TOOLS = ["pytest", "pytest-randomly", "pytest-xdist"]
+GPU_NODES = ("/dev/nvidiactl", "/dev/kfd")  # of NVIDIA's and AMD's drivers
+# What gptqmodel imports on a CPU, besides torch, transformers and what those depend on.
+GPTQMODEL_NEEDS = [
+    "datasets",
+    "defuser",
+    "device-smi",
+    "dill",
+    "jinja2",
+    "logbar",
+    "ninja",
+    "pillow",
+    "protobuf",
+    "pyarrow",
+    "pypcre",
+    "threadpoolctl",
+    "tokenicer",
+    "torchao",
+]
 
 
 class TestSet(NamedTuple):
@@ -145,11 +163,30 @@ def interop(session: nox.Session) -> None:
 
 
 @nox.session
+def interop_calibrated(session: nox.Session) -> None:
+    """What the calibrated methods save loads in stock gptqmodel and auto-round, with the same outputs."""
+    install(session, *EVERYTHING, *TEST_TOOLS, pinned("auto-round"), *GPTQMODEL_NEEDS)
+    session.install("--no-deps", pinned("gptqmodel"))  # it asks for a newer torch than it needs
+    run_pytest(session, "tests/interop_calibrated")
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Speed, memory and error against the upstream packages, in one process run after the other."""
     install(session, *PACKAGES, *map(pinned, ("bitsandbytes", "compressed-tensors", "hqq")))
     for script in sorted(Path("benchmarks").glob("*_vs_upstream.py")):
         session.run("python", script, *session.posargs)
+
+
+@nox.session
+def bench_gpu(session: nox.Session) -> None:
+    """The tests that need a GPU, then the speed of every kernel beside torch and upstream, in benchmarks/results."""
+    if not any(Path(node).exists() for node in GPU_NODES):
+        session.skip(f"no GPU here: neither {' nor '.join(GPU_NODES)} exists")
+    install(session, *EVERYTHING, "pytest", pinned("triton"), pinned("bitsandbytes"))
+    session.run("python", "-m", "pip", "install", "gemlite", success_codes=[0, 1])  # not built for every GPU
+    session.run("python", "-m", "pytest", "-m", "gpu", "tests", *(f"{package}/tests" for package in PACKAGES))
+    session.run("python", "benchmarks/gpu.py", *session.posargs)
 
 
 def install(session: nox.Session, *requirements: str | Path) -> None:
