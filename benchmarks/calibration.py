@@ -48,6 +48,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upstream", help="interpreter with gptqmodel and auto-round; without it ours run alone")
     parser.add_argument("--model", choices=("bundled", "random"), default="bundled", help="random: a Llama of 300 M")
+    parser.add_argument("--layers", type=int, default=24, help="blocks of the random model (24)")
     parser.add_argument("--only", choices=tuple(CASES), nargs="+", default=list(CASES))
     parser.add_argument("--samples", type=int, default=128, help="rows of calibration tokens (128)")
     parser.add_argument("--seqlen", type=int, default=256, help="tokens of a row (256)")
@@ -60,7 +61,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def report(arguments: argparse.Namespace, folder: Path) -> None:
-    model = BUNDLED if arguments.model == "bundled" else random_model(folder / "random")
+    model = BUNDLED if arguments.model == "bundled" else random_model(folder / "random", arguments.layers)
     tokens = folder / "tokens.json"
     tokens.write_text(json.dumps(rows_of_tokens(arguments)))
     sides = {"quantcore": sys.executable} | ({"upstream": arguments.upstream} if arguments.upstream else {})
@@ -182,15 +183,14 @@ def perplexity(folder: str | Path, arguments: argparse.Namespace) -> str:
     return f"{json.loads(done.stdout)['perplexity']:.4f}"
 
 
-def random_model(folder: Path) -> Path:
-    """A Llama of about 300 M random parameters with the bundled vocabulary."""
+def random_model(folder: Path, layers: int) -> Path:
+    """A Llama with the bundled vocabulary, of about 300 M random parameters where it has 24 layers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=2048, hidden_size=1024, intermediate_size=2816, num_hidden_layers=24, num_attention_heads=16
-    )
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16}
+    config = LlamaConfig(vocab_size=2048, num_hidden_layers=layers, **sizes)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(BUNDLED / name, folder / name)
