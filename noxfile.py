@@ -185,7 +185,8 @@ def bench_gpu(session: nox.Session) -> None:
         session.skip(f"no GPU here: neither {' nor '.join(GPU_NODES)} exists")
     install(session, *EVERYTHING, "pytest", pinned("triton"), pinned("bitsandbytes"))
     session.run("python", "-m", "pip", "install", "gemlite", success_codes=[0, 1])  # not built for every GPU
-    session.run("python", "-m", "pytest", "-m", "gpu", "tests", *(f"{package}/tests" for package in PACKAGES))
+    tests = ("tests", f"--ignore={THIRD_PARTY}", *(f"{package}/tests" for package in PACKAGES))
+    session.run("python", "-m", "pytest", "-m", "gpu", *tests)
     session.run("python", "benchmarks/gpu.py", *session.posargs)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import quantcore
 from quantcore import settings
-from quantcore.nn import QuantizedLinear
+from quantcore.nn import QuantizedLinear, grouped
 
 pytestmark = pytest.mark.gpu
 
@@ -20,6 +22,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "hqq-4bit": {"quant_method": "hqq", "nbits": 4},
     "hqq-3bit-axis0": {"quant_method": "hqq", "nbits": 3, "axis": 0},
     "hqq-1bit": {"quant_method": "hqq", "nbits": 1, "group_size": 32},
+    "w8a8": {"quant_method": "compressed-tensors", "scheme": "W8A8"},
 }
 # Sums of 1024 products in another order; half precision then rounds to a neighbour.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -87,3 +90,23 @@ def test_experts_give_what_each_gives_alone(rows: list[int]) -> None:
     with settings.forced_to("reference"):
         expected = torch.cat([layer(part) for layer, part in zip(layers, x.split(rows), strict=True)])
     assert relative_error(found, expected) <= TOLERANCE[torch.float16]
+
+
+def test_mixture_multiplies_its_experts_at_once_and_gives_what_each_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 96}
+    torch.manual_seed(0)
+    made = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes)).eval().to(torch.float32)
+    model = quantcore.quantize(made, CONFIGS["nf4"]).to("cuda")
+    ids, launches = torch.arange(40, device="cuda").view(2, 20), []
+    plain = grouped.ops.grouped_linear
+    counted = lambda *arguments: (launches.append(1), plain(*arguments))[1]  # noqa: E731
+    monkeypatch.setattr(grouped, "ops", SimpleNamespace(grouped_linear=counted))
+    with torch.no_grad():
+        found = model(ids).logits
+        assert len(launches) == 2 * 3
+        with settings.forced_to("reference"):
+            assert relative_error(found, model(ids).logits) <= TOLERANCE[torch.float32]
+    assert len(launches) == 2 * 3

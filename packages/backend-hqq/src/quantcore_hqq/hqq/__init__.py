@@ -17,6 +17,7 @@ BACKEND = Backend(
     config=f"{_MODULE}.config:HqqConfig",
     quantizer=f"{_MODULE}.quantizer:HqqQuantizer",
     kernels=(f"{_MODULE}:triton_kernels",),
+    upstream=f"{_MODULE}.upstream:linear",
     summary="half-quadratic zero points, 1 to 8 bits, no calibration",
     example_configs=(
         {"nbits": 4, "group_size": 64},

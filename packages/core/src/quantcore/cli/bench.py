@@ -76,7 +76,8 @@ def command(
 ) -> None:
     """Time a linear layer of random weights under each kernel that serves it, beside a baseline.
 
-    Times are of whole calls, over copies of the weight that do not fit the cache together. GB/s counts the stored
+    Times are of whole calls, on a GPU of its work in them, over copies of the weight that do not fit the cache
+    together. GB/s counts the stored
     weight, input and output once; "of copy" is its share of what copying memory reaches on this device.
     """
     config = chosen_config(click.get_current_context(), output)

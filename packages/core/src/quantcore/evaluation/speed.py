@@ -1,7 +1,8 @@
 """How fast a linear layer is: each kernel that serves it, beside torch's own layer in the same dtype.
 
-Times are of whole calls, launch included. Each call reads a copy of the weight that the calls before it have driven out
-of the cache, as the layers of a model do.
+Each call reads a copy of the weight that the calls before it have driven out of the cache, as the layers of a model do.
+Times on a CPU are of whole calls. On a GPU they are of the device's work alone: calls queue up behind a pause, so that
+what Python takes to launch them does not count.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,10 +27,13 @@ _SECONDS = 0.25  # of calls that are timed
 _FEWEST_CALLS, _MOST_CALLS = 7, 2000
 _CPU_CACHE = 64 << 20  # at least what a core of a server reaches; its layers are larger
 _MOST_COPIES = 256
+_CALLS_A_PAUSE = 50  # of a few launches each: a GPU queues about a thousand
+_PAUSE_CYCLES = 20_000_000  # 10 ms, in which Python launches them
 _FARTHEST = 0.02  # relative error beside the reference: bfloat16 rounds by 0.004, kernels add in another order
 
 Layer = TypeVar("Layer", bound=nn.Module)
 Call = Callable[[int], object]  # number -> the call with that number
+MakeLayer = Callable[[nn.Linear], nn.Module]  # float layer -> one to time beside it
 
 
 @dataclass(frozen=True)
@@ -70,25 +74,25 @@ def time_linear(
     rows: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
-    baseline: tuple[str, Callable[[nn.Linear], nn.Module]],
+    baseline: tuple[str, MakeLayer],
     copy_speed: float,
+    others: Mapping[str, MakeLayer] | None = None,
 ) -> Iterator[Timing]:
     """Timings of a layer quantized from random values: the baseline, then each kernel, for each number of rows.
 
     config: as for `QuantizedLinear.from_linear`. baseline: its name, and what it makes of the float layer.
-    copy_speed: bytes per second, as `copy_bandwidth` gives it.
+    copy_speed: bytes per second, as `copy_bandwidth` gives it. others: layers to time beside it, by name.
     Raises RuntimeError when a kernel's result is not the reference's: its time would mean nothing.
     """
     dense = _random_linear(shape, dtype, device)
     layer = QuantizedLinear.from_linear(dense, config)
-    label, make = baseline
-    copies, rivals = _copies(layer, device), _copies(make(dense), device)
+    rivals = {name: _copies(make(dense), device) for name, make in {baseline[0]: baseline[1], **(others or {})}.items()}
+    copies = _copies(layer, device)
     for count in rows:
         x = torch.randn(count, shape[1], dtype=dtype, device=device)
-        nbytes = _moved(_stored_bytes(rivals[0]), x, shape)
-        base = Timing(label, *shape, count, time_calls(_over(rivals, x), device), nbytes)
-        for timing in (base, *_kernel_timings(copies, x, shape)):
-            yield _compared(timing, base, copy_speed)
+        first, *rest = (_rival_timing(name, layers, x, shape) for name, layers in rivals.items())
+        for timing in (first, *rest, *_kernel_timings(copies, x, shape)):
+            yield _compared(timing, first, copy_speed)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -123,11 +127,19 @@ def _time_on_cpu(call: Call, count: int) -> list[float]:
 def _time_on_gpu(call: Call, count: int) -> list[float]:
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
     for number, (start, end) in enumerate(events):
+        if number % _CALLS_A_PAUSE == 0:
+            torch.cuda.synchronize()
+            torch.cuda._sleep(_PAUSE_CYCLES)
         start.record()
         call(number)
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in events]
+
+
+def _rival_timing(name: str, copies: Sequence[nn.Module], x: Tensor, shape: tuple[int, int]) -> Timing:
+    nbytes = _moved(_stored_bytes(copies[0]), x, shape)
+    return Timing(name, *shape, x.shape[0], time_calls(_over(copies, x), x.device), nbytes)
 
 
 def _kernel_timings(copies: Sequence[QuantizedLinear], x: Tensor, shape: tuple[int, int]) -> Iterator[Timing]:
