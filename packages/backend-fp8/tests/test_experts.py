@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 import quantcore
 from quantcore.testing.compare import differences
 from quantcore.testing.golden import golden_folder
 from quantcore_fp8.fbgemm_fp8.format_columns import Fp8Columns
+from quantcore_fp8.format import Fp8
 
 GOLDEN = golden_folder("fbgemm_fp8", Path(__file__).parents[3] / "tests" / "golden")
 CONFIG = {"quant_method": "fbgemm_fp8"}
@@ -51,6 +53,38 @@ def llama4() -> nn.Module:
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.05)
     return model
+
+
+def fused(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """A 3-D weight in blocks of 64 x 32 of its own orientation, under the names of files that store experts whole."""
+    stored = [Fp8(block=(64, 32)).quantize(matrix) for matrix in weight]
+    names = {"weight": name, "weight_scale_inv": f"{name}_scale_inv"}
+    return {names[suffix]: torch.stack([each[suffix] for each in stored]) for suffix in names}
+
+
+def test_experts_that_are_stored_whole_in_blocks_are_read(tmp_path: Path) -> None:
+    quantcore.save(llama4(), tmp_path / "in")
+    tensors, values = load_file(tmp_path / "in" / "model.safetensors"), {}
+    for name in [name for name in tensors if ".experts." in name]:
+        values[name] = tensors[name]
+        tensors |= fused(name, tensors[name])
+    save_file(tensors, tmp_path / "in" / "model.safetensors")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [64, 32]}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    loaded = quantcore.load(tmp_path / "in")
+    quantcore.save(loaded, tmp_path / "again")
+    assert differences(load_file(tmp_path / "again" / "model.safetensors"), tensors) == []
+    experts, x = loaded.get_submodule("model.layers.0.feed_forward.experts"), torch.randn(2, 5, 64).bfloat16()
+    for name, weight in values.items():
+        stand_in, width = getattr(experts, name.rpartition(".")[2]), weight.shape[1]
+        block = Fp8(block=(64, 32)).quantize(weight[1])
+        matrix = Fp8(block=(64, 32)).dequantize(block, tuple(weight.shape[1:]), torch.bfloat16)
+        assert torch.equal(stand_in[torch.tensor([1])][0], matrix)
+        y = torch.bmm(x[:, :, :width].contiguous(), stand_in)
+        expected = x[1, :, :width].float() @ matrix.float()
+        assert float((y[1].float() - expected).norm() / expected.norm()) < 0.04  # the input is rounded to E4M3
+        assert not torch.equal(y[1], expected.bfloat16())
 
 
 def test_model_is_stored_as_upstream_does_and_loaded_again(tmp_path: Path) -> None:

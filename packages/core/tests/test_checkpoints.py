@@ -8,6 +8,7 @@ import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 import quantcore
 from quantcore.checkpoints.devices import place
 from quantcore.checkpoints.read import INDEX_NAME, SINGLE_NAME, Checkpoint, quantization_dict
+from quantcore.checkpoints.stream import surplus_test
 from quantcore.checkpoints.write import parse_size
 from quantcore.errors import CheckpointError
 from quantcore.nn import QuantizedLinear
@@ -618,6 +620,22 @@ def test_surplus_keys_that_a_model_ignores_are_no_fault(tmp_path: Path) -> None:
     quantcore.save(Forgiving(), tmp_path / "out")
     change_tensors(tmp_path / "out", lambda tensors: tensors.update({"layers.0.rotary.inv_freq": torch.zeros(4)}))
     assert isinstance(quantcore.load(tmp_path / "out", Forgiving), Forgiving)
+
+
+def test_layers_that_predict_further_tokens_may_be_surplus() -> None:
+    model = nn.Module()
+    assert not surplus_test(model)("model.layers.2.weight")
+    model.config = SimpleNamespace(num_hidden_layers=2, num_nextn_predict_layers=1)  # type: ignore[assignment]
+    names = (
+        "model.layers.2.weight",
+        "layers.2.proj.scale",
+        "model.layers.1.weight",
+        "layers.3.weight",
+        "layers.22.weight",
+    )
+    assert [surplus_test(model)(name) for name in names] == [True, True, False, False, False]
+    model.config.num_nextn_predict_layers = 0  # type: ignore[union-attr]
+    assert not surplus_test(model)("model.layers.2.weight")
 
 
 def test_ignored_surplus_pattern_does_not_cover_other_keys(tmp_path: Path) -> None:

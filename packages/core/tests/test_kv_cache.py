@@ -116,4 +116,4 @@ def test_stored_scales_become_parameters_of_attention_modules_alone() -> None:
     headers = {f"attention.{suffix}": Header("a", torch.bfloat16, (1,), 0) for suffix in suffixes}
     kv_cache.attach(found, headers)
     own = {name: (p.dtype, p.shape, p.device.type) for name, p in found["attention"].named_parameters(recurse=False)}
-    assert own == {side: (torch.bfloat16, (1,), "meta") for side in ("k_scale", "v_scale")}
+    assert own == dict.fromkeys(("k_scale", "v_scale"), (torch.bfloat16, (1,), "meta"))

@@ -34,8 +34,9 @@ class Transposed(Doubled):
     """A stack [E, K, N] of such weights."""
 
     def expert(
-        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], index: int
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], index: int, transposed: bool
     ) -> tuple[WeightFormat, dict[str, Tensor]]:
+        assert transposed
         return Doubled(), {"weight": tensors["weight"][index].t()}
 
 

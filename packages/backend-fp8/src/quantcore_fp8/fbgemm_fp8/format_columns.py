@@ -56,12 +56,12 @@ class Fp8Columns(WeightFormat):
         """The experts [R, K, N] that rows number."""
         matrices = []
         for index in rows.tolist():
-            matrix, own = self.expert(tensors, shape, index)
+            matrix, own = self.expert(tensors, shape, index, transposed=True)
             matrices.append(matrix.dequantize(own, (shape[2], shape[1]), dtype).t())
         return torch.stack(matrices)
 
     def expert(
-        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], index: int
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], index: int, transposed: bool
     ) -> tuple[WeightFormat, dict[str, Tensor]]:
         """One expert as a weight [N, K] with a scale for each row; its codes are a view."""
         return self._matrix, {"weight": tensors["weight"][index].t(), _SCALE: tensors[_SCALE][index].view(-1, 1)}

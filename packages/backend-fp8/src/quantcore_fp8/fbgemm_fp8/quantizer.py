@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import Tensor, nn
 
 from quantcore.formats.activation import Activation
@@ -14,8 +12,8 @@ from quantcore.quantizers.weight import WeightQuantizer
 from quantcore_fp8.fbgemm_fp8.config import FbgemmFp8Config
 from quantcore_fp8.fbgemm_fp8.format_columns import Fp8Columns
 from quantcore_fp8.format import ROW, STATIC_INPUT, Fp8
+from quantcore_fp8.names import STACK
 
-_STACK = re.compile(r"(^|\.)experts\.\w*[a-z]\w*$")  # a 3-D parameter of experts, not a layer of one of them
 _DOWN = "down_proj"
 
 
@@ -43,7 +41,7 @@ class FbgemmFp8Quantizer(WeightQuantizer):
 
     def format_for(self, name: str, module: nn.Module) -> WeightFormat:
         dtype = dtype_name(module.weight.dtype)  # type: ignore[arg-type]
-        if _STACK.search(name):
+        if STACK.search(name):
             return self._columns(name, dtype)
         return Fp8(ROW, "weight_scale", writer="fbgemm", activation=self._rounding(), bias_first=True, dtype=dtype)
 

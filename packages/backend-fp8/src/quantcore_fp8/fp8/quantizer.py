@@ -15,7 +15,9 @@ from quantcore.formats.base import WeightFormat, dtype_name
 from quantcore.quantizers.calibrated import CalibratedQuantizer
 from quantcore_fp8.format import ROW_INPUT, STATIC_INPUT, TENSOR, Fp8
 from quantcore_fp8.format_fp4 import Fp4Expert
+from quantcore_fp8.format_stack import Fp8Stack
 from quantcore_fp8.fp8.config import MX_BLOCK, FineGrainedFP8Config
+from quantcore_fp8.names import STACK
 
 if TYPE_CHECKING:
     from quantcore.calibration.block import Block
@@ -40,7 +42,7 @@ class Fp8Quantizer(CalibratedQuantizer):
             return Fp4Expert(activation=input_rounding(config), dtype=dtype)
         is_vllm, has_exponents = config.dialect == "vllm", config.scale_fmt == "ue8m0"
         scalar = 0 if is_vllm or self.needs_data else 2
-        return Fp8(
+        return (Fp8Stack if STACK.search(name) else Fp8)(
             block=config.block or TENSOR,
             scale="weight_scale" if is_vllm else "weight_scale_inv",
             scale_dtype="float8_e8m0fnu" if has_exponents else "uint8" if _is_mx(config) else "float32",

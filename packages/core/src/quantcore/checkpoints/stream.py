@@ -94,7 +94,7 @@ def misfits(model: nn.Module, checkpoint: Checkpoint, besides: Collection[str] =
     prefixes = tuple(f"{module}." for module in besides)
     targets = {name: slot for name, slot in slots(model).items() if not name.startswith(prefixes)}
     headers = {name: header for name, header in checkpoint.headers.items() if not name.startswith(prefixes)}
-    ignored = _ignored(model, "_keys_to_ignore_on_load_unexpected")
+    ignored = surplus_test(model)
     optional = _ignored(model, "_keys_to_ignore_on_load_missing")
     filled = {id(targets[name].tensor) for name in headers if name in targets}
     missing = [
@@ -149,6 +149,20 @@ def _assign(places: list[Slot], tensor: Tensor) -> None:
 
 def _persistent_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     return {name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set}
+
+
+def surplus_test(model: nn.Module) -> Callable[[str], bool]:
+    """A test for names of tensors that a model does not need: those that its class says, and layers after its last.
+
+    Layers that predict further tokens are stored so ("num_nextn_predict_layers" of a config of transformers), and no
+    architecture there runs them.
+    """
+    ignored, config = _ignored(model, "_keys_to_ignore_on_load_unexpected"), getattr(model, "config", None)
+    first, count = (getattr(config, name, None) for name in ("num_hidden_layers", "num_nextn_predict_layers"))
+    if not isinstance(first, int) or not isinstance(count, int):
+        return ignored
+    after = re.compile(rf"(^|\.)layers\.({'|'.join(map(str, range(first, first + count)))})\.")
+    return lambda name: ignored(name) or (count > 0 and after.search(name) is not None)
 
 
 def _ignored(model: nn.Module, attribute: str) -> Callable[[str], bool]:

@@ -111,11 +111,11 @@ class WeightFormat:
         return self.dequantize(parts, (len(rows), *shape[1:]), dtype)
 
     def expert(
-        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], index: int
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], index: int, transposed: bool
     ) -> tuple[WeightFormat, dict[str, Tensor]] | None:
         """Format and operands of one expert of a 3-D weight, as a matrix [N, K] with a `linear` of its own.
 
-        None, the default: an expert is multiplied as `dequantize_rows` gives it.
+        transposed: the weight is [E, K, N]. None, the default: an expert is multiplied as `dequantize_rows` gives it.
         """
         return None
 

@@ -43,7 +43,7 @@ class QuantizedStack(QuantizedModule):
     def run(self, index: int, x: Tensor, transposed: bool) -> Tensor:
         """x [..., K] times the matrix of one expert, as its own format defines it, else in the dtype for computing."""
         operands = dict(zip(self.format.operand_names(self.shape), self.operands, strict=True))
-        part = self.format.expert(operands, self.shape, index)
+        part = self.format.expert(operands, self.shape, index, transposed)
         if part is not None:
             shape = (self.shape[2], self.shape[1]) if transposed else (self.shape[1], self.shape[2])
             return part[0].linear(x, part[1], None, shape)

@@ -20,8 +20,8 @@ from quantcore.nn.experts import FusedWeight, QuantizedExperts, fused_weights
 from quantcore.nn.module import QuantizedModule
 from quantcore.nn.replace import quantized_modules
 from quantcore.quantizers.base import HfQuantizer
-from quantcore.quantizers.stacks import quantize_stacks
 from quantcore.quantizers.plan import PlannedLayer, report_plan
+from quantcore.quantizers.stacks import quantize_stacks
 from quantcore.quantizers.weight import WeightQuantizer
 
 logger = logging.getLogger(__name__)

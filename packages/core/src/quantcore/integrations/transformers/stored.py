@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers.core_model_loading import WeightConverter
 
 from quantcore.checkpoints.devices import is_on_disk
 from quantcore.checkpoints.read import Checkpoint
-from quantcore.checkpoints.stream import slots
+from quantcore.checkpoints.stream import slots, surplus_test
 from quantcore.errors import CheckpointError
 from quantcore.formats.base import describe
 from quantcore.integrations.transformers.conversion import (
@@ -140,14 +139,14 @@ class StoredLoad:
     def _check_surplus(self, checkpoint: Checkpoint, conversions: Iterable[Any]) -> None:
         """Raise for tensors that belong to a layer of the model and that nothing reads: a scale that is not applied."""
         converters = [copy.deepcopy(entry) for entry in conversions if isinstance(entry, WeightConverter)]
-        patterns = list(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        ignored = surplus_test(self.model)
         known = set(self.model.state_dict())
         unread = [
             name
             for name in checkpoint.headers
             if name not in known
             and _is_part_of_a_layer(name, self.model)
-            and not any(re.search(pattern, name) for pattern in patterns)
+            and not ignored(name)
             and not any(converter.rename_source_key(name)[1] for converter in converters)
         ]
         faults = [
