@@ -8,8 +8,9 @@ import torch
 from quantcore.kernels.triton import launch
 from quantcore.kernels.triton.checks import check_dequantize, check_linear
 from quantcore_gptq.awq.decode import decoder_for
-from quantcore_gptq.awq.format import Awq
+from quantcore_gptq.awq.format import Awq, AwqMarlin
 
+MARLIN = [(AwqMarlin(128), (256, 256)), (AwqMarlin(128), (256, 128)), (AwqMarlin(-1, "bfloat16"), (256, 128))]
 FORMATS = [
     (Awq(group_size=32), (40, 96)),
     (Awq(group_size=-1, scale_dtype="bfloat16", zero_point=False), (8, 48)),
@@ -28,6 +29,16 @@ IDS = [f"{form.version}-{form.bits}-{form.group_size}" for form, _ in FORMATS]
 @pytest.mark.parametrize(("weight_format", "shape"), FORMATS, ids=IDS)
 def test_dequantize_gives_the_formats_own_numbers(weight_format: Awq, shape: tuple[int, int]) -> None:
     check_dequantize(weight_format, decoder_for(weight_format), shape, torch.float32)
+
+
+@pytest.mark.parametrize(("weight_format", "shape"), MARLIN, ids=["groups", "one-group", "rows"])
+def test_marlin_gives_the_formats_own_numbers(weight_format: AwqMarlin, shape: tuple[int, int]) -> None:
+    check_dequantize(weight_format, decoder_for(weight_format), shape, torch.float32)
+
+
+def test_marlin_gemv_matches_reference() -> None:
+    weight_format = AwqMarlin(128)
+    check_linear(launch.gemv, weight_format, decoder_for(weight_format), torch.randn(2, 256).half(), 256)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -45,7 +45,15 @@ def test_every_layout_compiles(version: str) -> None:
     assert [spilled_bytes(kernel) for kernel in kernels] == [0]
 
 
+def test_marlin_compiles_without_spills() -> None:
+    weight_format, shape = AwqMarlin(128), (256, 256)
+    operands, decoder = list(quantized(weight_format, shape).values()), decoder_for(weight_format)
+    x = torch.zeros(1, shape[1], dtype=torch.float16)
+    kernels = compile_launches("sm_90", lambda: launch.gemv(x, operands, None, decoder, shape[0]))
+    assert {kernel.name: spilled_bytes(kernel) for kernel in kernels} == {kernel.name: 0 for kernel in kernels} != {}
+
+
 def test_other_formats_have_no_decoder() -> None:
     assert decoder_for(WeightFormat()) is None
     assert decoder_for(Awq(scale_dtype="float64")) is None
-    assert decoder_for(AwqMarlin(128)) is None
+    assert decoder_for(AwqMarlin(128, "float64")) is None

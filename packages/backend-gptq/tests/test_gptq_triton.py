@@ -13,8 +13,12 @@ from quantcore.formats.base import WeightFormat
 from quantcore.kernels.triton import launch
 from quantcore.kernels.triton.aot import compile_launches, count_instructions, spilled_bytes
 from quantcore.kernels.triton.checks import quantized, run_in_interpreter
+from quantcore_gptq.awq.decode import decoder_for as awq_decoder
+from quantcore_gptq.awq.format import AwqMarlin
 from quantcore_gptq.gptq.decode import decoder_for
 from quantcore_gptq.gptq.format import Gptq
+from quantcore_gptq.marlin import Marlin
+from quantcore_gptq.marlin_decode import marlin_decoder
 
 SHAPE = (128, 256)
 
@@ -57,6 +61,10 @@ def test_tiles_load_less_than_gather() -> None:
         kernel = compile_launches("sm_90", lambda o=operands, d=decoder: launch.gemv(x, o, None, d, shape[0]))[0]
         loads.append(count_instructions(kernel, r"ld\.global"))
     assert loads[0] * 2 <= loads[1]
+
+
+def test_marlin_is_decoded_whichever_method_names_its_tensors() -> None:
+    assert decoder_for(Marlin(128)) == marlin_decoder(Marlin(128)) == awq_decoder(AwqMarlin(128))
 
 
 def test_other_formats_have_no_decoder() -> None:

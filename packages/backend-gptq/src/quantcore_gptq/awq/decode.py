@@ -15,6 +15,8 @@ from quantcore.kernels.triton.decoder import Decoder, Words, places
 from quantcore.kernels.triton.rounding import rounded
 from quantcore_gptq.awq.format import Awq
 from quantcore_gptq.awq.versions import INTERLEAVE
+from quantcore_gptq.marlin import Marlin
+from quantcore_gptq.marlin_decode import marlin_decoder
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -150,6 +152,8 @@ _DECODERS: dict[str, tuple[Any, Any]] = {
 @cache
 def decoder_for(weight_format: WeightFormat) -> Decoder | None:
     """The decoder of a format with scales in float32, bfloat16 or float16; None for any other."""
+    if isinstance(weight_format, Marlin):
+        return marlin_decoder(weight_format)
     if not isinstance(weight_format, Awq):
         return None
     dtype = float_dtype(weight_format.scale_dtype, "scale_dtype")

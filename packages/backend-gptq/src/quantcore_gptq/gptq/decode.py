@@ -15,6 +15,8 @@ from quantcore.formats.packing import PLANES
 from quantcore.kernels.triton.decoder import Decoder, Words, places
 from quantcore.kernels.triton.rounding import rounded
 from quantcore_gptq.gptq.format import Gptq
+from quantcore_gptq.marlin import Marlin
+from quantcore_gptq.marlin_decode import marlin_decoder
 
 _MOST_CODES = 16  # that a word's order can say
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -114,6 +116,8 @@ def load_word(pointers, D: tl.constexpr):
 @cache
 def decoder_for(weight_format: WeightFormat) -> Decoder | None:
     """The decoder of a format with scales in float32, bfloat16 or float16; None for any other."""
+    if isinstance(weight_format, Marlin):
+        return marlin_decoder(weight_format)
     if not isinstance(weight_format, Gptq):
         return None
     dtype = float_dtype(weight_format.scale_dtype, "scale_dtype")
