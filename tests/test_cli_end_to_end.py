@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -220,6 +221,48 @@ def test_a_text_in_another_encoding_is_told(made: Made, tmp_path: Path) -> None:
     result = cli("eval", made.folder, "--text", tmp_path / "latin")
     assert result.code == 1
     assert "is no UTF-8 text: byte 2 cannot be read" in result.err
+
+
+# Bad input
+
+
+def test_device_that_is_none_is_told_before_any_weight_is_read(tmp_path: Path) -> None:
+    result = cli("quantize", MODEL, tmp_path / "out", "--method", "hqq", "--device", "nonsense")
+    assert result.code == 1
+    assert "'nonsense' for the model is no device; use 'cpu', 'cuda:0' or 'auto'" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[]", "config.json: expected a JSON object, got list"),
+        ("{", "config.json: not valid JSON"),
+        ('{"model_type": "llama", "hidden_size": "many"}', "config.json is no config of transformers"),
+        ('{"model_type": "llama", "quantization_config": [1]}', "quantization_config must be a dict, got list"),
+    ],
+    ids=["list", "broken", "field", "quantization"],
+)
+@pytest.mark.parametrize("verb", ["eval", "quantize"])
+def test_config_json_that_is_none_is_one_error(verb: str, content: str, reason: str, tmp_path: Path) -> None:
+    shutil.copytree(MODEL, tmp_path / "bad")
+    (tmp_path / "bad" / "config.json").write_text(content)
+    flags = {"eval": ["--text", TEXT], "quantize": [tmp_path / "out", "--method", "hqq"]}
+    result = cli(verb, tmp_path / "bad", *flags[verb])
+    assert result.code == 1
+    assert reason in result.err
+    assert result.err.splitlines()[-1].startswith("Error: ")
+
+
+def test_folder_whose_config_names_another_method_is_not_converted(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.folder, tmp_path / "bad")
+    config = json.loads((tmp_path / "bad" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "bad" / "config.json").write_text(json.dumps(config))
+    result = cli("convert", tmp_path / "bad", tmp_path / "out", "--to", "awq")
+    assert result.code == 1
+    assert "no layer is stored by gptq, as quantization_config says" in result.err
+    assert not (tmp_path / "out").exists()
 
 
 # Comparing

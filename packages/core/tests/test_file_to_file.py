@@ -187,5 +187,5 @@ def test_conversion_to_float_dequantizes(quantized: Path, build_model: Build, tm
 
 
 def test_float_folder_is_not_converted(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="float is not quantized; use quantize_checkpoint"):
+    with pytest.raises(ValueError, match="float is not quantized; use quantcore quantize"):
         quantcore.convert(folder, tmp_path / "out", "tiny-int8")

@@ -158,7 +158,7 @@ def test_an_unknown_key_of_a_config_file_is_told(cli: Cli, method: str, source: 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [("{", "cannot read"), ("[1]", "holds no JSON object"), ('{"quant_method": "hqq"}', "--config is for hqq")],
+    [("{", "is not JSON"), ("[1]", "holds no JSON object"), ('{"quant_method": "hqq"}', "--config is for hqq")],
     ids=["no JSON", "a list", "another method"],
 )
 def test_a_config_file_that_cannot_serve_is_a_usage_error(
@@ -266,3 +266,13 @@ def test_force_replaces_no_file(tmp_path: Path) -> None:
 
 def test_an_empty_folder_may_be_replaced(tmp_path: Path) -> None:
     check_target(tmp_path, "elsewhere", force=True)
+
+
+def test_output_below_a_file_is_told_before_the_work(cli: Cli, method: str, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = cli("quantize", source, tmp_path / "file" / "out", "--method", method)
+    assert result.code == 1
+    assert result.err == (
+        f"Error: {tmp_path / 'file' / 'out'} cannot be made, for {tmp_path / 'file'} is no folder; "
+        "choose another folder\n"
+    )

@@ -68,7 +68,7 @@ def convert(
         for name, tensors in _modules(checkpoint):
             for suffix, tensor in converter.convert(name, tensors).items():
                 shards.add(f"{name}.{suffix}" if name else suffix, tensor)
-        converter.check_lossless(checkpoint.directory)
+        converter.check_done(checkpoint.directory)
         shards.finish()
         write_json(with_quantization(config_json, converter.done.config, converter.dtype), directory / "config.json")
         copy_companions(checkpoint.directory, directory)
@@ -82,6 +82,7 @@ class _Converter:
         self, reader: WeightQuantizer, writer: WeightQuantizer | None, dtype: torch.dtype | None, allow_lossy: bool
     ) -> None:
         self.reader, self.writer, self.dtype, self.allow_lossy = reader, writer, dtype, allow_lossy
+        self.found = 0  # layers with a quantized weight
         self.done = Conversion(None if writer is None else writer.quantization_config.to_dict())
 
     def convert(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -91,6 +92,7 @@ class _Converter:
         found = None if is_plain(tensors.values()) else self.reader.stored_weight(name, stored, self.dtype)
         if found is None:
             return tensors
+        self.found += 1
         weight = QuantizedWeight(found[0], stored, found[1])
         if self.writer is None:
             return {"weight": weight.dequantize(self.dtype), **bias}
@@ -102,8 +104,12 @@ class _Converter:
             new = self._rounded(name, weight, self.writer) if self.allow_lossy else {}
         return {**new, **bias}
 
-    def check_lossless(self, source: Path) -> None:
-        """Raise LossyConversionError when a layer changed its values, and that was not allowed."""
+    def check_done(self, source: Path) -> None:
+        """Raise ValueError when no layer was found, LossyConversionError when one changed and that is not allowed."""
+        if not self.found:
+            raise ValueError(
+                f"{source}: no layer is stored by {self.reader._method()}, as quantization_config says; correct that"
+            )
         if self.done.lossy and not self.allow_lossy:
             reasons = "\n".join(f"{name}: {reason}" for name, reason in self.done.lossy.items())
             raise LossyConversionError(
@@ -141,7 +147,7 @@ def _format_for(
 def _reader(checkpoint: Checkpoint, config_json: Mapping[str, Any]) -> WeightQuantizer:
     found = quantization_dict(config_json)
     if found is None:
-        raise ValueError(f"{checkpoint.directory} is not quantized; use quantize_checkpoint")
+        raise ValueError(f"{checkpoint.directory} is not quantized; use quantcore quantize, or quantize_checkpoint")
     return _weight_quantizer(found)
 
 

@@ -70,7 +70,9 @@ def place(model: nn.Module, device_map: Any, quantizer: HfQuantizer | None = Non
         device_map = _infer(model, device_map, quantizer)
     if not isinstance(device_map, dict):
         device_map = {"": "cpu" if device_map is None else device_map}
-    return Placement({name: _device(device, name) for name, device in device_map.items()})
+    return Placement(
+        {name: DISK if device == DISK else usable_device(device, name) for name, device in device_map.items()}
+    )
 
 
 def _infer(model: nn.Module, strategy: str, quantizer: HfQuantizer | None) -> dict[str, Any]:
@@ -89,10 +91,9 @@ def _infer(model: nn.Module, strategy: str, quantizer: HfQuantizer | None) -> di
     return inferred
 
 
-def _device(device: Any, name: str) -> torch.device | str:
+def usable_device(device: Any, name: str = "") -> torch.device:
+    """A device by name, for a module of this name; ValueError for what is no device, or is not available here."""
     where = name or "the model"
-    if device == DISK:
-        return DISK
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:

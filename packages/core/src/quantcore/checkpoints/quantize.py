@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantcore.checkpoints.devices import usable_device
 from quantcore.checkpoints.files import copy_companions, with_quantization, write_json
 from quantcore.checkpoints.model import build_skeleton
 from quantcore.checkpoints.names import fit_names, name_in_checkpoint
@@ -47,6 +48,7 @@ def quantize_checkpoint(
     Raises ValueError for a source that is quantized already, and naming the tensor for one that holds NaN or inf;
     nothing is written then. Raises for target what `save` raises.
     """
+    place = usable_device(device)
     checkpoint = Checkpoint(source)
     config_json = read_config(checkpoint.directory)
     check_float(checkpoint.directory, config_json)
@@ -68,7 +70,7 @@ def quantize_checkpoint(
     rename = name_in_checkpoint(skeleton)
     with atomic_directory(target, overwrite) as directory:
         shards = ShardWriter(directory, parse_size(max_shard_size), map(rename, _names(checkpoint, skeleton, layers)))
-        for name, tensor in _quantized(checkpoint, skeleton, layers, torch.device(device), wanted):
+        for name, tensor in _quantized(checkpoint, skeleton, layers, place, wanted):
             shards.add(rename(name), tensor)
         shards.finish()
         content = with_quantization(config_json, quantizer.quantization_config.to_dict(), wanted)

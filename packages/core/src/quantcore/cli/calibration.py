@@ -57,6 +57,8 @@ def calibration_from(
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise click.UsageError(f"this method takes no calibration data; leave {flags} out")
         return None
+    if file is not None:
+        Path(file).open().close()  # what cannot be read is told before any work
     data = quantizer.default_data if file is None else Path(file)
     if data is None:
         raise click.UsageError("this method calibrates: flag --calibration is missing, a file of UTF-8 text")

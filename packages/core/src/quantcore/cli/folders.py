@@ -9,9 +9,14 @@ from pathlib import Path
 def check_target(target: Path, source: str, force: bool) -> None:
     """Raise, before any work is done, when a result may not be written to target.
 
-    An existing folder needs force, and even then must be empty or hold a checkpoint, and not be or hold the source.
+    A new one must lie in a folder that can be written. An existing folder needs force, and even then must be empty or
+    hold a checkpoint, and not be or hold the source.
     """
     if not os.path.lexists(target):
+        parent = next(folder for folder in target.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            reason = "cannot be written" if parent.is_dir() else "is no folder"
+            raise ValueError(f"{target} cannot be made, for {parent} {reason}; choose another folder")
         return
     if not force:
         raise FileExistsError(f"{target} exists; choose another folder, or replace it with --force")

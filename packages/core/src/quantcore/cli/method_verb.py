@@ -116,8 +116,10 @@ def read_config_file(path: str | None) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise click.BadParameter(f"cannot read {path}: {error}", param_hint="--config") from error
+    except OSError as error:
+        raise click.BadParameter(f"cannot read {path}: {error.strerror}", param_hint="--config") from error
+    except ValueError as error:
+        raise click.BadParameter(f"{path} is not JSON: {error}", param_hint="--config") from error
     if isinstance(content, dict):
         content = content.get("quantization_config", content)
     if not isinstance(content, dict):

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from quantcore._optional import require
+from quantcore.errors import CheckpointError
 
 
 def build_model(directory: Path) -> nn.Module:
     """The model that config.json's `architectures` names, with the weights of whatever device context is active.
 
-    Raises MissingExtraError without transformers, ValueError for an architecture that it does not have.
+    Raises MissingExtraError without transformers, ValueError for an architecture that it does not have,
+    CheckpointError for a config.json that it does not take.
     """
     transformers = require("transformers", "transformers")
-    config = transformers.AutoConfig.from_pretrained(directory)
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} has no config.json, which names the architecture; put the model's own there")
+    with _config_errors(directory):
+        config = transformers.AutoConfig.from_pretrained(directory)
     vars(config).pop("quantization_config", None)
     names = config.architectures or []
     cls = getattr(transformers, names[0], None) if names else transformers.AutoModelForCausalLM
@@ -36,7 +43,20 @@ def load_tokenizer(directory: Path) -> Any:
     Raises MissingExtraError without transformers, ValueError when the folder holds none that can be loaded.
     """
     transformers = require("transformers", "transformers")
+    with _config_errors(directory):
+        try:
+            return transformers.AutoTokenizer.from_pretrained(directory)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{directory} holds no tokenizer that loads; copy the model's tokenizer there") from error
+
+
+@contextlib.contextmanager
+def _config_errors(directory: Path) -> Iterator[None]:
+    """A block in which values that a config class refuses are a CheckpointError that names the file."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
-        return transformers.AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{directory} holds no tokenizer that loads; copy the model's tokenizer there") from error
+        yield
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{directory / 'config.json'} is no config of transformers: {reason}") from error
