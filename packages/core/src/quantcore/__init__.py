@@ -1,4 +1,15 @@
-"""Quantization of PyTorch models: every method a plugin, one framework for loading, saving and running them."""
+"""Quantization of PyTorch models: every method a plugin, one framework for loading, saving and running them.
+
+    import quantcore as qc
+
+    model = qc.load("folder")  # float or quantized
+    qc.quantize(model, {"quant_method": "hqq", "nbits": 4})  # any nn.Module, in place
+    qc.save(model, "folder-hqq")  # what the upstream tool reads
+    qc.dequantize(model)
+
+`methods` lists what is installed, `quantize_checkpoint` and `convert` go from folder to folder, `nn.QuantizedLinear` is a
+single layer. `WeightFormat`, `WeightQuantizer`, `QuantizationConfigMixin` and `Backend` are what a method is made of.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +76,7 @@ _TARGETS = {
 }
 
 _attribute, __dir__ = _lazy.attributes(__name__, _TARGETS)
+__all__ = list(_TARGETS)  # `help` shows these
 
 
 def __getattr__(name: str) -> Any:

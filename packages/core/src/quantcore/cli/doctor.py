@@ -59,16 +59,26 @@ def _backend(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _kernels(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each format and device; numbers of tokens with the same answer share one."""
+    """Which kernel serves which formats of a method, in as few lines as tell them apart; then why others do not."""
     answers: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
-        answer = "; ".join(f"{name}: {reason}" for name, reason in row["others"].items()) or "there is no other"
-        key = (row["method"], row["label"], row["device"], row["kernel"] or "none", answer)
+        key = (row["method"], row["label"], row["device"], row["kernel"] or "none")
         answers.setdefault(key, []).append(str(row["M"]))
-    if not answers:
-        return []
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for (method, label, device, kernel), tokens in answers.items():
+        groups.setdefault((method, device, " and ".join(tokens), kernel), []).append(label)
     lines = [
-        (method, label, device, " and ".join(tokens), kernel, answer)
-        for (method, label, device, kernel, answer), tokens in answers.items()
+        (method, labels[0] if len(labels) == 1 else f"{len(labels)} formats", *rest)
+        for (method, *rest), labels in groups.items()
     ]
-    return aligned([("method", "format", "device", "tokens", "kernel", "why not another"), *lines])
+    return [*aligned([("method", "format", "device", "tokens", "kernel"), *lines]), *_refusals(rows)] if lines else []
+
+
+def _refusals(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each reason for which kernels are not chosen; --json has them for each format."""
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for name, reason in row["others"].items():
+            reasons.setdefault(reason, {})[name] = None
+    lines = [f"  {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return ["why not another, somewhere (--json says where):", *lines] if lines else []
