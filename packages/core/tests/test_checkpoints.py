@@ -22,7 +22,7 @@ import quantcore
 from quantcore.checkpoints.devices import place
 from quantcore.checkpoints.read import INDEX_NAME, SINGLE_NAME, Checkpoint, quantization_dict
 from quantcore.checkpoints.stream import surplus_test
-from quantcore.checkpoints.write import parse_size
+from quantcore.checkpoints.write import parse_size, write_tensors
 from quantcore.errors import CheckpointError
 from quantcore.nn import QuantizedLinear
 
@@ -759,6 +759,11 @@ def test_companions_are_copied_but_not_the_weights(build_model: Build, saved: Pa
 def test_companions_do_not_replace_the_new_config(build_model: Build, saved: Path, tmp_path: Path) -> None:
     quantcore.save(build_model(), tmp_path / "out", companions_from=saved)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {}
+
+
+def test_tensor_of_one_element_is_saved_whatever_its_strides(tmp_path: Path) -> None:
+    write_tensors({"scale": torch.tensor([3.0, 4.0]).as_strided((1, 1), (1, 7))}, tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["scale"].tolist() == [[3.0]]
 
 
 def test_non_contiguous_tensors_are_saved_as_their_values(build_model: Build, tmp_path: Path) -> None:

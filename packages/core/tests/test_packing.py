@@ -128,3 +128,20 @@ def test_words_are_packed_along_any_dimension_of_a_stack() -> None:
 def test_words_may_be_strided() -> None:
     words = torch.stack([pack_words(random_codes(4, 64).view(16, 4), stream_layout(4))] * 2, -1)[..., 0]
     assert torch.equal(unpack_words(words, stream_layout(4), 16), random_codes(4, 64).view(16, 4))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_codes_that_fill_bytes_are_packed_as_any_others(bits: int) -> None:
+    codes = torch.randint(1 << bits, (3, 5, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    expected = pack_words(codes.movedim(-1, 0), stream_layout(bits)).movedim(0, -1)
+    shifted = torch.cat([codes.new_zeros(1), codes.flatten()])[1:].view_as(codes)  # memory that no integer may begin in
+    for given in (codes, shifted, codes.transpose(0, 1).contiguous().transpose(0, 1)):
+        words = pack_words(given, stream_layout(bits), -1)
+        assert torch.equal(words, expected)
+        assert words.data_ptr() != given.data_ptr()
+        assert torch.equal(unpack_words(words, stream_layout(bits), 64, -1), codes)
+
+
+def test_one_word_of_odd_strides_is_unpacked() -> None:
+    word = torch.tensor([[0x76543210, 0]], dtype=torch.int32)[:, :1].as_strided((1, 1), (1, 7))
+    assert unpack_words(word, stream_layout(4), 8, 1).tolist() == [list(range(8))]

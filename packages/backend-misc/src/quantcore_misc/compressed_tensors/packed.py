@@ -33,6 +33,7 @@ class PackedWeight(CompressedWeight):
     """
 
     family: ClassVar[str | None] = "affine"
+    rows_in: ClassVar[str | None] = "weight_packed"
 
     is_padded: bool = False
     plain_zero: bool = False
@@ -84,8 +85,10 @@ class PackedWeight(CompressedWeight):
         return {**tensors, "weight_shape": torch.tensor(shape, dtype=stored.dtype, device=stored.device)}
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
-        words = pack_words(self._shift(codes), self.layout, dim=1)
-        return {"weight_packed": words, "weight_shape": torch.tensor(codes.shape, device=codes.device)}
+        return {**super().pack(codes), "weight_shape": torch.tensor(codes.shape, device=codes.device)}
+
+    def pack_rows(self, codes: Tensor) -> Tensor:
+        return pack_words(self._shift(codes), self.layout, dim=1)
 
     def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         codes = unpack_words(tensors["weight_packed"], self.layout, shape[1], dim=1)
@@ -103,6 +106,7 @@ class PackedWeight(CompressedWeight):
 
     def quantize_under(self, weight: Tensor, global_scale: Tensor | None = None) -> dict[str, Tensor]:
         tensors = super().quantize_under(weight, global_scale)
+        tensors["weight_shape"] = torch.tensor(weight.shape, device=weight.device)
         if self.has_index:
             tensors["weight_g_idx"] = self._runs(tuple(weight.shape), weight.device)
         return tensors
@@ -193,6 +197,8 @@ class SmallFloatWeight(CompressedWeight):
     largest: magnitude from which the global scale is made when quantizing; None takes that of the weight itself.
     """
 
+    rows_in: ClassVar[str | None] = "weight_packed"
+
     largest: float | None = None
 
     def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
@@ -204,8 +210,8 @@ class SmallFloatWeight(CompressedWeight):
     def splits(self) -> tuple[bool, bool]:
         return True, self._is_fp4
 
-    def pack(self, codes: Tensor) -> dict[str, Tensor]:
-        return {"weight_packed": codes if self._is_fp4 else pack_fp6(codes)}
+    def pack_rows(self, codes: Tensor) -> Tensor:
+        return codes if self._is_fp4 else pack_fp6(codes)
 
     def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         packed = tensors["weight_packed"]

@@ -20,6 +20,7 @@ class IntegerWeight(CompressedWeight):
     """Formats int-quantized and naive-quantized: codes of up to 8 bits in int8."""
 
     family: ClassVar[str | None] = "affine"
+    rows_in: ClassVar[str | None] = "weight"
 
     @classmethod
     def holds(cls, tensors: Mapping[str, Tensor]) -> bool:
@@ -27,9 +28,6 @@ class IntegerWeight(CompressedWeight):
 
     def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         return (self.code_spec("weight", torch.int8, tuple(shape)),)
-
-    def pack(self, codes: Tensor) -> dict[str, Tensor]:
-        return {"weight": codes}
 
     def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         return tensors["weight"]
@@ -45,15 +43,14 @@ class IntegerWeight(CompressedWeight):
 class FloatWeight(CompressedWeight):
     """Formats float-quantized, naive-quantized and mxfp8-quantized: codes in float8."""
 
+    rows_in: ClassVar[str | None] = "weight"
+
     @classmethod
     def holds(cls, tensors: Mapping[str, Tensor]) -> bool:
         return has_dtype(tensors, "weight", torch.float8_e4m3fn)
 
     def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         return (self.code_spec("weight", torch.float8_e4m3fn, tuple(shape)),)
-
-    def pack(self, codes: Tensor) -> dict[str, Tensor]:
-        return {"weight": codes}
 
     def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         return tensors["weight"]

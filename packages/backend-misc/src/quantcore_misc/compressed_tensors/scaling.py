@@ -5,14 +5,15 @@ Each step rounds to the weight's own dtype, which is what makes scales and codes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from quantcore.formats.activation import abs_max
 from quantcore.formats.base import Description
-from quantcore.formats.blocks import PIECE, block_abs_max, grid, row_pieces
+from quantcore.formats.blocks import block_abs_max, grid, row_pieces
 from quantcore.formats.minifloat import (
     E4M3,
     MiniFloat,
@@ -25,9 +26,13 @@ from quantcore.formats.minifloat import (
     minifloat,
     pack_fp4,
 )
+from quantcore.threads import share_out
 
 NVFP4_RANGE = 6.0 * E4M3.maximum
 _FLOAT16_ZERO_GROUP = 127  # the byte of 1: upstream's power of two is 0 in float16, and is replaced
+_SCALE_DTYPES = {"e8m0": torch.uint8, "nvfp4": torch.float8_e4m3fn}
+_SIGN = -(1 << 15)  # of 16 bits
+_TILE = 1 << 18  # elements that one thread works on at a time; they stay in a core's cache
 _SMALLEST_E4M3_SCALE = 0.125  # float8's eps, which stands in for a scale of 0
 
 
@@ -66,6 +71,11 @@ class Scaling(Description):
         return -self.minifloat.maximum, self.minifloat.maximum
 
     @property
+    def scale_dtype(self) -> torch.dtype | None:
+        """Of stored scales; None for that of the weight."""
+        return _SCALE_DTYPES.get(self.scales)
+
+    @property
     def code_dtype(self) -> torch.dtype:
         return torch.int8 if self.is_integer else self.minifloat.dtype or torch.uint8
 
@@ -93,21 +103,52 @@ class Scaling(Description):
         Codes are int8, float8, or uint8 with the bits of a smaller float; 4-bit floats are packed, [N, K / 2]. Zeros
         are int8, None when symmetric. global_scale: one to use instead of the weight's own.
         """
-        scale, zero, global_scale = self._scales(weight, global_scale)
-        return self.encode(weight, scale, zero, global_scale), scale, zero, global_scale
+        shape = tuple(weight.shape)
+        columns = shape[1] // 2 if self.element == "e2m1" else shape[1]
+        codes = torch.empty((shape[0], columns), dtype=self.code_dtype, device=weight.device)
+        return codes, *self.quantize_tiles(weight, codes.__setitem__, global_scale)
+
+    def quantize_tiles(
+        self, weight: Tensor, take: Callable[[slice, Tensor], None], global_scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Scales, zeros and the global scale as `quantize` gives them; take(rows, codes) is called for some rows at a
+        time, on a CPU from several threads.
+        """
+        shape, whole = tuple(weight.shape), self.rows == 0
+        if self.scales == "nvfp4" and global_scale is None:
+            global_scale = nvfp4_global_scale(_abs_max(weight))
+        if whole:
+            scale, zero = self.scales_of(weight, global_scale)
+        else:
+            scale = torch.empty(self.grid(shape), dtype=self.scale_dtype or weight.dtype, device=weight.device)
+            zero = None if self.is_symmetric else torch.empty_like(scale, dtype=torch.int8)
+
+        def quantize(tile: tuple[slice, slice]) -> None:
+            rows, blocks = tile
+            if not whole:
+                scale[blocks], shift = self.scales_of(weight[rows], global_scale)
+                if zero is not None:
+                    zero[blocks] = shift
+            shift = None if zero is None else zero[blocks]
+            take(rows, self._encode_tile(weight[rows], scale[blocks], shift, global_scale))
+
+        share_out(quantize, self._tiles(shape), weight.device)
+        return scale, zero, global_scale
 
     def encode(self, weight: Tensor, scale: Tensor, zero: Tensor | None, global_scale: Tensor | None) -> Tensor:
         """Codes [N, K] of a weight under given scales; 4-bit floats two in a byte, [N, K / 2]."""
-        columns = weight.shape[1] // 2 if self.element == "e2m1" else weight.shape[1]
-        codes = torch.empty((weight.shape[0], columns), dtype=self.code_dtype, device=weight.device)
-        factors = self.factors(scale, global_scale, self.work_dtype(weight.dtype))
-        for rows, blocks in self._tiles(weight.shape):
-            tile = weight[rows].to(factors.dtype)
-            values = self._each(torch.div, tile, factors[blocks])
-            if zero is not None:
-                values = self._each(torch.add, values, zero[blocks].to(values.dtype))
-            codes[rows] = self._round(values)
-        return codes
+        tiles = (
+            self._encode_tile(weight[rows], scale[blocks], None if zero is None else zero[blocks], global_scale)
+            for rows, blocks in self._tiles(tuple(weight.shape))
+        )
+        return torch.cat(list(tiles))
+
+    def _encode_tile(self, tile: Tensor, scale: Tensor, zero: Tensor | None, global_scale: Tensor | None) -> Tensor:
+        factors = self.factors(scale, global_scale, self.work_dtype(tile.dtype))
+        values = torch.div(self._split(tile.to(factors.dtype)), factors[:, None, :, None])
+        if zero is not None:
+            values += zero[:, None, :, None]
+        return self._round(values.flatten(2).flatten(0, 1)[: tile.shape[0], : tile.shape[1]])
 
     def dequantize(
         self,
@@ -151,50 +192,51 @@ class Scaling(Description):
         return codes.to(dtype) if self.is_integer else decode(codes, self.minifloat, dtype)
 
     def _round(self, values: Tensor) -> Tensor:
+        """Codes of values, which are overwritten."""
         if self.is_integer:
-            return values.clamp_(*self.bounds).round_()
+            return values.clamp_(*self.bounds).round_().to(torch.int8)
+        if self.minifloat.dtype is not None:
+            return values.clamp_(*self.bounds).to(self.minifloat.dtype)
         codes = encode(values, self.minifloat)
         return pack_fp4(codes) if self.element == "e2m1" else codes
 
-    def _scales(self, weight: Tensor, global_scale: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Scales, zeros and global scale for a weight."""
+    def scales_of(self, weight: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Scales and zeros [grid] for a weight, or for rows of one that are whole blocks."""
         if not self.is_symmetric:
-            return (*self._asymmetric_scales(weight), None)
+            return self._asymmetric_scales(weight)
         amax = block_abs_max(weight, self.block(tuple(weight.shape)))
         if self.scales == "e8m0":
             rule = "even_fp4" if self.minifloat is E4M3 else "even"
             zero = _FLOAT16_ZERO_GROUP if weight.dtype == torch.float16 else 0
-            return e8m0_codes(amax, self.minifloat, rule, zero=zero), None, None
+            return e8m0_codes(amax, self.minifloat, rule, zero=zero), None
         if self.scales == "nvfp4":
-            return self._nvfp4_scales(amax, global_scale)
+            assert global_scale is not None
+            return self._nvfp4_scales(amax, global_scale), None
         least, largest = self.bounds
-        return _no_zeros(amax / ((largest - least) / 2)), None, None
+        return _no_zeros(amax / ((largest - least) / 2)), None
 
     def _asymmetric_scales(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = (weight.new_empty(self.grid(tuple(weight.shape))) for _ in range(2))
         if self.rows == 0:
-            low[0, 0], high[0, 0] = torch.aminmax(weight)
+            ends = torch.aminmax(weight)
+            low, high = ends.min.clamp(max=0).view(1, 1), ends.max.clamp(min=0).view(1, 1)
         else:
-            for rows, blocks in self._tiles(weight.shape):
-                low[blocks], high[blocks] = _ends(self._split(weight[rows]).transpose(1, 2).flatten(2))
-        low, high = low.clamp_(max=0), high.clamp_(min=0)
+            low, high = _ends(self._split(weight).transpose(1, 2).flatten(2))
         least, largest = self.bounds
         scale = (high - low) / (largest - least)
         zero = torch.nan_to_num(least - low / scale, 0.0, 0.0, 0.0).clamp_(least, largest).round_().to(torch.int8)
         return _no_zeros(scale), zero
 
-    def _nvfp4_scales(self, amax: Tensor, global_scale: Tensor | None) -> tuple[Tensor, None, Tensor]:
-        global_scale = nvfp4_global_scale(amax.max()) if global_scale is None else global_scale
+    def _nvfp4_scales(self, amax: Tensor, global_scale: Tensor) -> Tensor:
         scale = e4m3_scale(global_scale * (amax / self.minifloat.maximum).float())
         smallest = torch.tensor(_SMALLEST_E4M3_SCALE, device=amax.device).to(scale.dtype)
-        return torch.where(scale.view(torch.uint8) == 0, smallest, scale), None, global_scale
+        return torch.where(scale.view(torch.uint8) == 0, smallest, scale)
 
-    def _tiles(self, shape: torch.Size) -> Iterator[tuple[slice, slice]]:
+    def _tiles(self, shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
         """Rows, and the rows of the grid that they lie in, for each tile."""
         if self.rows == 0:
-            yield from ((rows, slice(0, 1)) for rows in row_pieces(shape))
+            yield from ((rows, slice(0, 1)) for rows in row_pieces(shape, _TILE))
             return
-        blocks = max(1, PIECE // max(1, self.rows * shape[1]))
+        blocks = max(1, _TILE // max(1, self.rows * shape[1]))
         for start in range(0, grid(shape, self.block(shape))[0], blocks):
             yield slice(start * self.rows, (start + blocks) * self.rows), slice(start, start + blocks)
 
@@ -212,18 +254,22 @@ class Scaling(Description):
         return parts.flatten(2).flatten(0, 1)[: tile.shape[0], : tile.shape[1]]
 
 
+def _abs_max(weight: Tensor) -> Tensor:
+    """The largest magnitude of a weight, 0-dimensional."""
+    found: list[Tensor] = []
+    share_out(lambda rows: found.append(abs_max(abs_max(weight[rows]))), row_pieces(weight.shape, _TILE), weight.device)
+    return abs_max(torch.stack(found)) if found else weight.new_zeros(())
+
+
 def _ends(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest of the last dimension."""
+    """The least and the largest of the last dimension, widened to hold 0."""
     if values.itemsize != 2:
-        return values.amin(-1), values.amax(-1)
-    # Halves are ordered as integers once negative ones are turned round, and integers are compared much faster.
-    keys = _ordered(values.view(torch.int16))
-    return _ordered(keys.amin(-1)).view(values.dtype), _ordered(keys.amax(-1)).view(values.dtype)
-
-
-def _ordered(bits: Tensor) -> Tensor:
-    """The bits of halves as integers of the same order; its own inverse."""
-    return (bits >> 15).bitwise_and_(0x7FFF).bitwise_xor_(bits)
+        return values.amin(-1).clamp_(max=0), values.amax(-1).clamp_(min=0)
+    # The bits of positive halves are ordered as integers, those of negative ones once their sign is turned; integers
+    # are compared much faster.
+    bits = values.view(torch.int16)
+    high, low = bits.amax(-1), bits.bitwise_xor(_SIGN).amax(-1)
+    return low.clamp_(min=0).view(values.dtype).neg_(), high.clamp_(min=0).view(values.dtype)
 
 
 def _no_zeros(scale: Tensor) -> Tensor:

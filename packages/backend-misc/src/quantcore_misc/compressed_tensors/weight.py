@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from quantcore.formats.activation import Activation
 from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
-from quantcore.threads import one_cpu_thread
 from quantcore_misc.compressed_tensors.scaling import Scaling
 
-_SCALE_DTYPES = {"e8m0": torch.uint8, "nvfp4": torch.float8_e4m3fn}
 _OPTIMIZED_ZERO_SCALE = 1.0
 
 
@@ -22,11 +21,14 @@ _OPTIMIZED_ZERO_SCALE = 1.0
 class CompressedWeight(WeightFormat):
     """Codes under block scales. Subclasses say how codes are stored: `code_specs`, `pack` and `unpack`.
 
+    rows_in: the stored tensor whose rows hold the codes of the weight's rows, for which `pack_rows` stands for `pack`.
     dtype: of float scales, and so of the weight. input, output: how a layer rounds its activations; None leaves them.
     has_zero: zero points are stored; they are, but for symmetric codes. flat: stored scales that have one dimension
     less than usual. carried: one-number tensors that are stored with the layer and read by another
     module, of those that it may_carry.
     """
+
+    rows_in: ClassVar[str | None] = None
 
     scaling: Scaling | None = None
     dtype: str = "bfloat16"
@@ -46,7 +48,13 @@ class CompressedWeight(WeightFormat):
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
         """The tensors of `code_specs` that hold codes as `Scaling.quantize` gives them."""
-        raise NotImplementedError(f"{type(self).__name__} defines no pack")
+        if self.rows_in is None:
+            raise NotImplementedError(f"{type(self).__name__} defines no pack")
+        return {self.rows_in: self.pack_rows(codes)}
+
+    def pack_rows(self, codes: Tensor) -> Tensor:
+        """Rows of the tensor `rows_in` that hold rows of codes; by default the codes themselves."""
+        return codes
 
     def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """Codes of stored tensors; the inverse of `pack`."""
@@ -70,7 +78,7 @@ class CompressedWeight(WeightFormat):
         """The tensors that scale and shift codes."""
         if self.scaling is None:
             return ()
-        specs = [self._grid_spec("weight_scale", _SCALE_DTYPES.get(self.scaling.scales, self.torch_dtype), shape)]
+        specs = [self._grid_spec("weight_scale", self.scaling.scale_dtype or self.torch_dtype, shape)]
         if self.has_zero:
             specs.append(self.zero_spec(shape))
         if self.scaling.scales == "nvfp4":
@@ -123,10 +131,17 @@ class CompressedWeight(WeightFormat):
         """
         if self.scaling is None:
             return self.pack(weight.clone())
-        weight = self.in_own_dtype(weight)
-        with one_cpu_thread():
+        weight, shape = self.in_own_dtype(weight), tuple(weight.shape)
+        if self.rows_in is None:
             codes, scale, zero, global_scale = self.scaling.quantize(weight, global_scale)
-            tensors = {**self.pack(codes), **self.store_scales(scale, zero, tuple(weight.shape))}
+            tensors = self.pack(codes)
+        else:
+            spec = next(spec for spec in self.code_specs(shape) if spec.name == self.rows_in)
+            packed = torch.empty(spec.shape, dtype=spec.dtype, device=weight.device)
+            take = lambda rows, codes: packed.__setitem__(rows, self.pack_rows(codes))  # noqa: E731
+            scale, zero, global_scale = self.scaling.quantize_tiles(weight, take, global_scale)
+            tensors = {self.rows_in: packed}
+        tensors |= self.store_scales(scale, zero, shape)
         if global_scale is not None:
             tensors["weight_global_scale"] = global_scale
         return tensors

@@ -128,7 +128,10 @@ def stored_dtype(tensor: str, dtype: torch.dtype) -> str:
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor of any device and strides, row-major; its own memory where it lies so on the CPU."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # of one element, for which any stride counts as contiguous
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
 
 
 def write_all(stream: RawIOBase, content: bytes | memoryview) -> None:

@@ -136,6 +136,7 @@ def unpack_nibbles(packed: Tensor, count: int, *, high_first: bool) -> Tensor:
     return codes.view(-1)[:count]
 
 
+_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WORD_DTYPES = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
@@ -143,7 +144,10 @@ def _to_bytes(words: Tensor, dim: int) -> Tensor:
     """Words as bytes, those of a word one after the other along dim: shifting bytes takes a fraction of the time."""
     if words.dtype == torch.uint8:
         return words
-    split: Tensor = words.contiguous().reshape(-1).view(torch.uint8).view(*words.shape, words.itemsize)
+    flat = words.reshape(-1)
+    if flat.stride(0) != 1:  # of one word, for which any stride counts as contiguous
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    split: Tensor = flat.view(torch.uint8).view(*words.shape, words.itemsize)
     return split.movedim(-1, dim + 1).flatten(dim, dim + 1)
 
 
@@ -157,6 +161,8 @@ def _from_bytes(packed: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
 
 
 def _pack(codes: Tensor, layout: Layout, dim: int, count: int) -> Tensor:
+    if _merges(layout, codes, dim) and codes.shape[dim] == count * layout.codes:
+        return _merged(codes, layout)
     shape = list(codes.shape)
     shape[dim] = count
     words = torch.zeros(shape, dtype=_WORD_DTYPES[layout.word_bits], device=codes.device)
@@ -170,6 +176,8 @@ def _pack(codes: Tensor, layout: Layout, dim: int, count: int) -> Tensor:
 
 
 def _unpack(words: Tensor, layout: Layout, dim: int, count: int) -> Tensor:
+    if _merges(layout, words, dim) and count == words.shape[dim] * layout.codes:
+        return _parted(words, layout)
     shape = list(words.shape)
     shape[dim] = count
     codes = torch.empty(shape, dtype=torch.uint8, device=words.device)
@@ -183,6 +191,33 @@ def _unpack(words: Tensor, layout: Layout, dim: int, count: int) -> Tensor:
         else:
             target.copy_(part)
     return codes
+
+
+def _merges(layout: Layout, tensor: Tensor, dim: int) -> bool:
+    """Whether several whole codes lie one after the other in bytes, along a dimension that is contiguous."""
+    several = layout.word_bits == 8 and layout.bits in (1, 2, 4)
+    return several and dim == tensor.ndim - 1 and tensor.is_contiguous()
+
+
+def _merged(codes: Tensor, layout: Layout) -> Tensor:
+    """Bytes of codes: a byte's codes are seen as one integer, whose halves are moved together until they are a byte."""
+    flat = codes.reshape(-1)
+    wide, step = (flat.clone() if flat.storage_offset() % layout.codes else flat).view(_OF_BYTES[layout.codes]), 1
+    while step < layout.codes:
+        wide = wide | (wide >> step * (8 - layout.bits))
+        step *= 2
+    return wide.to(torch.uint8).view(*codes.shape[:-1], codes.shape[-1] // layout.codes)
+
+
+def _parted(words: Tensor, layout: Layout) -> Tensor:
+    """Codes of bytes; the inverse of `_merged`."""
+    wide, step = words.reshape(-1).to(_OF_BYTES[layout.codes]), layout.codes
+    while step > 1:
+        step //= 2
+        ones = (1 << step * layout.bits) - 1
+        mask = sum(ones << 8 * place for place in range(0, layout.codes, step))
+        wide = (wide | (wide << step * (8 - layout.bits))) & mask
+    return wide.view(torch.uint8).view(*words.shape[:-1], words.shape[-1] * layout.codes)
 
 
 def _every(tensor: Tensor, dim: int, start: int, step: int) -> Tensor:
