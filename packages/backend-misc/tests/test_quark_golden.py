@@ -139,6 +139,40 @@ def test_rows_of_zeros_stay_zeros(weight_format: QuarkWeight) -> None:
     assert not found[:32].any()
 
 
+def test_scales_of_zeros_are_those_of_upstream() -> None:
+    zeros = torch.zeros(8, 32).bfloat16()
+    for mode, byte in (("even", 1), ("floor", 104), ("ceil", 104)):
+        assert MX.replace(mode=mode).quantize(zeros)["weight_scale"].unique().tolist() == [byte]  # type: ignore[attr-defined]
+    assert FORMATS["nvfp4"].quantize(zeros)["weight_scale"].float().unique().tolist() == [1.0]
+    assert FORMATS["fp8-channel"].quantize(zeros)["weight_scale"].unique().tolist() == [2.0**-23]
+
+
+def test_scales_of_tiny_floats_have_no_floor() -> None:
+    tiny = weight() * 1e-30
+    stored = FORMATS["fp8-channel"].quantize(tiny)
+    assert torch.equal(stored["weight_scale"], tiny.abs().amax(1) / 448)
+
+
+def test_zero_point_of_a_tensor_is_divided_in_float32() -> None:
+    source = torch.zeros(8, 32).bfloat16()
+    source[0, 0], source[0, 1] = -0.076171875, 0.30078125  # -51.46 steps; in bfloat16 these are -51.5, and round to -52
+    assert FORMATS["uint8-tensor-asymmetric"].quantize(source)["weight_zero_point"] == 51
+
+
+def test_second_scale_may_have_the_models_dtype() -> None:
+    config = {"dtype": "fp4", "qscheme": "per_group", "group_size": 16, "scale_format": "float32"}
+    second = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_scale_quant": True, "scale_type": None}
+    user = {"quant_method": "quark", "global_quant_config": {"weight": [config, second]}}
+    found = QuantizedLinear.from_linear(torch.nn.Linear(96, 40).bfloat16(), user)
+    stored = found.state_dict()
+    assert stored["weight_scale_2"].dtype == torch.bfloat16
+    wide = {**stored, "weight_scale_2": stored["weight_scale_2"].float()}
+    for tensors in (stored, wide):
+        again = QuantizedLinear.from_tensors(user, tensors, in_features=96, out_features=40)
+        assert torch.equal(again.dequantize(torch.bfloat16), found.dequantize(torch.bfloat16))
+        assert differences(again.state_dict(), tensors) == []
+
+
 @every_format
 def test_format_is_rebuilt_from_its_key(weight_format: QuarkWeight) -> None:
     renamed = weight_format.replace(names=(("weight_scale", "weight_quantizer.scale"),))

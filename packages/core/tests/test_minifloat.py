@@ -169,6 +169,14 @@ def test_even_rounds_to_the_mantissa_of_the_element_or_of_fp4() -> None:
     assert (e8m0_codes(amax, E4M3, "even_fp4").int() - 119).tolist() == [1, 1]
 
 
+def test_logarithms_are_rounded_in_the_dtype_of_the_magnitude() -> None:
+    amax = torch.tensor([1.9921875 * 2.0**-100, 1.0078125 * 2.0**100, 0.75])
+    for rule, exact, rounded in (("floor", [-102, 98, -3], [-101, 98, -3]), ("ceil", [-101, 99, -2], [-101, 98, -2])):
+        assert (e8m0_codes(amax, E2M1, rule).int() - 127).tolist() == exact
+        assert (e8m0_codes(amax, E2M1, f"{rule}_log2").int() - 127).tolist() == exact
+        assert (e8m0_codes(amax.bfloat16(), E2M1, f"{rule}_log2").int() - 127).tolist() == rounded
+
+
 @pytest.mark.parametrize("rule", ["round_up", "rceil"])
 @pytest.mark.parametrize("element", [E2M1, E2M3, E3M2, E4M3], ids=lambda element: element.name)
 def test_rounding_up_never_saturates_and_wastes_no_power(rule: str, element: MiniFloat) -> None:

@@ -14,6 +14,7 @@ from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_d
 from quantcore_misc.quark.scaling import outer_scale, range_scale
 
 SIDES = ("input", "output")
+SECONDS = {side: f"{side}_scale_2" for side in ("weight", *SIDES)}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Other names of stored tensors: scales in modules of their own (quark 0.11, with some options), and block scales as in
 # the files of DeepSeek.
@@ -33,7 +34,7 @@ class QuarkLayer(WeightFormat):
 
     dtype: of the model, in which scales are chosen. scale_dtype, input_dtype, output_dtype: in which float scales are
     stored. input, output: how the layer rounds its activations. names: pairs of a tensor's name and the other one that
-    it is stored under.
+    it is stored under. seconds: dtypes of second scales, by name, where they are not float32.
     """
 
     dtype: str = "bfloat16"
@@ -43,6 +44,7 @@ class QuarkLayer(WeightFormat):
     output: Activation | None = None
     output_dtype: str = "bfloat16"
     names: tuple[tuple[str, str], ...] = ()
+    seconds: tuple[tuple[str, str], ...] = ()
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
         """The format with the names and float dtypes of stored tensors."""
@@ -50,7 +52,15 @@ class QuarkLayer(WeightFormat):
         fields = {"scale_dtype": "weight_scale", "input_dtype": "input_scale", "output_dtype": "output_scale"}
         stored = {field: tensors.get(found.name_of(name)) for field, name in fields.items()}
         floats = {field: dtype_name(t.dtype) for field, t in stored.items() if t is not None and t.dtype in _FLOATS}
+        seconds = {name: tensors[name].dtype for name in SECONDS.values() if name in tensors}
+        others = {name: dtype for name, dtype in seconds.items() if dtype in _FLOATS and dtype != torch.float32}
+        floats["seconds"] = tuple((name, dtype_name(dtype)) for name, dtype in others.items())  # type: ignore[assignment]
         return dataclasses.replace(found, **floats)  # type: ignore[arg-type]
+
+    def second_spec(self, side: str) -> TensorSpec:
+        """The second scale of the "weight", "input" or "output"."""
+        name = SECONDS[side]
+        return TensorSpec(name, float_dtype(dict(self.seconds).get(name, "float32"), name), ())
 
     def name_of(self, name: str) -> str:
         """The name that a tensor is stored under."""
@@ -76,7 +86,8 @@ class QuarkLayer(WeightFormat):
         assert activation is not None
         low, high = low.to(float_dtype(self.dtype, "dtype")), high.to(float_dtype(self.dtype, "dtype"))
         if activation.outer is not None:
-            return {f"{side}_scale_2": outer_scale(torch.maximum(low.abs(), high.abs()))}
+            spec = self.second_spec(side)
+            return {spec.name: outer_scale(torch.maximum(low.abs(), high.abs())).to(spec.dtype)}
         scale, zero = range_scale(low, high, activation)
         found = {"scale": scale.clamp(min=least), "zero_point": zero}
         specs = {spec.name: spec for spec in self.activation_specs(side)}
@@ -102,7 +113,7 @@ class QuarkLayer(WeightFormat):
             if activation.integer_bits is not None:
                 specs.append(TensorSpec(self.name_of(f"{side}_zero_point"), torch.int8, ()))
         if activation is not None and activation.outer is not None:
-            specs.append(TensorSpec(f"{side}_scale_2", torch.float32, ()))
+            specs.append(self.second_spec(side))
         return specs
 
     def _round(self, side: str, x: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
@@ -110,7 +121,7 @@ class QuarkLayer(WeightFormat):
         if activation is None:
             return x
         scale, zero = (operands.get(self.name_of(f"{side}_{kind}")) for kind in ("scale", "zero_point"))
-        return round_activation(activation, x, scale, zero, operands.get(f"{side}_scale_2"))
+        return round_activation(activation, x, scale, zero, operands.get(SECONDS[side]))
 
 
 def round_activation(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
-from quantcore_misc.quark.layer import SIDES, QuarkLayer
+from quantcore_misc.quark.layer import SECONDS, SIDES, QuarkLayer
 from quantcore_misc.quark.scaling import dequantize_codes, encode_weight
 from quantcore_misc.quark.weight import QuarkWeight
 
@@ -51,7 +51,7 @@ class FakeWeight(QuarkWeight):
             dtype = getattr(torch, self.zero_dtype)
             specs.append(TensorSpec(self.name_of("weight_zero_point"), dtype, self._grid(shape)))
         if self.scale == "e4m3":
-            specs.append(TensorSpec("weight_scale_2", torch.float32, ()))
+            specs.append(self.second_spec("weight"))
         return (*specs, *self.activation_specs(*SIDES))
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
@@ -69,7 +69,7 @@ class FakeWeight(QuarkWeight):
     ) -> Tensor:
         scale, zero = tensors[self.name_of("weight_scale")].float(), tensors.get(self.name_of("weight_zero_point"))
         if self.scale == "e4m3":
-            scale = scale * tensors["weight_scale_2"]
+            scale = scale * tensors[SECONDS["weight"]].float()
         if self.strategy == "channel":
             scale, zero = scale[:, None], None if zero is None else zero[:, None]
         weight = tensors["weight"].to(float_dtype(self.dtype, "dtype"))

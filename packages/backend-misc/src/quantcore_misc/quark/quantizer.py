@@ -21,7 +21,7 @@ from quantcore_misc.quark import kv_cache
 from quantcore_misc.quark.codes import INTEGERS
 from quantcore_misc.quark.config import QuarkConfig
 from quantcore_misc.quark.interleaved import InterleavedWeight
-from quantcore_misc.quark.layer import SIDES, QuarkLayer, is_measured
+from quantcore_misc.quark.layer import SECONDS, SIDES, QuarkLayer, is_measured
 from quantcore_misc.quark.plain import FakeWeight, FloatWeight
 from quantcore_misc.quark.progressive import ProgressiveWeight
 from quantcore_misc.quark.spec import LayerSpec, TensorQuant
@@ -153,6 +153,10 @@ def format_of(layer: LayerSpec, config: QuarkConfig, dtype: str) -> QuarkLayer:
         "output": None if layer.output is None else layer.output.activation(),
         "output_dtype": _scale_dtype(layer.output, dtype),
     }
+    sides = {"weight": weight, "input": layer.input, "output": layer.output}
+    seconds = {SECONDS[side]: spec.second_type for side, spec in sides.items() if spec and spec.scale == "e4m3"}
+    dtypes = {name: dtype if kind == "float" else kind for name, kind in seconds.items()}
+    shared["seconds"] = tuple((name, found) for name, found in dtypes.items() if found != "float32")
     if weight is None:
         return FloatWeight(**shared)
     return _kind(weight, config)(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Operation: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 LEAST_SCALE = 2.0**-23
+E8M0_RULES = {"even": "even", "floor": "floor_log2", "ceil": "ceil_log2"}  # by scale_calculation_mode
+_ZERO_BYTES = {"even": 1, "floor": 104, "ceil": 104}  # of blocks of zeros; 104 is LEAST_SCALE
 _OUTER_LIMIT = 2688.0  # 448 * 6: the largest scale times the largest code
 
 
@@ -111,7 +113,8 @@ def _scale_and_zero(
         return scale, torch.full_like(scale, middle)
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / (largest - smallest)).clamp_(min=LEAST_SCALE)
-    return scale, (smallest - (low / scale).round_()).clamp_(smallest, largest)
+    steps = low.float() / scale.float() if low.ndim == 0 else low / scale  # the one scale of a tensor is float32
+    return scale, (smallest - steps.round_()).clamp_(smallest, largest)
 
 
 def _integer_scales(weight: Tensor, weight_format: QuarkWeight) -> tuple[Tensor, Tensor]:
@@ -129,17 +132,20 @@ def _float_scales(weight: Tensor, weight_format: QuarkWeight) -> tuple[Tensor, T
     """Scales as stored and as factors, and the second one."""
     element, amax = minifloat(weight_format.element), _largest(weight, weight_format)
     if weight_format.scale == "e8m0":
-        stored = e8m0_codes(amax, element, weight_format.mode)
+        mode = weight_format.mode
+        stored = e8m0_codes(amax, element, E8M0_RULES[mode], _ZERO_BYTES[mode])
         return stored, e8m0_values(stored), None
     if weight_format.scale == "e4m3":
-        outer = outer_scale(weight.abs().amax())
-        stored = e4m3_scale(amax.float() / element.maximum / outer)
-        return stored, stored.float() * outer, outer
+        outer = outer_scale(weight.abs().amax()).to(weight_format.second_spec("weight").dtype)
+        stored = e4m3_scale(amax.float() / element.maximum / outer.float())
+        stored = torch.where(stored.float() == 0, 1.0, stored.float()).to(stored.dtype)
+        return stored, stored.float() * outer.float(), outer
     if weight_format.scale == "e5m3":
         stored = encode(amax.float() / element.maximum, E5M3)
         return stored, decode(stored, E5M3), None
     amax = amax if element.bits == 8 else amax.float()  # as those of other block scales
-    scale = (amax / element.maximum).clamp_(min=LEAST_SCALE)
+    scale = amax / element.maximum
+    scale.masked_fill_(scale == 0, LEAST_SCALE)
     return scale, scale, None
 
 

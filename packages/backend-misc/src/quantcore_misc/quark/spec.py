@@ -45,7 +45,7 @@ class TensorQuant:
     scale: what scales are: "float", "e8m0" (by the rounding mode), "e5m3", or "e4m3" under a second scale. scale_type:
     how a float scale is stored, "float" as the model's weights, "pof2" a power of two, else a dtype. is_interleaved:
     each group is stored after the byte of its scale. is_progressive: the tensor is rounded to E4M3 first, and this is
-    the spec of what its codes are rounded to.
+    the spec of what its codes are rounded to. second_type: as scale_type, of the second scale.
     """
 
     element: str
@@ -59,6 +59,7 @@ class TensorQuant:
     scale_type: str = "float"
     is_interleaved: bool = False
     is_progressive: bool = False
+    second_type: str = "float"
 
     @classmethod
     def parse(cls, values: Any, label: str) -> TensorQuant | None:
@@ -103,6 +104,7 @@ class TensorQuant:
             scale_type=values.get("scale_type") or "float",
             is_interleaved=is_interleaved,
             is_progressive=is_progressive,
+            second_type=(second or {}).get("scale_type") or "float",
         )
 
     @property
@@ -117,7 +119,7 @@ class TensorQuant:
         of more than the tensor.
         """
         from quantcore.formats.activation import Activation
-        from quantcore_misc.quark.scaling import LEAST_SCALE
+        from quantcore_misc.quark.scaling import E8M0_RULES, LEAST_SCALE
 
         if self.element.startswith("uint"):
             raise ValueError(f"activations in {self.element} are not supported; use int8 or a float")
@@ -139,7 +141,7 @@ class TensorQuant:
             "zero_scale": LEAST_SCALE,
         }
         if self.scale == "e8m0":
-            return Activation(**shared, scale=f"e8m0-{self.mode}")
+            return Activation(**shared, scale=f"e8m0-{E8M0_RULES[self.mode]}", scale_math="input")
         if self.scale != "float":
             outer = "multiply" if self.scale == "e4m3" else None
             return Activation(**shared, scale=self.scale, outer=outer)

@@ -14,7 +14,7 @@ from torch import Tensor
 from quantcore.formats import blocks
 from quantcore.formats.base import TensorSpec, float_dtype
 from quantcore_misc.quark.codes import INTEGERS, Packing, layout_of, pack_integers, packing_for, unpack_integers
-from quantcore_misc.quark.layer import SIDES, QuarkLayer
+from quantcore_misc.quark.layer import SECONDS, SIDES, QuarkLayer
 from quantcore_misc.quark.scaling import Operation, Parts, dequantize_codes, each_group, quantize_weight, read_scales
 
 _SCALE_TENSORS = {"e8m0": torch.uint8, "e5m3": torch.uint8, "e4m3": torch.float8_e4m3fn}
@@ -47,7 +47,7 @@ class QuarkWeight(QuarkLayer):
         if self.has_zero:
             specs.append(self._zero_spec(shape))
         if self.scale == "e4m3":
-            specs.append(TensorSpec("weight_scale_2", torch.float32, ()))
+            specs.append(self.second_spec("weight"))
         return (*specs, *self.activation_specs(*SIDES))
 
     @property
@@ -86,7 +86,7 @@ class QuarkWeight(QuarkLayer):
         if parts.zero is not None:
             tensors[self.name_of("weight_zero_point")] = self._pack_zero(parts.zero, shape)
         if parts.outer is not None:
-            tensors["weight_scale_2"] = parts.outer
+            tensors[SECONDS["weight"]] = parts.outer
         return tensors
 
     def dequantize(
@@ -147,7 +147,7 @@ class QuarkWeight(QuarkLayer):
         """Scales in float32, shaped as `quantize_weight` gives them."""
         scale = read_scales(tensors[self.name_of("weight_scale")], self.scale)
         if self.scale == "e4m3":
-            scale = scale * tensors["weight_scale_2"]
+            scale = scale * tensors[SECONDS["weight"]].float()
         if self.strategy == "channel":
             return scale[:, None]
         return scale.t() if self._is_transposed else scale

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 TIES = ("even", "away", "zero")
-E8M0_RULES = ("floor", "ceil", "even", "even_fp4", "round_up", "rceil")
+E8M0_RULES = ("floor", "ceil", "floor_log2", "ceil_log2", "even", "even_fp4", "round_up", "rceil")
 E8M0_NAN = 255
 _E8M0_BIAS = 127
+_BY_LOGARITHM = {"floor_log2": torch.floor, "ceil_log2": torch.ceil}
 _FLOAT32_MANTISSA = 23
 _EXPONENT_MASK = 0x7F800000
 _WIDE = {2: torch.int32, 4: torch.int64}  # bytes of a value -> an integer that holds two of them
@@ -197,13 +198,13 @@ def e8m0_values(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def e8m0_codes(amax: Tensor, element: MiniFloat, rule: str, zero: int = 0) -> Tensor:
     """Scale bytes, uint8, for blocks whose largest magnitude is amax (float, any shape).
 
-    rule: "floor" and "ceil" round log2(amax) and take the element's largest exponent off. "even" is floor after
+    rule: "floor" and "ceil" round log2(amax) and take the element's largest exponent off; "floor_log2" and "ceil_log2"
+    the same by way of a logarithm in amax's dtype, as some writers have it. "even" is floor after
     rounding amax to the element's mantissa, "even_fp4" to that of E2M1 whatever the element is. "round_up" is the least
     power of two by which amax fits, ceil(log2(amax / maximum)), from the bits; "rceil" the same by way of a float32
     logarithm, as several writers have it. zero: the byte of a block of zeros. NaN and inf give 255.
     """
-    amax = amax.float()
-    codes = _exponents(amax, element, rule).clamp_(0, E8M0_NAN - 1)
+    codes = _exponents(amax if rule in _BY_LOGARITHM else amax.float(), element, rule).clamp_(0, E8M0_NAN - 1)
     codes = codes.masked_fill_(amax == 0, zero).masked_fill_(~amax.isfinite(), E8M0_NAN)
     return codes.to(torch.uint8)
 
@@ -220,6 +221,9 @@ def e4m3_scale(scale: Tensor, floor: float = 0.0) -> Tensor:
 
 def _exponents(amax: Tensor, element: MiniFloat, rule: str) -> Tensor:
     """Biased exponents, int32; what amax is not positive and finite is mended by the caller."""
+    if rule in _BY_LOGARITHM:
+        exponents = torch.nan_to_num(_BY_LOGARITHM[rule](torch.log2(amax)), 0.0, 0.0, -_E8M0_BIAS)
+        return exponents.int().add_(_E8M0_BIAS - element.largest_exponent)
     if rule == "round_up":
         return power_of_two_above(amax / element.maximum)
     if rule == "rceil":
