@@ -251,6 +251,18 @@ def test_scale_that_nothing_reads_is_an_error(tmp_path: Path) -> None:
     assert "layers.0.self_attn.k_scale: surplus" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_scale_of_a_layer_that_the_config_leaves_float_is_an_error(name: str, tmp_path: Path) -> None:
+    block = {**FP8, "strategy": "block", "block_structure": [128, 128]}
+    config = {"config_groups": {"g": group(block)}, "ignore": ["lm_head"]}
+    tensors = {**quantized(**config).state_dict(), f"{name}.weight_scale": torch.ones(1)}
+    folder = write(tmp_path / "in", tensors, **config)
+    with pytest.raises(
+        CheckpointError, match=f"{name}: is quantized in the checkpoint, but quantization_config leaves"
+    ):
+        quantcore.load(folder, Model)
+
+
 def test_dequantize_gives_float_weights_while_it_loads(tmp_path: Path) -> None:
     tensors = quantized(config_groups={"g": group(FP8)}).state_dict()
     folder = write(tmp_path / "in", tensors, config_groups={"g": group(FP8)}, dequantize=True)

@@ -22,7 +22,7 @@ from quantcore.quantizers.weight import dequantize_layers
 from quantcore_misc.compressed_tensors import kv_cache, rotations, static
 from quantcore_misc.compressed_tensors.config import CompressedTensorsConfig
 from quantcore_misc.compressed_tensors.fused import joined_layers
-from quantcore_misc.compressed_tensors.matching import is_named, matches_class, matches_name, scheme_of
+from quantcore_misc.compressed_tensors.matching import is_named, matches_name, scheme_of
 from quantcore_misc.compressed_tensors.packed import SmallFloatWeight
 from quantcore_misc.compressed_tensors.schemes import Scheme
 from quantcore_misc.compressed_tensors.sparse import SparseWeight
@@ -74,7 +74,7 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
 
     def format_for(self, name: str, module: nn.Module) -> CompressedWeight | None:
         config, dtype = self.quantization_config, dtype_name(module.weight.dtype)  # type: ignore[arg-type]
-        if any(matches_class(module, target) for target in config.ignore or ()):
+        if is_named(name, module, config.ignore or ()):
             return None
         scheme = scheme_of(name, module, self._schemes)
         sparsity = self._sparsity(name, module)
@@ -88,6 +88,14 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
         if config.kv_cache_scheme is not None and name.endswith(_KEY_VALUE) and self.pre_quantized:
             return found.replace(may_carry=kv_cache.OLD_SUFFIXES)  # type: ignore[return-value]
         return found
+
+    def format_of(self, name: str, module: nn.Module) -> WeightFormat | None:
+        """As for every method, but that embeddings are quantized only where the config names them."""
+        return (
+            self.embedding_format_for(name, module)
+            if isinstance(module, nn.Embedding)
+            else super().format_of(name, module)
+        )
 
     def embedding_format_for(self, name: str, embedding: nn.Embedding) -> CompressedWeight | None:
         """The format of an embedding that a target hits; nothing is rounded but its weight."""
