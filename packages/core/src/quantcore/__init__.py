@@ -8,7 +8,7 @@
     qc.dequantize(model)
 
 `methods` lists what is installed, `quantize_checkpoint` and `convert` go from folder to folder, `nn.QuantizedLinear`
-is a single layer. `WeightFormat`, `WeightQuantizer`, `QuantizationConfigMixin` and `Backend` are what a method is made of.
+is one layer. `WeightFormat`, `WeightQuantizer`, `QuantizationConfigMixin` and `Backend` are what a method is made of.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import inspect
 import json
 import math
 import os
@@ -97,7 +98,7 @@ class QuantizationConfigMixin:
 
         A subclass that overrides this to check fields against each other calls it first.
         """
-        annotations = typing.get_type_hints(type(self))
+        annotations = type_hints(type(self))
         for field in dataclasses.fields(self):
             value, label = getattr(self, field.name), self._label(field.name)
             if field.metadata.get("dtype"):
@@ -242,6 +243,15 @@ def _items(value: Any) -> Iterable[Any]:
     if isinstance(value, Mapping):
         return value.values()
     return value if isinstance(value, list | tuple) else ()
+
+
+def type_hints(target: Any) -> dict[str, Any]:
+    """Annotations of a function, or of a class and its bases, evaluated.
+
+    As `typing.get_type_hints`, which refuses InitVar in Python 3.10.
+    """
+    owners = reversed(target.__mro__) if isinstance(target, type) else (target,)
+    return {name: hint for owner in owners for name, hint in inspect.get_annotations(owner, eval_str=True).items()}
 
 
 def matches_type(value: Any, annotation: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from quantcore.quantization_config import QuantizationConfigMixin
+from quantcore.quantization_config import QuantizationConfigMixin, type_hints
 
 _PREFIX = "config__"  # of the click names of generated flags, apart from a verb's own
 
@@ -130,7 +130,7 @@ def _hints(cls: type[QuantizationConfigMixin]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for target in (cls.__init__, cls):
         try:
-            found.update(typing.get_type_hints(target))
+            found.update(type_hints(target))
         except NameError:  # an annotation that only a type checker can resolve: its flag takes any JSON
             continue
     return {name: hint.type if isinstance(hint, dataclasses.InitVar) else hint for name, hint in found.items()}

@@ -54,6 +54,7 @@ def _versions() -> dict[str, str | None]:
     return {
         "quantcore": __version__,
         **installed,
+        "torch": torch.__version__,  # names its build, of CUDA or none
         "python": platform.python_version(),
         "platform": platform.platform(),
     }

@@ -78,8 +78,22 @@ def _describe(method: str, distributions: tuple[str, ...]) -> MethodInfo:
 
 @functools.lru_cache(maxsize=8)
 def _installed(group: str) -> tuple[Claim, ...]:
-    entry_points: Iterable[Any] = importlib_metadata.entry_points(group=group)
-    return tuple(Claim(entry.name, _module_of(entry), *_owner_of(entry)) for entry in entry_points)
+    return tuple(Claim(entry.name, _module_of(entry), *_owner_of(entry)) for entry in _entry_points(group))
+
+
+def _entry_points(group: str) -> Iterable[Any]:
+    try:
+        found: Iterable[Any] = importlib_metadata.entry_points(group=group)
+    except ValueError:  # importlib-metadata 9 gives none at all when that of any distribution is malformed
+        return [entry for owner in importlib_metadata.distributions() for entry in _well_formed(owner, group)]
+    return found
+
+
+def _well_formed(distribution: Any, group: str) -> Iterable[Any]:
+    try:
+        return list(distribution.entry_points.select(group=group))
+    except ValueError:
+        return []
 
 
 def _module_of(entry: Any) -> str:

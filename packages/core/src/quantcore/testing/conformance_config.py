@@ -11,7 +11,6 @@ import math
 import os
 import subprocess
 import sys
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from quantcore.plugins.backend import Backend, import_string
 from quantcore.plugins.discovery import claims
 from quantcore.plugins.known import normalize_method
 from quantcore.plugins.manager import plugins
-from quantcore.quantization_config import QuantizationConfigMixin, matches_type, to_json_value
+from quantcore.quantization_config import QuantizationConfigMixin, matches_type, to_json_value, type_hints
 from quantcore.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig, quantizer_class
 from quantcore.quantizers.base import HfQuantizer
 from quantcore.quantizers.calibrated import CalibratedQuantizer
@@ -170,7 +169,7 @@ def test_config_that_is_no_dict_raises_type_error(backend: Backend, value: Any) 
 
 def _checked_fields(config: QuantizationConfigMixin) -> dict[str, Any]:
     """Annotation by field. A dtype field counts as one that takes None alone: no value of JUNK names a dtype."""
-    hints = typing.get_type_hints(type(config))
+    hints = type_hints(type(config))
     fields = dataclasses.fields(config)
     found = {field.name: type(None) if field.metadata.get("dtype") else hints[field.name] for field in fields}
     return {name: annotation for name, annotation in found.items() if annotation is not Any}
