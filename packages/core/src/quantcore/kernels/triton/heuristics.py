@@ -88,7 +88,8 @@ def _dequantize(shape: Shape) -> Launch:
 
 def _gemv(shape: Shape) -> Launch:
     BN, BK = _one_row_tile(shape.words) if shape.M == 1 else _several_rows_tile(shape)
-    return Launch(1 if shape.M == 1 else GEMV_ROWS, BN, BK, _splits(shape, BN, BK))
+    splits = _splits(shape, BN, BK)
+    return Launch(1, BN, BK, splits, num_stages=4) if shape.M == 1 else Launch(GEMV_ROWS, BN, BK, splits)
 
 
 def _gemm(shape: Shape) -> Launch:
@@ -142,7 +143,7 @@ def _more_dequantize(shape: Shape) -> list[Launch]:
 def _more_gemv(shape: Shape) -> list[Launch]:
     first = _gemv(shape)
     sizes = ((first.BN, first.BK), (2 * first.BN, first.BK // 2), (first.BN // 2, first.BK), (first.BN, first.BK // 2))
-    stages = (2,) if first.BM == 1 else (2, 4)  # a loop without tensor cores is not pipelined
+    stages = (1, 4) if first.BM == 1 else (2, 4)
     splits = sorted({1, first.SPLITS, max(1, first.SPLITS // 2)})
     return [Launch(first.BM, *size, split, 4, stage) for size in sizes for split in splits for stage in stages]
 

@@ -71,12 +71,17 @@ def gemv_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
+    num_stages: tl.constexpr,
 ):
     """x [M, K] times the weight, M <= BM. BM = 1 multiplies and adds, a larger BM uses tensor cores.
 
     SPLITS = 1: y [M, N] is the result. Else program (i, j) writes its share of the sums to y[j] of float32
     [SPLITS, M, N], and `sum_splits_kernel` finishes.
+
+    With BM = 1 the loop reads num_stages - 1 tiles ahead, which Triton does by itself for tensor cores alone; but not
+    where each value has a scale of its own, which would take as many copies.
     """
+    AHEAD: tl.constexpr = num_stages if BM == 1 and RUN > 1 else None
     m = tl.arange(0, BM)
     n = tile_rows(tl.program_id(0), N, D, BN, RUN)
     split = tl.program_id(1)
@@ -84,7 +89,7 @@ def gemv_kernel(
         products = tl.zeros((BN, BK), tl.float32)
     else:
         sums = tl.zeros((BM, BN), tl.float32)
-    for start in range(split * BK, K, SPLITS * BK):
+    for start in tl.range(split * BK, K, SPLITS * BK, num_stages=AHEAD):
         k = start + tl.arange(0, BK)
         weight = rounded(weight_tile(tensors, tl.program_id(0), start, n, N, K, D, INDEX, BK, RUN), COMPUTE)
         values = x_tile(x, m, k, M, K, stride_xm, stride_xk, COMPUTE)
