@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -244,16 +245,22 @@ def _state_key(tensors: Mapping[str, Tensor]) -> str:
     return keys[0]
 
 
-def _parse_state(tensor: Tensor, name: str) -> dict[str, Any]:
+def _parse_state(tensor: Tensor, name: str) -> Mapping[str, Any]:
     if tensor.dtype != torch.uint8 or tensor.ndim != 1:
         raise ValueError(f"{name}: expected a row of uint8 bytes of JSON, got {describe(tensor.dtype, tensor.shape)}")
     try:
-        state = json.loads(bytes(tensor.cpu().tolist()))
+        state = _parse_json(tensor.cpu().numpy().tobytes())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{name}: not valid JSON: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{name}: expected a JSON object, got {type(state).__name__}")
     return state
+
+
+@lru_cache(maxsize=1024)
+def _parse_json(text: bytes) -> Any:
+    """A load reads each description several times. The result is shared: read only."""
+    return json.loads(text)
 
 
 def _check_state(state: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> None:

@@ -46,9 +46,12 @@ def named_as(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
 
 def split_stored_experts(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Take apart the experts that a checkpoint, with the names of the model, stores one by one."""
+    names = part_names(model)
+    if not names:
+        return  # the usual case, and a checkpoint has many names
     owners = {name[: dot.start()] for name in checkpoint.headers for dot in re.finditer(r"\.", name)}
     biased = [name.removesuffix(".bias") for name in checkpoint.headers if name.endswith(".bias")]
-    split_experts(model, owners, part_names(model), biased)
+    split_experts(model, owners, names, biased)
 
 
 def part_names(model: nn.Module) -> dict[str, dict[str, tuple[str, ...]]]:
@@ -56,7 +59,8 @@ def part_names(model: nn.Module) -> dict[str, dict[str, tuple[str, ...]]]:
 
     Holds what transformers says of its own models; others have the usual names.
     """
-    parts = _parts_by_target(_conversions(model))
+    experts = list(fused_experts(model))
+    parts = _parts_by_target(_conversions(model)) if experts else {}
     return {
         name: {
             weight.name: found
@@ -64,7 +68,7 @@ def part_names(model: nn.Module) -> dict[str, dict[str, tuple[str, ...]]]:
             for target, found in parts.items()
             if f".{name}.{weight.name}".endswith(target)
         }
-        for name, module in fused_experts(model)
+        for name, module in experts
     }
 
 

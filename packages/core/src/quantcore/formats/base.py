@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -152,7 +153,7 @@ class WeightFormat:
 
     def operand_names(self, shape: tuple[int, ...]) -> tuple[str, ...]:
         """Names of the operands; the stored tensors that are not metadata, unless a format derives more."""
-        return tuple(spec.name for spec in self.tensor_specs(shape) if not spec.metadata)
+        return tuple(name for name, spec in _specs_by_name(self, shape).items() if not spec.metadata)
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError with a remedy when a weight of this shape cannot be stored."""
@@ -185,7 +186,7 @@ class WeightFormat:
 
     def faults(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> list[str]:
         """Every missing, surplus, wrong-shape or wrong-dtype tensor, a sentence each; empty when all fit."""
-        specs = {spec.name: spec for spec in self.tensor_specs(shape)}
+        specs = _specs_by_name(self, shape)
         missing = [
             f"{name}: missing, expected {describe(s.dtype, s.shape)}"
             for name, s in specs.items()
@@ -198,6 +199,12 @@ class WeightFormat:
     def replace(self, **changes: Any) -> WeightFormat:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+@lru_cache(maxsize=1024)
+def _specs_by_name(weight_format: WeightFormat, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+    """What a weight is stored as, worked out once for all layers of one shape."""
+    return {spec.name: spec for spec in weight_format.tensor_specs(shape)}
 
 
 @dataclass(frozen=True)

@@ -319,9 +319,10 @@ def split_experts(
 
 def fuse_float_experts(model: nn.Module) -> None:
     """Put experts together again of which none is quantized; one module at a time is copied."""
-    for name, module in list(model.named_modules()):
+    experts = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedExperts)]
+    for name, module in experts:
         is_away = any(parameter.is_meta for parameter in module.parameters())  # read layer by layer when it is needed
-        if isinstance(module, QuantizedExperts) and not is_away and not any(quantized_modules(module)):
+        if not is_away and not any(quantized_modules(module)):
             replace_module(model, name, module.to_dense().train(module.training))
 
 

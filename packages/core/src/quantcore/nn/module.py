@@ -40,7 +40,11 @@ class QuantizedModule(nn.Module):
     @property
     def stored(self) -> dict[str, Tensor]:
         """The stored tensors under their checkpoint suffixes."""
-        return {suffix: getattr(self, attribute) for suffix, attribute in self._attributes.items()}
+        held = self._parameters
+        return {
+            suffix: getattr(self, name) if held.get(name) is None else held[name]  # type: ignore[misc]
+            for suffix, name in self._attributes.items()
+        }
 
     @property
     def operands(self) -> list[Tensor]:
@@ -79,11 +83,12 @@ class QuantizedModule(nn.Module):
             faults = _unreadable(error, base, tensors, self.shape)
         if faults:
             raise CheckpointError(f"{self._label()}: " + "; ".join(faults))
-        for attribute in self._attributes.values():
-            delattr(self, attribute)
-        self._attributes = self._name_attributes(tensors)
+        if tensors.keys() != self._attributes.keys():
+            for attribute in self._attributes.values():
+                delattr(self, attribute)
+            self._attributes = self._name_attributes(tensors)
         for suffix, tensor in tensors.items():
-            self.register_parameter(self._attributes[suffix], _frozen(tensor))
+            self._parameters[self._attributes[suffix]] = _frozen(tensor)
         self.format = new_format
         self._derive()
 

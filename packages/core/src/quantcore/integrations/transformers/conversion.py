@@ -7,6 +7,7 @@ The loader renames every checkpoint tensor, collects those that one converter cl
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -33,8 +34,11 @@ class LayerConverter(WeightConverter):  # type: ignore[misc]  # transformers is 
         self.claim = claim
         self.source = source
 
-    def __deepcopy__(self, memo: Any) -> LayerConverter:  # made for every tensor
-        return LayerConverter(self.source_patterns[0], self.claim, self.operations[0], self.source)
+    def __deepcopy__(self, memo: Any) -> LayerConverter:
+        """A converter that has collected nothing; made for every tensor, so that patterns are not compiled again."""
+        made = copy.copy(self)
+        made.collected_tensors, made.layer_targets = defaultdict(list), defaultdict(set)
+        return made
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         target = self.claim(source_key)

@@ -66,15 +66,16 @@ class StoredLoad:
         self.quantizer.preprocess_model(self.model, self._dtype, self.device_map, checkpoint=named)
         self._check_surplus(named, conversions)
         self._give_dtype()
-        layers = {
-            module.full_name(f"{layer}.", suffix): (layer, suffix)
-            for layer, module in quantized_modules(self.model)
-            for suffix in module.stored
-        }
+        layers: dict[str, tuple[str, str]] = {}  # a stored tensor -> the first of its layer, its suffix
+        for layer, module in quantized_modules(self.model):
+            names = {module.full_name(f"{layer}.", suffix): suffix for suffix in module.stored}
+            first = next(iter(names))
+            self._layers[first] = layer
+            layers |= {name: (first, suffix) for name, suffix in names.items()}
         plain = self._float_layers_of_experts()
         for name, other in final.items():
             if other in layers:
-                self._claim_stored(name, renamed[name], *layers[other])
+                self._targets[renamed[name]], self._suffixes[name] = layers[other]
             elif other in plain:
                 self._targets[renamed[name]] = other
         return [LayerConverter(_LABEL, self._targets.get, LayerOperation(self._receive)), *conversions]
@@ -97,12 +98,6 @@ class StoredLoad:
             *(len(weights), sum(math.prod(w.shape) for w in weights), sum(w.nbytes for w in weights)),
             ", ".join(left) or "none",
         )
-
-    def _claim_stored(self, name: str, renamed: str, layer: str, suffix: str) -> None:
-        module = self.model.get_submodule(layer)
-        assert isinstance(module, QuantizedModule)
-        first = module.full_name(f"{layer}.", next(iter(module.stored)))
-        self._targets[renamed], self._suffixes[name], self._layers[first] = first, suffix, layer
 
     def _float_layers_of_experts(self) -> set[str]:
         """Parameters of experts that were taken apart for others; transformers would put them together again."""
