@@ -133,6 +133,18 @@ def test_fp4_needs_whole_groups() -> None:
         QuantizedLinear.from_linear(torch.nn.Linear(40, 8), config, name="experts.0.w1")
 
 
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_products_of_powers_of_two_are_rounded_once(rows: int) -> None:
+    found = QuantizedLinear.from_linear(torch.nn.Linear(288, 50).bfloat16(), {"quant_method": "mxfp8"})
+    x = torch.randn(rows, 288, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert isinstance(found.format, Fp8)
+    assert found.format.activation is not None
+    assert found.bias is not None
+    exact = found.format.activation.fake_quantize(x).double() @ found.dequantize(torch.float64).t()
+    # The order of float32 sums may move a value that lies between two of bfloat16.
+    assert float((found(x) == exact.bfloat16() + found.bias).float().mean()) > 0.99
+
+
 def test_row_scales_follow_the_rows() -> None:
     weight = torch.randn(5, 64) * torch.tensor([1e-6, 1e-3, 1.0, 1e3, 0.0])[:, None]
     found = QuantizedLinear.from_linear(_linear(weight), {"quant_method": "fbgemm_fp8"}).dequantize(torch.float32)

@@ -125,13 +125,12 @@ class Fp8(WeightFormat):
     def _product(
         self, x: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int]
     ) -> Tensor:
-        rounding, codes, scale = self.activation, operands["weight"], self.scales(operands, shape)
-        block, input_scale = self.sides(shape), operands[self.input_scale] if self.is_static else None
-        if (
-            rounding is None or rounding.code_math == "input"
-        ):  # that is an emulation, and multiplies values in x's dtype
+        rounding, input_scale = self.activation, operands[self.input_scale] if self.is_static else None
+        # An emulation multiplies values in x's dtype; of powers of two the same values are exact in bfloat16.
+        if rounding is None or rounding.code_math == "input" or self._is_exact(x.dtype):
             values = x if rounding is None else rounding.fake_quantize(x, input_scale)
             return super().linear(values, operands, bias, shape)
+        codes, scale, block = operands["weight"], self.scales(operands, shape), self.sides(shape)
         quantized = rounding.quantize(x, input_scale)
         if self.block in (TENSOR, ROW) and rounding.strategy != "group":
             return linear_codes(quantized, codes, scale.flatten(), bias, x.dtype)
@@ -139,6 +138,11 @@ class Fp8(WeightFormat):
         return linear_rows(
             inputs, lambda rows: scale_rows_(decode(codes[rows], E4M3), scale, block, rows), shape, bias, x.dtype
         )
+
+    def _is_exact(self, dtype: torch.dtype) -> bool:
+        """Whether rounded inputs and weights, E4M3 times powers of two, are exact in a dtype."""
+        scales_input = self.activation is not None and self.activation.scale.startswith("e8m0")
+        return dtype == torch.bfloat16 and scales_input and self.scale_dtype in EXPONENTS
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
         """The variant that a file holds: names, dtypes and ranks of scales, and what shares one, by their shapes."""

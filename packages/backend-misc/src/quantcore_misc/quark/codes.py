@@ -132,7 +132,7 @@ def _integers(element: str, strategy: str, is_reordered: bool) -> Packing:
 
     def unpack(stored: Tensor, N: int, K: int) -> Tensor:
         matrix = unpack_integers(stored, K if by_rows else N, element, is_reordered)
-        return matrix if by_rows else matrix.t()
+        return matrix if by_rows else matrix.t().contiguous()  # one copy of bytes, before four of floats
 
     # An index of a tensor of words covers whole codes, or the tensor cannot be cut. Zero points of rows are packed
     # along N as well, so that a weight whose zero points cannot be cut is not cut either.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
 from quantcore_misc.quark.layer import SECONDS, SIDES, QuarkLayer
-from quantcore_misc.quark.scaling import dequantize_codes, encode_weight
+from quantcore_misc.quark.scaling import dequantize_codes, encode_weight, values_of_codes
 from quantcore_misc.quark.weight import QuarkWeight
 
 
@@ -75,7 +75,7 @@ class FakeWeight(QuarkWeight):
         weight = tensors["weight"].to(float_dtype(self.dtype, "dtype"))
         is_plain = self.scale == "float" and not self.has_zero  # floats are divided in their own dtype
         codes = encode_weight(weight, scale.to(weight.dtype) if is_plain else scale, zero, self)
-        return dequantize_codes(codes, scale, zero, self, dtype or weight.dtype)
+        return dequantize_codes(values_of_codes(codes, self.element), shape, scale, zero, self, dtype or weight.dtype)
 
     def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
         weight = tensors.get("weight")

@@ -72,16 +72,29 @@ def encode_weight(weight: Tensor, scale: Tensor, zero: Tensor | None, weight_for
 
 
 def dequantize_codes(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, weight_format: QuarkWeight, dtype: torch.dtype
+    values_of: Callable[[slice], Tensor],
+    shape: tuple[int, ...],
+    scale: Tensor,
+    zero: Tensor | None,
+    weight_format: QuarkWeight,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """(code - zero) * scale in float32, rounded once to dtype, a few rows at a time."""
-    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    for rows, factor, shift in _pieces(codes, weight_format, scale, zero):
-        part = _values(codes[rows], weight_format.element)
+    """(code - zero) * scale in float32, rounded once to dtype, a few rows at a time.
+
+    values_of: gives rows of codes as numbers, float32 [r, K].
+    """
+    weight = torch.empty(shape, dtype=dtype, device=scale.device)
+    for rows, factor, shift in _pieces(weight, weight_format, scale, zero):
+        part = values_of(rows)
         if shift is not None:
             part = weight_format.each(torch.sub, part, shift)
         weight[rows] = weight_format.each(torch.mul, part, factor)
     return weight
+
+
+def values_of_codes(codes: Tensor, element: str) -> Callable[[slice], Tensor]:
+    """Rows of codes as numbers, for `dequantize_codes`."""
+    return lambda rows: codes[rows].float() if element in INTEGERS else decode(codes[rows], minifloat(element))
 
 
 def read_scales(stored: Tensor, kind: str) -> Tensor:
@@ -181,10 +194,6 @@ def each_group(operation: Operation, part: Tensor, table: Tensor, size: int) -> 
     if part.shape[1] % size:
         return operation(part, table.repeat_interleave(size, 1)[:, : part.shape[1]])
     return operation(part.unflatten(1, (-1, size)), table[:, :, None]).flatten(1)
-
-
-def _values(codes: Tensor, element: str) -> Tensor:
-    return codes.float() if element in INTEGERS else decode(codes, minifloat(element))
 
 
 def _code_dtype(element: str) -> torch.dtype:

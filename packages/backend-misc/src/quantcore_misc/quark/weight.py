@@ -5,7 +5,7 @@ Source: the exports of AMD Quark 0.13; OCP Microscaling Formats 1.0 for scales o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,18 @@ from torch import Tensor
 
 from quantcore.formats import blocks
 from quantcore.formats.base import TensorSpec, float_dtype
+from quantcore.formats.minifloat import E2M1, decode_fp4
 from quantcore_misc.quark.codes import INTEGERS, Packing, layout_of, pack_integers, packing_for, unpack_integers
 from quantcore_misc.quark.layer import SECONDS, SIDES, QuarkLayer
-from quantcore_misc.quark.scaling import Operation, Parts, dequantize_codes, each_group, quantize_weight, read_scales
+from quantcore_misc.quark.scaling import (
+    Operation,
+    Parts,
+    dequantize_codes,
+    each_group,
+    quantize_weight,
+    read_scales,
+    values_of_codes,
+)
 
 _SCALE_TENSORS = {"e8m0": torch.uint8, "e5m3": torch.uint8, "e4m3": torch.float8_e4m3fn}
 
@@ -92,9 +101,15 @@ class QuarkWeight(QuarkLayer):
     def dequantize(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
     ) -> Tensor:
-        codes = self.packing.unpack(tensors["weight"], shape[0], shape[1])
         zero = self.zeros_of(tensors, shape) if self.has_zero else None
-        return dequantize_codes(codes, self.scales_of(tensors), zero, self, dtype or float_dtype(self.dtype, "dtype"))
+        values, dtype = self._values(tensors["weight"], shape), dtype or float_dtype(self.dtype, "dtype")
+        return dequantize_codes(values, shape, self.scales_of(tensors), zero, self, dtype)
+
+    def _values(self, stored: Tensor, shape: tuple[int, ...]) -> Callable[[slice], Tensor]:
+        """Rows of the stored codes as numbers."""
+        if self.element == E2M1.name:
+            return lambda rows: decode_fp4(stored[rows])
+        return values_of_codes(self.packing.unpack(stored, shape[0], shape[1]), self.element)
 
     def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
         weight = tensors.get("weight")

@@ -190,9 +190,8 @@ def unpack_fp6(packed: Tensor) -> Tensor:
 
 def e8m0_values(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """2**(code - 127) of scale bytes, uint8 or float8_e8m0fnu of any shape; 255 is NaN."""
-    bits = codes.view(torch.uint8).to(torch.int32)
-    values = (bits << _FLOAT32_MANTISSA).masked_fill_(bits == 0, 1 << (_FLOAT32_MANTISSA - 1))
-    return values.masked_fill_(bits == E8M0_NAN, 0x7FC00000).view(torch.float32).to(dtype)
+    index = codes.reshape(-1).view(torch.uint8).to(torch.int32)
+    return _powers(dtype, codes.device).index_select(0, index).view(codes.shape)
 
 
 def e8m0_codes(amax: Tensor, element: MiniFloat, rule: str, zero: int = 0) -> Tensor:
@@ -274,6 +273,13 @@ def _nearest(element: MiniFloat, ties: str, device: torch.device) -> tuple[Tenso
     codes = torch.where(values.abs() == positive[above], above, codes)
     codes = codes + element.sign_bit * (values < 0)
     return codes.to(device, torch.uint8), levels(element)[codes].to(device)
+
+
+@cache
+def _powers(dtype: torch.dtype, device: torch.device) -> Tensor:
+    bits = torch.arange(256, dtype=torch.int32) << _FLOAT32_MANTISSA
+    bits[0], bits[E8M0_NAN] = 1 << (_FLOAT32_MANTISSA - 1), 0x7FC00000
+    return bits.view(torch.float32).to(device, dtype)
 
 
 @cache
