@@ -316,4 +316,5 @@ def _required(cls: type[QuantizationConfigMixin]) -> list[str]:
 
 
 def _spell(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+    is_class = isinstance(annotation, type) and typing.get_origin(annotation) is None  # list[str] is a type in 3.10
+    return annotation.__name__ if is_class else str(annotation).replace("typing.", "")
