@@ -109,7 +109,7 @@ class PackedWeight(CompressedWeight):
         tensors["weight_shape"] = torch.tensor(weight.shape, device=weight.device)
         if self.has_index:
             tensors["weight_g_idx"] = self._runs(tuple(weight.shape), weight.device)
-        return tensors
+        return {spec.name: tensors[spec.name] for spec in self.weight_specs(tuple(weight.shape))}
 
     def dequantize(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None

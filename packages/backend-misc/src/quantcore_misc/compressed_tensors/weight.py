@@ -72,7 +72,11 @@ class CompressedWeight(WeightFormat):
         return self.carried
 
     def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        return (*self.code_specs(shape), *self.scale_specs(shape), *self._activation_specs())
+        return (*self.weight_specs(shape), *self._activation_specs())
+
+    def weight_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        """The tensors that store the weight itself."""
+        return (*self.code_specs(shape), *self.scale_specs(shape))
 
     def scale_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         """The tensors that scale and shift codes."""
