@@ -356,3 +356,21 @@ def test_weight_that_holds_nan_is_refused_by_name(float_folder: Path, make_model
     damage(float_folder, lambda tensors: tensors[f"{name}.weight"].fill_(float("nan")))
     with pytest.raises(ValueError, match=f"{name}: weight holds NaN or inf"):
         load(float_folder, make_model("llama"), quantization_config=NF4)
+
+
+@pytest.mark.parametrize(("bits", "storage"), [(8, "int-quantized"), (4, "pack-quantized")])
+def test_head_that_is_tied_to_a_quantized_embedding_shares_its_tensors(
+    make_model: Make, tmp_path: Path, bits: int, storage: str
+) -> None:
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel"}
+    groups = {"group_0": {"targets": ["Linear", "Embedding"], "weights": weights}}
+    config = {"quant_method": "compressed-tensors", "format": storage, "config_groups": groups, "ignore": []}
+    model = quantcore.quantize(make_model("llama-tied"), config)
+    model.save_pretrained(tmp_path / "q")
+    assert not [name for name in load_file(tmp_path / "q" / "model.safetensors") if "lm_head" in name]
+    loaded = load(tmp_path / "q", model)
+    assert torch.equal(logits(loaded), logits(model))
+    tensors = loaded.model.embed_tokens.stored
+    assert all(tensor is tensors[suffix] for suffix, tensor in loaded.lm_head.stored.items())
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(quantcore.load(tmp_path / "again")), logits(model))

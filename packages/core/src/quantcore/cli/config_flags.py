@@ -151,7 +151,7 @@ def _metavar(member: Any) -> str:
     if origin is list:
         inner = "|".join(_metavar(item) for item in typing.get_args(member)) or "text"
         return f"{inner}[,{inner}]"
-    if isinstance(member, type) and issubclass(member, enum.Enum):
+    if isinstance(origin, type) and issubclass(origin, enum.Enum):
         return "|".join(str(item.value) for item in member)
     names = {int: "int", float: "float", bool: "true|false", str: "text", type(None): "none"}
     return names.get(origin, "json")

@@ -26,9 +26,11 @@ from quantcore.integrations.transformers.conversion import (
 )
 from quantcore.integrations.transformers.placing import restore_operands, settle
 from quantcore.nn.dense import view_dense
+from quantcore.nn.embedding import QuantizedEmbedding
 from quantcore.nn.experts import QuantizedExperts, fuse_float_experts
 from quantcore.nn.module import QuantizedModule
-from quantcore.nn.replace import quantized_modules
+from quantcore.nn.replace import quantized_modules, replace_module
+from quantcore.nn.tied import quantize_tied_heads
 from quantcore.quantizers.base import HfQuantizer
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class StoredLoad:
         self._targets: dict[str, str] = {}  # a tensor's name after renamings -> the parameter it is collected under
         self._suffixes: dict[str, str] = {}  # a tensor's name in the file -> its suffix in its layer
         self._layers: dict[str, str] = {}  # the parameter that tensors are collected under -> their layer
+        self._heads: dict[str, tuple[str, nn.Module]] = {}  # embedding -> name and module of the head tied to it
 
     def begin(self, conversions: list[Any]) -> list[Any]:
         """Put empty quantized layers into the model; our conversion and transformers'.
@@ -64,6 +67,7 @@ class StoredLoad:
         final = {name: name_with_prefix(other, self.model) for name, other in renamed.items()}
         named = checkpoint.renamed(final)
         self.quantizer.preprocess_model(self.model, self._dtype, self.device_map, checkpoint=named)
+        self._take_heads_away(named)
         self._check_surplus(named, conversions)
         self._give_dtype()
         layers: dict[str, tuple[str, str]] = {}  # a stored tensor -> the first of its layer, its suffix
@@ -85,10 +89,27 @@ class StoredLoad:
 
     def finish(self) -> None:
         """Called when transformers has filled the model."""
+        for embedding, (name, head) in self._heads.items():
+            replace_module(self.model, name, head)
+            quantize_tied_heads(self.model, {embedding: name})
         restore_operands(self.model)
         self._report()
         if len(set(getattr(self.model, "hf_device_map", {}).values())) < 2:  # else hooks are on the layers by now
             fuse_float_experts(self.model)
+
+    def _take_heads_away(self, checkpoint: Checkpoint) -> None:
+        """Let transformers tie no head to an embedding that is quantized: it would take packed bytes for a weight."""
+        tied: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+        modules = dict(self.model.named_modules())
+        for target, source in list(tied.items()):
+            name, embedding = target.removesuffix(".weight"), source.removesuffix(".weight")
+            if not isinstance(modules.get(embedding), QuantizedEmbedding) or target in checkpoint.headers:
+                continue
+            head = modules.get(name)
+            if head is not None and view_dense(head) is not None:
+                self._heads[embedding] = (name, head)
+                replace_module(self.model, name, nn.Identity())
+                del tied[target]
 
     def _report(self) -> None:
         weights = [module.quantized_weight for _, module in quantized_modules(self.model)]
