@@ -158,7 +158,7 @@ def wheels(session: nox.Session) -> None:
 @nox.session
 def interop(session: nox.Session) -> None:
     """What is saved here loads in stock transformers with the upstream package, with the same outputs."""
-    install(session, *EVERYTHING, *TEST_TOOLS, pinned("bitsandbytes"), pinned("compressed-tensors"))
+    install(session, *EVERYTHING, *TEST_TOOLS, *map(pinned, ("bitsandbytes", "compressed-tensors", "hqq")))
     run_pytest(session, "tests/interop")
 
 
