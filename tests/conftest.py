@@ -53,6 +53,12 @@ def configs() -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture
+def golden() -> Path:
+    """The folder of golden data."""
+    return GOLDEN
+
+
+@pytest.fixture
 def golden_checkpoints() -> list[Path]:
     """Every whole-model checkpoint that an upstream tool wrote for a method of this repository."""
     return CHECKPOINTS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ NF4 = {
 INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0}
 HQQ = {"quant_method": "hqq", "nbits": 4, "group_size": 32}
 FBGEMM = {"quant_method": "fbgemm_fp8"}
+OLD_AWQ = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
 IDS = torch.arange(12).view(2, 6) * 7 % 90
 
 # Every family, each method on some: what a family needs of the loader does not depend on the method.
@@ -162,6 +164,34 @@ def test_checkpoint_of_upstream_loads_as_quantcore_loads_it(installed_checkpoint
     wanted = expected.get("logits", found)
     # Upstream computes in bfloat16, and without FP8 units leaves layer inputs unrounded, which ours rounds to 8 bits.
     assert float((found.double() - wanted.double()).norm() / wanted.double().norm()) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "file", "described"),
+    [
+        ("awq/checkpoint-gptqmodel-w4g32", "quant_config.json", OLD_AWQ),
+        ("gptq/checkpoint-dynamic-lmhead", "quantize_config.json", None),
+    ],
+    ids=["AutoAWQ", "AutoGPTQ"],
+)
+def test_config_in_a_file_of_its_own_is_found(
+    checkpoint: str, file: str, described: dict[str, Any] | None, golden: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(golden / checkpoint, tmp_path / "old")
+    config = json.loads((folder / "config.json").read_text())
+    found = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    for other in ("quantize_config.json", "quant_config.json"):
+        (folder / other).unlink(missing_ok=True)
+    without_method = {key: value for key, value in found.items() if key not in ("method", "quant_method")}
+    (folder / file).write_text(json.dumps(described or without_method))
+    with use():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    expected = quantcore.load(golden / checkpoint, dtype=model.dtype)
+    assert torch.equal(logits(model), logits(expected))
+    assert torch.equal(logits(quantcore.load(folder, dtype=model.dtype)), logits(expected))
+    model.save_pretrained(tmp_path / "new")
+    assert "quantization_config" in json.loads((tmp_path / "new" / "config.json").read_text())
 
 
 # Places

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from quantcore.plugins import Backend, hookimpl
 
@@ -34,6 +34,13 @@ BACKEND = Backend(
 @hookimpl
 def quantcore_backends() -> Iterable[Backend]:
     return [BACKEND]
+
+
+@hookimpl
+def quantcore_match_config(config_dict: Mapping[str, Any]) -> str | None:
+    """Files that AutoAWQ wrote beside the weights name no method; none but its own keys tell."""
+    has_bits = "bits" in config_dict or "w_bit" in config_dict
+    return "awq" if has_bits and "zero_point" in config_dict and "version" in config_dict else None
 
 
 def triton_kernels() -> list[Kernel]:

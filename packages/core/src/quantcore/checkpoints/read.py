@@ -116,10 +116,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     config = _read_json(path) if path.exists() else {}
-    beside = next((directory / name for name in _CONFIG_FILES if (directory / name).exists()), None)
-    if beside is not None and quantization_dict(config) is None:
-        return {**config, "quantization_config": _read_json(beside)}
-    return config
+    beside = quantization_beside(directory) if quantization_dict(config) is None else None
+    return config if beside is None else {**config, "quantization_config": beside}
+
+
+def quantization_beside(directory: Path) -> dict[str, Any] | None:
+    """The quantization config that older tools wrote into a file of its own, None when there is none."""
+    file = next((directory / name for name in _CONFIG_FILES if (directory / name).exists()), None)
+    return None if file is None else _read_json(file)
 
 
 def quantization_dict(config: Mapping[str, Any]) -> dict[str, Any] | None:

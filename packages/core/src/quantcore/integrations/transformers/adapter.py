@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer as TransformersQuantizer, auto as stock
 
 from quantcore.checkpoints.offload import offloaded_state_dict
+from quantcore.checkpoints.read import quantization_beside
 from quantcore.integrations.transformers.quantizing import QuantizingLoad
 from quantcore.integrations.transformers.stored import StoredLoad
 from quantcore.plugins.manager import plugins
@@ -163,7 +164,8 @@ def _found_in(config: Any) -> Any:
     found = getattr(config, "quantization_config", None)
     if found is None and hasattr(config, "get_text_config"):
         found = getattr(config.get_text_config(decoder=True), "quantization_config", None)
-    return found
+    folder = Path(getattr(config, "_name_or_path", None) or "")
+    return quantization_beside(folder) if found is None and folder.name and folder.is_dir() else found
 
 
 def _check_stock(method: str, source: Any) -> None:
