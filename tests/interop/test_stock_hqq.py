@@ -1,7 +1,7 @@
 """What we save loads in the hqq package, layer by layer, and multiplies as ours does. Needs hqq; run by name only.
 
-hqq's own loader of whole models reads its pickled files alone, and no transformers since 5.0 loads an hqq checkpoint: it
-leaves random weights in place of every quantized layer. What upstream still reads is the tensors of one layer.
+hqq's own loader of whole models reads its pickled files alone, and no transformers since 5.0 loads an hqq checkpoint:
+it leaves random weights in place of every quantized layer. What upstream still reads is the tensors of one layer.
 """
 
 from __future__ import annotations

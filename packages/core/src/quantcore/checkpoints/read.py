@@ -21,6 +21,7 @@ from quantcore.formats.base import FLOAT_DTYPES
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
+_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # weights, configs and tokenizers
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _PLAIN = frozenset(FLOAT_DTYPES.values())
 _CONFIG_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
@@ -230,6 +231,9 @@ def _download(repository: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"{repository!r} is no local folder and cannot be downloaded: {error}") from error
+        return Path(snapshot_download(repository, allow_patterns=list(_DOWNLOADED)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{repository!r} is no local folder, not in the hub's cache, and cannot be downloaded; check the id, the "
+            f"connection, and for a private one HF_TOKEN: {error}"
+        ) from error
