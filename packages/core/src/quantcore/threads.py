@@ -37,11 +37,19 @@ def share_out(work: Callable[[T], None], items: Iterable[T], device: torch.devic
     raised, after the other threads have finished their items.
     """
     rest = deque(items)
-    threads = min(torch.get_num_threads(), len(rest)) if device.type == "cpu" else 1
     job = partial(_take_all, work, rest)
-    if threads < 2:
+    threads = min(torch.get_num_threads(), len(rest))
+    if device.type != "cpu":
         job()
-        return
+    elif threads < 2:
+        with one_cpu_thread():
+            job()
+    else:
+        _run_in_threads(job, threads)
+
+
+def _run_in_threads(job: Callable[[], None], threads: int) -> None:
+    """Runs job in each of so many new threads, where every operation uses that thread alone."""
     threads_per_operation, started = torch.get_num_threads(), Semaphore(0)
 
     def run() -> None:
