@@ -189,7 +189,7 @@ def embedded(make_model: Make, options: dict[str, Any]) -> Any:
 def test_adapted_embedding_merges_and_restores_every_bit(embedded: Any) -> None:
     before, expected = bits(embedded), logits(embedded)
     embedded.merge_adapter()
-    # A step of 1/7 of the range of 32 normal weights, uniform error: about 0.17; rows that trained more lie further out.
+    # A step of 1/7 of the range of 32 normal weights, uniform error: about 0.17; more where rows trained more.
     assert 0 < adapters.merge_errors(embedded)["base_model.model.model.embed_tokens"] < 0.3
     embedded.unmerge_adapter()
     assert_same_bits(bits(embedded), before)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcore.checkpoints.model import load
-from quantcore.checkpoints.read import Checkpoint, resolve
+from quantcore.checkpoints.read import Checkpoint, quantization_dict, read_config, resolve
 from quantcore.checkpoints.stream import slots
 from quantcore.evaluation.perplexity import (
     BATCH,
@@ -117,6 +117,7 @@ def evaluate_beside(
 
 def encode(directory: Path, text: str) -> list[int]:
     """Token ids of a text by the tokenizer of a checkpoint folder, without special tokens."""
+    quantization_dict(read_config(directory))  # what is wrong with config.json is told first, and by us
     encoded = load_tokenizer(directory)(text, add_special_tokens=False, verbose=False)
     ids: list[int] = encoded["input_ids"]
     return ids
