@@ -179,13 +179,13 @@ def make_llava() -> Any:
     return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=95))
 
 
-def make_causal(family: str, **changes: Any) -> Any:
-    """A causal model of a family whose config is spelled like Llama's."""
+def make_causal(family: str, config_of: str | None = None, **changes: Any) -> Any:
+    """A causal model of a family whose config is spelled like Llama's; config_of: its name where it is another."""
     import transformers
 
     config = {**SIZES, "intermediate_size": 128, "num_key_value_heads": 1, "max_position_embeddings": 32, **changes}
     build = getattr(transformers, f"{family}ForCausalLM")
-    return build(getattr(transformers, f"{family}Config")(**config))
+    return build(getattr(transformers, f"{config_of or family}Config")(**config))
 
 
 def make_llama4() -> Any:
@@ -203,6 +203,8 @@ def make_llama4() -> Any:
 FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: make_causal("Qwen3", head_dim=32),
     "gemma": lambda: make_causal("Gemma", head_dim=32),
+    "gemma2": lambda: make_causal("Gemma2", head_dim=32),
+    "gemma3": lambda: make_causal("Gemma3", "Gemma3Text", head_dim=32),
     "mixtral": lambda: make_causal("Mixtral", num_local_experts=4),
     "qwen3-moe": lambda: make_causal(
         "Qwen3Moe", head_dim=32, num_experts=4, moe_intermediate_size=64, num_experts_per_tok=2

@@ -39,6 +39,8 @@ CASES = [
     ("llama-tied", NF4),
     ("qwen3", INT8),
     ("gemma", NF4),
+    ("gemma2", HQQ),
+    ("gemma3", INT8),  # its embedding is a class of its own, and tied
     ("gpt2", HQQ),
     ("opt", INT8),
     ("bert", NF4),
