@@ -2,7 +2,8 @@
 
 Each load is a process of its own, and each runs --repeats times; medians are printed. "on the fly" quantizes a bfloat16
 checkpoint while it loads, "quantized" loads the checkpoint that stock transformers saved. Memory is the most that the
-process held, less what it held when torch and transformers were imported; pages of mapped files count too. Linux only.
+process held, less what it held when everything was imported: in all, and without the pages of mapped files, which are
+sampled every 2 ms. Linux only.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -38,12 +40,12 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder))
-        print(f"{'checkpoint':12s} {'loader':28s} {'seconds':>8s} {'peak MB':>8s} {'model MB':>8s}")
+        print(f"{'checkpoint':12s} {'loader':28s} {'seconds':>8s} {'peak MB':>8s} {'own MB':>8s} {'model MB':>8s}")
         for kind in ("on the fly", "quantized"):
             for loader in LOADERS:
                 runs = [measure(loader, kind, folder) for _ in range(options.repeats)]
-                cells = [statistics.median(run[key] for run in runs) for key in ("seconds", "peak", "model")]
-                print(f"{kind:12s} {loader:28s} {cells[0]:8.2f} {cells[1]:8.0f} {cells[2]:8.0f}", flush=True)
+                seconds, *sizes = (statistics.median(run[key] for run in runs) for key in runs[0])
+                print(f"{kind:12s} {loader:28s} {seconds:8.2f}", *(f"{size:8.0f}" for size in sizes), flush=True)
 
 
 def write_models(folder: Path) -> None:
@@ -68,16 +70,26 @@ def measure(loader: str, kind: str, folder: str) -> dict[str, float]:
 def load(loader: str, kind: str, folder: str) -> dict[str, float]:
     """Seconds and megabytes of one load in this process."""
     import bitsandbytes  # noqa: F401 - imported by stock in any case
-    import transformers  # noqa: F401
-    from transformers import AutoModelForCausalLM  # noqa: F401
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
     import quantcore.integrations.transformers.adapter  # noqa: F401
 
-    before, start = peak_megabytes(), time.perf_counter()
+    before, own = megabytes("VmHWM"), [megabytes("RssAnon")]
+    done = threading.Event()
+    sampler = threading.Thread(target=sample, args=(own, done))
+    sampler.start()
+    start = time.perf_counter()
     model = load_with(loader, kind, Path(folder, kind))
     seconds = time.perf_counter() - start
-    size = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e6
-    return {"seconds": seconds, "peak": peak_megabytes() - before, "model": size}
+    done.set()
+    sampler.join()
+    size = sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
+    return {"seconds": seconds, "peak": megabytes("VmHWM") - before, "own": max(own) - own[0], "model": size}
+
+
+def sample(own: list[float], done: threading.Event) -> None:
+    while not done.wait(0.002):
+        own.append(megabytes("RssAnon"))
 
 
 def load_with(loader: str, kind: str, path: Path) -> Any:
@@ -97,10 +109,10 @@ def load_with(loader: str, kind: str, path: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(path, **options)
 
 
-def peak_megabytes() -> float:
-    """The most that this process held; getrusage would count what its parent held before it."""
+def megabytes(field: str) -> float:
+    """A field of this process's status; getrusage would count what its parent held before it."""
     status = Path("/proc/self/status").read_text()
-    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith(field))
     return int(kilobytes) / 1024
 
 
