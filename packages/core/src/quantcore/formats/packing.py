@@ -195,7 +195,7 @@ def _unpack(words: Tensor, layout: Layout, dim: int, count: int) -> Tensor:
 
 def _merges(layout: Layout, tensor: Tensor, dim: int) -> bool:
     """Whether several whole codes lie one after the other in bytes, along a dimension that is contiguous."""
-    several = layout.word_bits == 8 and layout.bits in (1, 2, 4)
+    several = layout.bytewise and layout.word_bits == 8 and layout.bits in (1, 2, 4)
     return several and dim == tensor.ndim - 1 and tensor.is_contiguous()
 
 
