@@ -7,6 +7,7 @@ import torch
 
 from quantcore.formats.packing import (
     Layout,
+    Piece,
     pack_nibbles,
     pack_words,
     padded_layout,
@@ -145,3 +146,11 @@ def test_codes_that_fill_bytes_are_packed_as_any_others(bits: int) -> None:
 def test_one_word_of_odd_strides_is_unpacked() -> None:
     word = torch.tensor([[0x76543210, 0]], dtype=torch.int32)[:, :1].as_strided((1, 1), (1, 7))
     assert unpack_words(word, stream_layout(4), 8, 1).tolist() == [list(range(8))]
+
+
+def test_byte_layout_of_another_order_is_kept() -> None:
+    high_first = Layout(4, 8, 2, 1, (Piece(0, 0, 0, 4, 4), Piece(1, 0, 0, 0, 4)))
+    codes = torch.tensor([[1, 2, 3, 4]], dtype=torch.uint8)
+    packed = pack_words(codes, high_first, 1)
+    assert packed.tolist() == [[0x12, 0x34]]
+    assert torch.equal(unpack_words(packed, high_first, 4, 1), codes)
