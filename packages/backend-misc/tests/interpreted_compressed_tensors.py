@@ -6,8 +6,16 @@ import pytest
 import torch
 import triton.language as tl
 
+from quantcore.formats.activation import Activation
 from quantcore.kernels.triton import launch
-from quantcore.kernels.triton.checks import check_dequantize, check_input_grad, check_linear, poisoned_buffers
+from quantcore.kernels.triton.checks import (
+    check_dequantize,
+    check_input_grad,
+    check_kernel,
+    check_linear,
+    poisoned_buffers,
+)
+from quantcore_misc.compressed_tensors import triton_kernels
 from quantcore_misc.compressed_tensors.decode import decoder_for
 from quantcore_misc.compressed_tensors.packed import PackedWeight, SmallFloatWeight
 from quantcore_misc.compressed_tensors.plain import FloatWeight, IntegerWeight
@@ -101,3 +109,20 @@ def test_gemm_matches_reference(weight_format: CompressedWeight) -> None:
 
 def test_input_gradient_is_the_references() -> None:
     check_input_grad(packed(8), decoder_for(packed(8)), torch.randn(3, 24), 80)
+
+
+ROUNDING: dict[str, CompressedWeight] = {
+    "nvfp4": SmallFloatWeight(
+        Scaling("e2m1", 1, 16, scales="nvfp4"), "float32", Activation("e2m1", "group", 16, scale="e4m3", outer="divide")
+    ),
+    "int4 under int8": packed(4, symmetric=True, input=Activation("int8", "token", scale="input")),
+    "output": FloatWeight(Scaling("e4m3"), "float32", output=Activation("e4m3", "tensor", is_static=True)),
+    "fp8": FloatWeight(Scaling("e4m3"), "float32").optimized(),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+def test_layers_that_round_activations_match_reference(name: str) -> None:
+    kernels = {kernel.name: kernel for kernel in triton_kernels()}
+    check_kernel(kernels["gemv_compressed_tensors"], ROUNDING[name], torch.randn(1, 96), 24, torch.randn(24))
+    check_kernel(kernels["gemm_compressed_tensors"], ROUNDING[name], torch.randn(17, 96), 24)

@@ -6,8 +6,10 @@ import pytest
 import torch
 import triton.language as tl
 
+from quantcore.formats.activation import Activation
 from quantcore.kernels.triton import launch
-from quantcore.kernels.triton.checks import check_dequantize, check_input_grad, check_linear
+from quantcore.kernels.triton.checks import check_dequantize, check_input_grad, check_kernel, check_linear
+from quantcore_misc.quark import triton_kernels
 from quantcore_misc.quark.decode import decoder_for
 from quantcore_misc.quark.weight import QuarkWeight
 
@@ -53,6 +55,14 @@ def test_gemv_matches_reference(name: str, rows: int) -> None:
 @pytest.mark.parametrize("name", ["int4", "mxfp4", "fp8-tensor"])
 def test_gemm_matches_reference(name: str) -> None:
     check_linear(launch.gemm, FORMATS[name], decoder_for(FORMATS[name]), torch.randn(17, 96), 72)
+
+
+@pytest.mark.parametrize("rounded", ["input", "output"])
+def test_layers_that_round_activations_match_reference(rounded: str) -> None:
+    weight_format = FORMATS["mxfp4"].replace(dtype="float32", **{rounded: Activation("e4m3", "token")})
+    kernels = {kernel.name: kernel for kernel in triton_kernels()}
+    check_kernel(kernels["gemv_quark"], weight_format, torch.randn(1, 96), 24, torch.randn(24))
+    check_kernel(kernels["gemm_quark"], weight_format, torch.randn(17, 96), 24)
 
 
 def test_input_gradient_is_the_references() -> None:

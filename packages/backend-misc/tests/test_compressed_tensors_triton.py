@@ -10,9 +10,11 @@ import torch
 pytest.importorskip("triton", reason="triton has no build for this platform")
 
 from quantcore.formats.base import WeightFormat
+from quantcore.kernels.dispatch import Problem
 from quantcore.kernels.triton import launch
 from quantcore.kernels.triton.aot import compile_launches, spilled_bytes
 from quantcore.kernels.triton.checks import quantized, run_in_interpreter
+from quantcore_misc.compressed_tensors import triton_kernels
 from quantcore_misc.compressed_tensors.config import CompressedTensorsConfig
 from quantcore_misc.compressed_tensors.decode import decoder_for
 from quantcore_misc.compressed_tensors.storage import weight_format
@@ -49,6 +51,10 @@ def test_every_element_compiles(scheme: str) -> None:
     assert [spilled_bytes(kernel) for kernel in kernels] == [0]
 
 
-@pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC", "NVFP4"])
-def test_layers_that_round_their_input_have_no_decoder(scheme: str) -> None:
-    assert decoder_for(of_scheme(scheme)) is None
+@pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC", "NVFP4", "MXFP4"])
+def test_layers_that_round_their_input_are_served_by_the_weight_alone(scheme: str) -> None:
+    found = of_scheme(scheme)
+    assert found.weight_alone() != found
+    assert decoder_for(found.weight_alone()) is not None
+    gemm = next(kernel for kernel in triton_kernels() if kernel.name == "gemm_compressed_tensors")
+    assert gemm.refuse(Problem("linear", found, "cuda", torch.bfloat16, 4, *SHAPE)) is None

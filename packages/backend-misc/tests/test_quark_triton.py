@@ -9,7 +9,6 @@ import torch
 
 pytest.importorskip("triton", reason="triton has no build for this platform")
 
-from quantcore.formats.activation import Activation
 from quantcore.kernels.triton import launch
 from quantcore.kernels.triton.aot import compile_launches, spilled_bytes
 from quantcore.kernels.triton.checks import quantized, run_in_interpreter
@@ -43,14 +42,13 @@ def test_skeletons_compile_without_spills(weight_format: QuarkWeight, target: st
 @pytest.mark.parametrize(
     "weight_format",
     [
-        QuarkWeight(input=Activation(element="e4m3", strategy="token")),
         QuarkWeight(element="e5m2"),
         QuarkWeight(element="int3", strategy="channel"),
         QuarkWeight(element="e3m2", strategy="group", group_size=32, scale="e8m0"),
         FakeWeight(),
         FloatWeight(),
     ],
-    ids=["rounds its input", "e5m2", "int3", "e3m2", "floats with scales", "floats"],
+    ids=["e5m2", "int3", "e3m2", "floats with scales", "floats"],
 )
 def test_other_layers_have_no_decoder(weight_format: QuarkWeight) -> None:
     assert decoder_for(weight_format) is None

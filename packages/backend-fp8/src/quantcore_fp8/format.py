@@ -122,16 +122,27 @@ class Fp8(WeightFormat):
         y = self._product(x, operands, early, shape)
         return y if late is None else y.add_(late)
 
+    def weight_alone(self) -> WeightFormat:
+        return self if self.activation is None else self.replace(activation=None)
+
+    def round_activation(self, side: str, x: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
+        if side == "output" or self.activation is None:
+            return x
+        return self.activation.fake_quantize(x, operands[self.input_scale] if self.is_static else None)
+
+    @property
+    def rounds_rows_apart(self) -> bool:
+        return self.activation is None or self.activation.rows_apart
+
     def _product(
         self, x: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int]
     ) -> Tensor:
-        rounding, input_scale = self.activation, operands[self.input_scale] if self.is_static else None
+        rounding = self.activation
         # An emulation multiplies values in x's dtype; of powers of two the same values are exact in bfloat16.
         if rounding is None or rounding.code_math == "input" or self._is_exact(x.dtype):
-            values = x if rounding is None else rounding.fake_quantize(x, input_scale)
-            return super().linear(values, operands, bias, shape)
+            return super().linear(self.round_activation("input", x, operands), operands, bias, shape)
         codes, scale, block = operands["weight"], self.scales(operands, shape), self.sides(shape)
-        quantized = rounding.quantize(x, input_scale)
+        quantized = rounding.quantize(x, operands[self.input_scale] if self.is_static else None)
         if self.block in (TENSOR, ROW) and rounding.strategy != "group":
             return linear_codes(quantized, codes, scale.flatten(), bias, x.dtype)
         inputs = rounding.dequantize(quantized, torch.float32)

@@ -69,6 +69,16 @@ class Fp4Expert(WeightFormat):
         y = linear_rows(inputs, lambda rows: _values(operands["weight"], scale, rows), shape, None, x.dtype)
         return y if bias is None else y.add_(bias)
 
+    def weight_alone(self) -> WeightFormat:
+        return self if self.activation is None else self.replace(activation=None)
+
+    def round_activation(self, side: str, x: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
+        return x if side == "output" or self.activation is None else self.activation.fake_quantize(x)
+
+    @property
+    def rounds_rows_apart(self) -> bool:
+        return self.activation is None or self.activation.rows_apart
+
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
         """The format under the name that a file gives its scales."""
         return self.replace(scale=next((name for name in SCALE_NAMES if name in tensors), self.scale))

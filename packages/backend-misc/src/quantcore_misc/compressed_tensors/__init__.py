@@ -38,6 +38,10 @@ def quantcore_backends() -> Iterable[Backend]:
 def triton_kernels() -> list[Kernel]:
     """The GPU kernels of this method; triton is imported when a problem on a GPU is asked about."""
     from quantcore.kernels.triton.kernels import kernels_for
-    from quantcore_misc.compressed_tensors.int8_kernel import KERNEL
+    from quantcore_misc.compressed_tensors import float8_kernel, int8_kernel
 
-    return [KERNEL, *kernels_for("compressed_tensors", f"{_MODULE}.decode:decoder_for")]
+    return [
+        int8_kernel.KERNEL,
+        float8_kernel.KERNEL,
+        *kernels_for("compressed_tensors", f"{_MODULE}.decode:decoder_for"),
+    ]

@@ -172,10 +172,8 @@ def block_place(n, k, K, D: tl.constexpr):
 
 @cache
 def decoder_for(weight_format: WeightFormat) -> Decoder | None:
-    """The decoder of a weight whose layer rounds no activations; None for any other format."""
+    """The decoder of a weight, however its layer rounds activations; None for any other format."""
     if not isinstance(weight_format, CompressedWeight) or weight_format.scaling is None:
-        return None
-    if weight_format.input is not None or weight_format.output is not None:
         return None
     if weight_format.scaling.scales == "float" and weight_format.torch_dtype not in _DTYPES:
         return None

@@ -204,14 +204,23 @@ class CompressedWeight(WeightFormat):
     def linear(self, x: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
         if self.input is None and self.output is None:
             return super().linear(x, operands, bias, shape)
-        rounded = self._round(self.input, x, operands, "input")
+        rounded = self.round_activation("input", x, operands)
         dtype = x.dtype
         if self.is_optimized:  # products in float32, of codes that are not rounded to the weight's dtype before
             dtype, operands = torch.float32, {**operands, "weight_scale": operands["weight_scale"].float()}
         weight = self.dequantize(operands, shape, dtype)
         bias = None if bias is None else bias.to(dtype)
         y = torch.nn.functional.linear(rounded.to(dtype), weight, bias).to(x.dtype)
-        return self._round(self.output, y, operands, "output")
+        return self.round_activation("output", y, operands)
+
+    def weight_alone(self) -> WeightFormat:
+        if self.input is None and self.output is None:
+            return self
+        return dataclasses.replace(self, input=None, output=None)
+
+    @property
+    def rounds_rows_apart(self) -> bool:
+        return all(each is None or each.rows_apart for each in (self.input, self.output))
 
     @property
     def is_optimized(self) -> bool:
@@ -223,7 +232,8 @@ class CompressedWeight(WeightFormat):
         tokens = Activation("e4m3", "token", scale="float32", zero_scale=_OPTIMIZED_ZERO_SCALE)
         return dataclasses.replace(self, input=tokens)
 
-    def _round(self, activation: Activation | None, x: Tensor, operands: Mapping[str, Tensor], side: str) -> Tensor:
+    def round_activation(self, side: str, x: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
+        activation = self.input if side == "input" else self.output
         if activation is None:
             return x
         scale, zero = operands.get(f"{side}_scale"), operands.get(f"{side}_zero_point")

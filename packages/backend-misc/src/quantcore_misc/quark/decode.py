@@ -157,10 +157,8 @@ def e5m3_values(code):
 
 @cache
 def decoder_for(weight_format: WeightFormat) -> Decoder | None:
-    """The decoder of a weight whose layer rounds no activations; None for any other format."""
+    """The decoder of a weight, however its layer rounds activations; None for any other format."""
     if type(weight_format) is not QuarkWeight:
-        return None
-    if weight_format.input is not None or weight_format.output is not None:
         return None
     if weight_format.has_zero:
         return _integers(weight_format)

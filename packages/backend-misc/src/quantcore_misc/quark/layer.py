@@ -67,10 +67,19 @@ class QuarkLayer(WeightFormat):
         return dict(self.names).get(name, name)
 
     def linear(self, x: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
-        rounded = self._round("input", x, operands)
+        rounded = self.round_activation("input", x, operands)
         weight = self.dequantize(operands, shape, x.dtype)
         y = torch.nn.functional.linear(rounded, weight, None if bias is None else bias.to(x.dtype))
-        return self._round("output", y, operands)
+        return self.round_activation("output", y, operands)
+
+    def weight_alone(self) -> WeightFormat:
+        if self.input is None and self.output is None:
+            return self
+        return dataclasses.replace(self, input=None, output=None)
+
+    @property
+    def rounds_rows_apart(self) -> bool:
+        return all(each is None or each.rows_apart for each in (self.input, self.output))
 
     def activation(self, side: str) -> Activation | None:
         """How the layer's "input" or "output" is rounded."""
@@ -116,7 +125,7 @@ class QuarkLayer(WeightFormat):
             specs.append(self.second_spec(side))
         return specs
 
-    def _round(self, side: str, x: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
+    def round_activation(self, side: str, x: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
         activation = self.activation(side)
         if activation is None:
             return x

@@ -103,6 +103,11 @@ class Activation(Description):
         return INTEGERS.get(self.element)
 
     @property
+    def rows_apart(self) -> bool:
+        """Whether each row is rounded as it would be alone, by nothing that is stored."""
+        return self.strategy != "tensor" and not self.is_static and self.outer is None
+
+    @property
     def minifloat(self) -> MiniFloat:
         return minifloat(self.element)
 

@@ -127,6 +127,22 @@ class WeightFormat:
         """
         return multiply(x, self.dequantize(operands, shape, self.compute_torch_dtype or x.dtype), bias)
 
+    def weight_alone(self) -> WeightFormat:
+        """The format of the same stored weight in a layer that rounds no activations; self where this one rounds none.
+
+        Its operands are among those of this format, under their names. For kernels that read weights alone.
+        """
+        return self
+
+    def round_activation(self, side: str, x: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
+        """x, the "input" or "output" of a layer, as the layer rounds it; x itself where it does not."""
+        return x
+
+    @property
+    def rounds_rows_apart(self) -> bool:
+        """Whether each row of a layer's input is rounded as it would be alone, by nothing that is stored."""
+        return True
+
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
         """The format that stored tensors describe themselves; self where a format stores no description.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantcore.formats.base import WeightFormat
 from quantcore.kernels import reference
+from quantcore.kernels.dispatch import Kernel
 
 _LONGEST_CHILD = 600
 
@@ -70,6 +71,17 @@ def check_linear(
     with poisoned_buffers():
         found = call(x, operands, bias, decoder, out_features, weight_format.compute_torch_dtype)
     _check_near(found, weight_format, named, x, shape, bias, decoder.name)
+
+
+def check_kernel(
+    kernel: Kernel, weight_format: WeightFormat, x: Tensor, out_features: int, bias: Tensor | None = None
+) -> None:
+    """A kernel gives what the format's own linear gives, within `tolerance`: of formats that round activations too."""
+    shape = (out_features, x.shape[-1])
+    named = quantized(weight_format, shape)
+    with poisoned_buffers():
+        found = kernel.linear(x, list(named.values()), bias, weight_format, out_features)
+    _check_near(found, weight_format, named, x, shape, bias, kernel.name)
 
 
 def check_grouped(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -61,6 +62,8 @@ class _Served:
                 return f"{what} dtype {dtype_name(dtype)} is none of {', '.join(map(dtype_name, DTYPES))}"
         if problem.op == "grouped_linear" and problem.M > DENSE_ROWS:
             return f"experts of more than {DENSE_ROWS} rows are faster one by one"
+        if problem.op == "grouped_linear" and not problem.weight_format.rounds_rows_apart:
+            return "experts each round their input by a scale of their own"
         if self._find(problem.weight_format) is None:
             return f"no decoder for {problem.weight_format!r}"
         return None
@@ -76,16 +79,33 @@ class _Served:
     ) -> Tensor:
         from quantcore.kernels.triton import launch
 
-        decoder = self._decoder(weight_format)
-        return launch.gemv(x, operands, bias, decoder, out_features, weight_format.compute_torch_dtype)
+        return self._linear(launch.gemv, x, operands, bias, weight_format, out_features)
 
     def gemm(
         self, x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, weight_format: WeightFormat, out_features: int
     ) -> Tensor:
         from quantcore.kernels.triton import launch
 
-        decoder = self._decoder(weight_format)
-        return launch.gemm(x, operands, bias, decoder, out_features, weight_format.compute_torch_dtype)
+        return self._linear(launch.gemm, x, operands, bias, weight_format, out_features)
+
+    def _linear(
+        self,
+        product: Callable[..., Tensor],
+        x: Tensor,
+        operands: Sequence[Tensor],
+        bias: Tensor | None,
+        weight_format: WeightFormat,
+        out_features: int,
+    ) -> Tensor:
+        """A product over the weight alone, of an input and with an output that are rounded as the format says."""
+        decoder, dtype = self._decoder(weight_format), weight_format.compute_torch_dtype
+        if not _rounds(weight_format):
+            return product(x, operands, bias, decoder, out_features, dtype)
+        shape = (out_features, x.shape[-1])
+        named = _named(weight_format, operands, shape)
+        rounded = weight_format.round_activation("input", x, named).to(x.dtype)
+        y = product(rounded, _of_weight(weight_format, named, shape), bias, decoder, out_features, dtype)
+        return weight_format.round_activation("output", y, named)
 
     def grouped_linear(
         self,
@@ -97,22 +117,51 @@ class _Served:
     ) -> Tensor:
         from quantcore.kernels.triton import launch
 
-        decoder = self._decoder(weight_format)
-        return launch.grouped(x, ends, experts, decoder, out_features, weight_format.compute_torch_dtype)
+        decoder, dtype = self._decoder(weight_format), weight_format.compute_torch_dtype
+        if not _rounds(weight_format):
+            return launch.grouped(x, ends, experts, decoder, out_features, dtype)
+        shape = (out_features, x.shape[-1])
+        named = [_named(weight_format, operands, shape) for operands in experts]
+        rounded = weight_format.round_activation("input", x, named[0]).to(x.dtype)
+        weights = [_of_weight(weight_format, each, shape) for each in named]
+        y = launch.grouped(rounded, ends, weights, decoder, out_features, dtype)
+        return weight_format.round_activation("output", y, named[0])
 
     def linear_input_grad(
         self, grad: Tensor, operands: Sequence[Tensor], weight_format: WeightFormat, in_features: int
     ) -> Tensor:
         from quantcore.kernels.triton import launch
 
+        if _rounds(weight_format):
+            shape = (grad.shape[-1], in_features)
+            operands = _of_weight(weight_format, _named(weight_format, operands, shape), shape)
         return launch.linear_input_grad(grad, operands, self._decoder(weight_format), in_features)
 
     def _find(self, weight_format: WeightFormat) -> Decoder | None:
         decoder_for: Callable[[WeightFormat], Decoder | None] = import_string(self.target)
-        return decoder_for(weight_format)
+        return decoder_for(_alone(weight_format))
 
     def _decoder(self, weight_format: WeightFormat) -> Decoder:
         decoder = self._find(weight_format)
         if decoder is None:
             raise ValueError(f"{self.target} has no decoder for {weight_format!r}; use the reference kernel")
         return decoder
+
+
+@lru_cache(maxsize=1024)
+def _alone(weight_format: WeightFormat) -> WeightFormat:
+    return weight_format.weight_alone()
+
+
+def _rounds(weight_format: WeightFormat) -> bool:
+    """Whether a layer of this format rounds activations."""
+    return _alone(weight_format) is not weight_format
+
+
+def _named(weight_format: WeightFormat, operands: Sequence[Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
+    return dict(zip(weight_format.operand_names(shape), operands, strict=True))
+
+
+def _of_weight(weight_format: WeightFormat, named: Mapping[str, Tensor], shape: tuple[int, int]) -> list[Tensor]:
+    """Those operands that are of the weight alone."""
+    return [named[name] for name in _alone(weight_format).operand_names(shape)]
