@@ -12,6 +12,7 @@ import torch
 
 import quantcore
 from quantcore import settings
+from quantcore.kernels import reference, trial
 from quantcore.nn import QuantizedLinear, grouped
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +23,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "hqq-4bit": {"quant_method": "hqq", "nbits": 4},
     "hqq-3bit-axis0": {"quant_method": "hqq", "nbits": 3, "axis": 0},
     "hqq-1bit": {"quant_method": "hqq", "nbits": 1, "group_size": 32},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "gptq-3bit": {"quant_method": "gptq", "bits": 3, "group_size": 128, "sym": False},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128},
+    "auto-round": {"quant_method": "auto-round", "bits": 4, "group_size": 128},
+    "fp8": {"quant_method": "fp8"},
+    "mxfp8": {"quant_method": "mxfp8"},
+    "fbgemm": {"quant_method": "fbgemm_fp8"},
+    "w4a16": {"quant_method": "compressed-tensors", "scheme": "W4A16"},
     "w8a8": {"quant_method": "compressed-tensors", "scheme": "W8A8"},
+    "fp8-dynamic": {"quant_method": "compressed-tensors", "scheme": "FP8_DYNAMIC"},
+    "nvfp4": {"quant_method": "compressed-tensors", "scheme": "NVFP4"},
+    "mxfp4": {"quant_method": "compressed-tensors", "scheme": "MXFP4"},
 }
 # Sums of 1024 products in another order; half precision then rounds to a neighbour.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -54,6 +66,16 @@ def test_forced_kernel_gives_the_references_output_and_gradient(
         results[kernel] = (y.detach(), leaf.grad)
     for found, expected in zip(results["triton"], results["torch"], strict=True):
         assert relative_error(found, expected) <= TOLERANCE[dtype]
+
+
+def test_kernels_pass_their_trial(config: dict[str, Any]) -> None:
+    trial.forget()
+    layer = QuantizedLinear.from_linear(torch.nn.Linear(1024, 384, dtype=torch.bfloat16), config).to("cuda")
+    x = torch.randn(40, 1024, dtype=torch.bfloat16, device="cuda")
+    expected = reference.linear(x, layer.operands, layer.bias, layer.format, 384)
+    for rows in (1, 40):
+        assert relative_error(layer(x[:rows]), expected[:rows]) <= TOLERANCE[torch.bfloat16]
+    assert trial.failures() == 0
 
 
 def test_measured_launches_give_the_same_output_and_are_kept(
