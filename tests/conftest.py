@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 import quantcore
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # modules that several of these tests import
 
 GOLDEN = Path(os.environ.get("QUANTCORE_GOLDEN") or Path(__file__).parent / "golden")
 

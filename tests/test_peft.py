@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft_training import train
 from torch import Tensor, nn
 
 import quantcore
@@ -66,19 +67,6 @@ def lora(**options: Any) -> Any:
     return peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
 
 
-def train(model: Any, steps: int = 6) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    model.train()
-    for _ in range(steps):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 @pytest.fixture(params=["lora", "dora"])
 def options(request: pytest.FixtureRequest) -> dict[str, Any]:
     return {"use_dora": request.param == "dora"}
@@ -89,7 +77,7 @@ def trained(make_model: Make, config: dict[str, Any], options: dict[str, Any]) -
     """A quantized Llama with adapters on every linear layer but the head, trained for a few steps."""
     torch.manual_seed(0)
     model = adapters.get_peft_model(quantcore.quantize(make_model("llama"), config), lora(**options))
-    train(model, steps=3)
+    train(model, IDS, 3)
     return model
 
 
@@ -117,7 +105,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_as_it_was(
     base = quantcore.quantize(make_model("llama"), config)
     before = bits(base)
     model = adapters.get_peft_model(base, lora(**options))
-    losses = train(model, steps=8)
+    losses = train(model, IDS, 8)
     assert losses[-1] < 0.9 * losses[0]
     assert_same_bits(bits(model), before)
 
@@ -126,7 +114,7 @@ def test_conv1d_layers_take_adapters_whatever_fan_in_fan_out_says(make_model: Ma
     for fan_in_fan_out in (False, True):
         model = quantcore.quantize(make_model("gpt2"), NF4_DOUBLE)
         model = adapters.get_peft_model(model, lora(fan_in_fan_out=fan_in_fan_out))
-        losses = train(model, steps=4)
+        losses = train(model, IDS, 4)
         assert losses[-1] < losses[0]
         expected = logits(model)
         torch.testing.assert_close(logits(adapters.merge_to_float(model, torch.float32)), expected)
@@ -161,7 +149,7 @@ def test_float_head_is_trained_whole_beside_adapters(make_model: Make) -> None:
     model = quantcore.quantize(make_model("llama"), NF4_DOUBLE)
     before = model.lm_head.weight.detach().clone()
     adapted = adapters.get_peft_model(model, lora(modules_to_save=["lm_head"]))
-    train(adapted, steps=3)
+    train(adapted, IDS, 3)
     merged = adapted.merge_and_unload()
     assert type(merged.lm_head) is nn.Linear
     assert not torch.equal(merged.lm_head.weight, before)
@@ -181,7 +169,7 @@ def embedded(make_model: Make, options: dict[str, Any]) -> Any:
     targets = ["q_proj", "embed_tokens"]
     adapted = adapters.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, **options))
     torch.testing.assert_close(logits(adapted), expected, rtol=1e-5, atol=1e-6)
-    losses = train(adapted)
+    losses = train(adapted, IDS, 6)
     assert losses[-1] < losses[0]
     return adapted
 
@@ -219,7 +207,7 @@ def test_prepared_model_trains_with_gradient_checkpointing(make_model: Make) -> 
     torch.manual_seed(0)
     model = adapters.prepare_model_for_kbit_training(quantcore.quantize(make_model("llama"), NF4_DOUBLE))
     assert model.is_gradient_checkpointing
-    losses = train(adapters.get_peft_model(model, lora()))
+    losses = train(adapters.get_peft_model(model, lora()), IDS, 6)
     assert losses[-1] < losses[0]
 
 
@@ -238,7 +226,7 @@ def test_saved_adapter_loads_onto_a_fresh_quantized_model(
 def test_saved_adapter_loads_onto_the_float_model_in_peft_alone(make_model: Make, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = adapters.get_peft_model(quantcore.quantize(make_model("llama"), NF4_DOUBLE), lora())
-    train(model)
+    train(model, IDS, 6)
     model.save_pretrained(tmp_path / "adapter")
     stock = peft.PeftModel.from_pretrained(make_model("llama"), tmp_path / "adapter")
     merged = stock.merge_and_unload().state_dict()
@@ -307,7 +295,7 @@ def test_merging_into_float_loses_nothing(trained: Any) -> None:
 def test_eight_bit_layers_train_and_merge(make_model: Make) -> None:
     torch.manual_seed(0)
     model = adapters.get_peft_model(quantcore.quantize(make_model("llama"), INT8), lora())
-    losses = train(model, steps=8)
+    losses = train(model, IDS, 8)
     assert losses[-1] < 0.9 * losses[0]
     before = bits(model)
     model.merge_adapter()

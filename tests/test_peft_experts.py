@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft_training import train
 from torch import Tensor, nn
 
 import quantcore
@@ -60,19 +61,6 @@ def lora(**options: Any) -> Any:
     return peft.LoraConfig(**{"r": 3, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options})
 
 
-def train(model: Any, steps: int = 4) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    model.train()
-    for _ in range(steps):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -83,7 +71,7 @@ def trained(family: str) -> Any:
     """A quantized mixture with adapters on all that can have them, trained for a few steps."""
     torch.manual_seed(0)
     model = adapters.get_peft_model(make(family), lora())
-    train(model)
+    train(model, IDS, 4)
     return model
 
 
@@ -105,7 +93,7 @@ def test_training_moves_every_adapter_and_no_stored_bit(family: str) -> None:
     base = make(family)
     before = bits(base)
     model = adapters.get_peft_model(base, lora())
-    losses = train(model)
+    losses = train(model, IDS, 4)
     assert losses[-1] < losses[0]
     assert all(bool(layer.lora_B["default"].weight.abs().sum() > 0) for layer in expert_layers(model))
     assert all(torch.equal(found, expected) for found, expected in zip(bits(model), before, strict=True))
@@ -119,7 +107,7 @@ def test_saved_adapters_load_onto_a_fresh_quantized_model(trained: Any, family: 
 def test_adapters_pass_between_the_quantized_model_and_peft_alone(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     ours = adapters.get_peft_model(make(family), lora())
-    train(ours)
+    train(ours, IDS, 4)
     ours.save_pretrained(tmp_path / "ours")
     stock = peft.PeftModel.from_pretrained(quantcore.dequantize(make(family), torch.float32), tmp_path / "ours")
     # The same sums in another order. FP8 rounds inputs besides, which the float model does not.
@@ -144,7 +132,7 @@ def test_merging_rounds_each_expert_and_unmerging_restores_every_bit(trained: An
 def test_merged_and_unloaded_mixture_is_a_quantized_one_that_saves(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = adapters.get_peft_model(make("qwen3-moe"), lora())
-    train(model)
+    train(model, IDS, 4)
     merged = model.merge_and_unload()
     quantcore.save(merged, tmp_path / "out")
     assert torch.equal(logits(quantcore.load(tmp_path / "out")), logits(merged))
@@ -170,11 +158,11 @@ def test_several_adapters_take_turns() -> None:
     base = make("mixtral")
     plain = logits(base)
     model = adapters.get_peft_model(base, lora())
-    train(model)
+    train(model, IDS, 4)
     first = logits(model)
     adapters.add_adapter(model, "second", lora())
     model.set_adapter("second")
-    train(model)
+    train(model, IDS, 4)
     assert not torch.equal(logits(model), first)
     model.set_adapter("default")
     assert torch.equal(logits(model), first)
@@ -187,7 +175,7 @@ def test_experts_without_adapters_are_told_of(options: dict[str, Any], caplog: p
     model = adapters.get_peft_model(make("mixtral"), lora(**options))
     assert "experts get no adapters: PEFT has none for 3-D weights with use_dora, lora_dropout" in caplog.text
     assert "9 of 13 quantized layers got no adapter: model.layers.0.mlp.experts.0.w1" in caplog.text
-    losses = train(model)
+    losses = train(model, IDS, 4)
     assert losses[-1] < losses[0]
 
 
@@ -202,6 +190,6 @@ def test_prepared_mixture_trains_with_gradient_checkpointing() -> None:
     before = bits(base)
     model = adapters.get_peft_model(adapters.prepare_model_for_kbit_training(base), lora())
     assert model.is_gradient_checkpointing
-    losses = train(model)
+    losses = train(model, IDS, 4)
     assert losses[-1] < losses[0]
     assert all(torch.equal(found, wanted) for found, wanted in zip(bits(model), before, strict=True))

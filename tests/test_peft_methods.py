@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft_training import train
 from torch import Tensor, nn
 
 import quantcore
@@ -92,19 +93,6 @@ def lora(use_dora: bool) -> Any:
     return peft.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=use_dora)
 
 
-def train(model: Any, steps: int = 4) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    model.train()
-    for _ in range(steps):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 @pytest.fixture(params=METHODS)
 def method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -117,7 +105,7 @@ def test_adapters_train_merge_and_unmerge_over_every_method(method: str, use_dor
     stored = bits(base)
     model = adapters.get_peft_model(adapters.prepare_model_for_kbit_training(base), lora(use_dora))
     assert_same(bits(model), stored)
-    losses = train(model)
+    losses = train(model, IDS, 4)
     assert losses[-1] < losses[0]
     assert_same(bits(model), stored)
     trained = logits(model)
@@ -136,11 +124,11 @@ def test_adapters_switch_over_every_method(method: str) -> None:
     base = make(method)
     plain = logits(base)
     model = adapters.get_peft_model(base, lora(use_dora=False))
-    train(model)
+    train(model, IDS, 4)
     first = logits(model)
     adapters.add_adapter(model, "second", lora(use_dora=False))
     model.set_adapter("second")
-    train(model)
+    train(model, IDS, 4)
     assert not torch.equal(logits(model), first)
     model.set_adapter("default")
     assert torch.equal(logits(model), first)

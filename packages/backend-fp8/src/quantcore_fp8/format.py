@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class Fp8(WeightFormat):
     name and dtype of scalars that a file stores with the layer for the cache of keys and values. dtype: of the weight
     that was quantized.
     """
+
+    activations: ClassVar[tuple[str, ...]] = ("activation",)
 
     block: Block = (128, 128)
     scale: str = "weight_scale_inv"
@@ -122,17 +124,10 @@ class Fp8(WeightFormat):
         y = self._product(x, operands, early, shape)
         return y if late is None else y.add_(late)
 
-    def weight_alone(self) -> WeightFormat:
-        return self if self.activation is None else self.replace(activation=None)
-
     def round_activation(self, side: str, x: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
         if side == "output" or self.activation is None:
             return x
         return self.activation.fake_quantize(x, operands[self.input_scale] if self.is_static else None)
-
-    @property
-    def rounds_rows_apart(self) -> bool:
-        return self.activation is None or self.activation.rows_apart
 
     def _product(
         self, x: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int]

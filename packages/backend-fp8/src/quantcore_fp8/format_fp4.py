@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class Fp4Expert(WeightFormat):
     scale: suffix of the scales, float8_e8m0fnu [N, K/32]. activation: how the layer rounds its input. dtype: of the
     weight that was quantized. Quantizing takes ties toward zero and stores no negative zero, as DeepGEMM's cast does.
     """
+
+    activations: ClassVar[tuple[str, ...]] = ("activation",)
 
     scale: str = "weight_scale_inv"
     activation: Activation | None = None
@@ -69,15 +72,8 @@ class Fp4Expert(WeightFormat):
         y = linear_rows(inputs, lambda rows: _values(operands["weight"], scale, rows), shape, None, x.dtype)
         return y if bias is None else y.add_(bias)
 
-    def weight_alone(self) -> WeightFormat:
-        return self if self.activation is None else self.replace(activation=None)
-
     def round_activation(self, side: str, x: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
         return x if side == "output" or self.activation is None else self.activation.fake_quantize(x)
-
-    @property
-    def rounds_rows_apart(self) -> bool:
-        return self.activation is None or self.activation.rows_apart
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
         """The format under the name that a file gives its scales."""

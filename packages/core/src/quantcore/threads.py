@@ -45,11 +45,14 @@ def share_out(work: Callable[[T], None], items: Iterable[T], device: torch.devic
         with one_cpu_thread():
             job()
     else:
-        _run_in_threads(job, threads)
+        run_in_threads(job, threads)
 
 
-def _run_in_threads(job: Callable[[], None], threads: int) -> None:
-    """Runs job in each of so many new threads, where every operation uses that thread alone."""
+def run_in_threads(job: Callable[[], None], threads: int) -> None:
+    """Runs job in each of so many new threads, where every operation of torch uses that thread alone.
+
+    The first error is raised, after all have ended.
+    """
     threads_per_operation, started = torch.get_num_threads(), Semaphore(0)
 
     def run() -> None:

@@ -7,18 +7,17 @@ Work goes in pieces that fit in a core's cache: memory is a few pieces a thread,
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import accumulate
 from math import gcd, prod
-from threading import Semaphore
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quantcore import settings
+from quantcore.threads import run_in_threads
 from quantcore_bnb.bitsandbytes.tables import code_midpoints, code_order, dynamic_bins, dynamic_map
 
 if TYPE_CHECKING:
@@ -246,7 +245,7 @@ def _share(consume: Callable[[Iterator[tuple[int, Tensor]], int], None], pieces:
     if pieces[0].device.type != "cpu" or longest <= _UNDIVIDED or torch.get_num_threads() == 1:
         job()
     else:
-        _consume_in_threads(job, min(torch.get_num_threads(), len(pieces)))
+        run_in_threads(job, min(torch.get_num_threads(), len(pieces)))
 
 
 def _consume(
@@ -261,27 +260,6 @@ def _take_all(rest: deque[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
     with suppress(IndexError):
         while True:
             yield rest.popleft()
-
-
-def _consume_in_threads(job: Callable[[], None], threads: int) -> None:
-    """Runs job in each of so many new threads, where every torch op uses that thread alone."""
-    started = Semaphore(0)
-    threads_per_op = torch.get_num_threads()
-
-    def work() -> None:
-        torch.set_num_threads(1)  # torch also remembers it for threads yet to start: hence the reset below
-        started.release()
-        job()
-
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            futures = [pool.submit(work) for _ in range(threads)]
-            for _ in futures:
-                started.acquire()
-        finally:
-            torch.set_num_threads(threads_per_op)
-    for future in futures:
-        future.result()
 
 
 def _piece_length(numel: int, blocksize: int, device: torch.device) -> int:

@@ -28,6 +28,7 @@ class CompressedWeight(WeightFormat):
     module, of those that it may_carry.
     """
 
+    activations: ClassVar[tuple[str, ...]] = ("input", "output")
     rows_in: ClassVar[str | None] = None
 
     scaling: Scaling | None = None
@@ -212,15 +213,6 @@ class CompressedWeight(WeightFormat):
         bias = None if bias is None else bias.to(dtype)
         y = torch.nn.functional.linear(rounded.to(dtype), weight, bias).to(x.dtype)
         return self.round_activation("output", y, operands)
-
-    def weight_alone(self) -> WeightFormat:
-        if self.input is None and self.output is None:
-            return self
-        return dataclasses.replace(self, input=None, output=None)
-
-    @property
-    def rounds_rows_apart(self) -> bool:
-        return all(each is None or each.rows_apart for each in (self.input, self.output))
 
     @property
     def is_optimized(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class QuarkLayer(WeightFormat):
     stored. input, output: how the layer rounds its activations. names: pairs of a tensor's name and the other one that
     it is stored under. seconds: dtypes of second scales, by name, where they are not float32.
     """
+
+    activations: ClassVar[tuple[str, ...]] = ("input", "output")
 
     dtype: str = "bfloat16"
     scale_dtype: str = "bfloat16"
@@ -71,15 +74,6 @@ class QuarkLayer(WeightFormat):
         weight = self.dequantize(operands, shape, x.dtype)
         y = torch.nn.functional.linear(rounded, weight, None if bias is None else bias.to(x.dtype))
         return self.round_activation("output", y, operands)
-
-    def weight_alone(self) -> WeightFormat:
-        if self.input is None and self.output is None:
-            return self
-        return dataclasses.replace(self, input=None, output=None)
-
-    @property
-    def rounds_rows_apart(self) -> bool:
-        return all(each is None or each.rows_apart for each in (self.input, self.output))
 
     def activation(self, side: str) -> Activation | None:
         """How the layer's "input" or "output" is rounded."""

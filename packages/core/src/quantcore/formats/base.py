@@ -70,6 +70,7 @@ class WeightFormat:
     """
 
     family: ClassVar[str | None] = None  # name of the family that `lower` gives, for kernels that serve families
+    activations: ClassVar[tuple[str, ...]] = ()  # fields that hold an Activation, or None, by which a layer rounds
     rows_apart: ClassVar[bool] = (
         False  # row n of every operand with N rows belongs to row n alone; others serve all rows
     )
@@ -132,7 +133,8 @@ class WeightFormat:
 
         Its operands are among those of this format, under their names. For kernels that read weights alone.
         """
-        return self
+        rounding = {name: None for name in self.activations if getattr(self, name) is not None}
+        return self.replace(**rounding) if rounding else self
 
     def round_activation(self, side: str, x: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
         """x, the "input" or "output" of a layer, as the layer rounds it; x itself where it does not."""
@@ -140,8 +142,9 @@ class WeightFormat:
 
     @property
     def rounds_rows_apart(self) -> bool:
-        """Whether each row of a layer's input is rounded as it would be alone, by nothing that is stored."""
-        return True
+        """Whether each row of a layer's activations is rounded as it would be alone, by nothing that is stored."""
+        found = [getattr(self, name) for name in self.activations]
+        return all(activation is None or activation.rows_apart for activation in found)
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
         """The format that stored tensors describe themselves; self where a format stores no description.
