@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from threading import get_ident
 
@@ -38,6 +39,7 @@ def test_every_item_is_worked_on_once_without_gradients(threads: int) -> None:
     inside: set[tuple[int, int]] = set()
 
     def work(index: int) -> None:
+        time.sleep(0.001)  # longer than it takes to start the others
         result[index] += source[index] * index
         inside.add((get_ident(), torch.get_num_threads()))
 

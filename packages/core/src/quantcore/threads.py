@@ -57,6 +57,7 @@ def run_in_threads(job: Callable[[], None], threads: int) -> None:
 
     def run() -> None:
         torch.set_num_threads(1)  # torch also keeps it for threads yet to start: hence the reset below
+        torch.get_num_threads()  # the first look in a thread takes over what torch keeps: have it before the reset
         started.release()
         job()
 
