@@ -81,10 +81,10 @@ __all__ = list(_TARGETS)  # `help` shows these
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        import importlib_metadata
+        from quantcore._metadata import metadata
 
         try:
-            return importlib_metadata.version("quantcore")
-        except importlib_metadata.PackageNotFoundError:  # run from source through PYTHONPATH
+            return metadata.version("quantcore")
+        except metadata.PackageNotFoundError:  # run from source through PYTHONPATH
             return "0.1.0"
     return _attribute(name)

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import importlib_metadata
 import torch
 from torch import nn
 
 from quantcore import __version__, settings
+from quantcore._metadata import metadata
 from quantcore.errors import KernelUnavailableError, QuantcoreError
 from quantcore.formats.base import WeightFormat
 from quantcore.kernels.dispatch import Problem, candidates, choose
@@ -62,8 +62,8 @@ def _versions() -> dict[str, str | None]:
 
 def _version(package: str) -> str | None:
     try:
-        return importlib_metadata.version(package)
-    except importlib_metadata.PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import importlib_metadata
-
+from quantcore._metadata import metadata
 from quantcore.errors import BackendBrokenError, BackendVersionError
 from quantcore.plugins.backend import API_VERSION, Backend
 from quantcore.plugins.discovery import Claim
@@ -66,8 +65,8 @@ def _requirements(claim: Claim) -> list[Any]:
     from packaging.requirements import InvalidRequirement, Requirement
 
     try:
-        return [Requirement(line) for line in importlib_metadata.requires(claim.distribution) or ()]
-    except importlib_metadata.PackageNotFoundError:  # metadata without a name; the plugin may still work
+        return [Requirement(line) for line in metadata.requires(claim.distribution) or ()]
+    except metadata.PackageNotFoundError:  # metadata without a name; the plugin may still work
         return []
     except InvalidRequirement as error:
         raise broken(claim, error) from error

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import importlib_metadata
-
 from quantcore import settings
+from quantcore._metadata import metadata
 from quantcore.plugins.known import KNOWN_METHODS
 
 GROUP = "quantcore"
@@ -83,9 +82,9 @@ def _installed(group: str) -> tuple[Claim, ...]:
 
 def _entry_points(group: str) -> Iterable[Any]:
     try:
-        found: Iterable[Any] = importlib_metadata.entry_points(group=group)
+        found: Iterable[Any] = metadata.entry_points(group=group)
     except ValueError:  # importlib-metadata 9 gives none at all when that of any distribution is malformed
-        return [entry for owner in importlib_metadata.distributions() for entry in _well_formed(owner, group)]
+        return [entry for owner in metadata.distributions() for entry in _well_formed(owner, group)]
     return found
 
 
