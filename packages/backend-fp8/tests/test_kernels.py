@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quantcore.kernels.triton.checks import quantized
+from quantcore.testing.torch_cpu import needs_float8_rows
 from quantcore_fp8.format import ROW, ROW_INPUT, STATIC_INPUT, TENSOR, Fp8
 from quantcore_fp8.kernels import fp8_kernels
 
@@ -17,6 +18,7 @@ FORMATS = {
 }
 
 
+@needs_float8_rows
 @pytest.mark.parametrize("leading", [(5,), (2, 3), (1,)], ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 def test_scaled_product_matches_reference(name: str, leading: tuple[int, ...]) -> None:

@@ -11,6 +11,7 @@ from quantcore.formats.activation import Activation
 from quantcore.kernels import float8, reference
 from quantcore.kernels.dispatch import Problem
 from quantcore.testing.compare import relative_error
+from quantcore.testing.torch_cpu import needs_float8_rows
 from quantcore_misc.compressed_tensors.float8_kernel import linear, refuse
 from quantcore_misc.compressed_tensors.plain import FloatWeight, IntegerWeight
 from quantcore_misc.compressed_tensors.scaling import Scaling
@@ -26,6 +27,7 @@ FORMATS = {
 }
 
 
+@needs_float8_rows
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("leading", [(1,), (2, 9)], ids=str)
 @pytest.mark.parametrize("name", FORMATS)
