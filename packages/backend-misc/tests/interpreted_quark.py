@@ -23,10 +23,20 @@ FORMATS = {
     "int8-tensor": QuarkWeight(element="int8", is_symmetric=False, scale_dtype="float32"),
     "int8-channel": QuarkWeight(element="int8", strategy="channel"),
     "int8-group": GROUPS.replace(element="int8"),
+    "uint4-tensor": QuarkWeight(element="uint4", is_symmetric=False),
+    "uint4-odd-groups": GROUPS.replace(group_size=20),
+    "int3-channel": QuarkWeight(element="int3", strategy="channel", is_symmetric=False),
+    "int3-group": GROUPS.replace(element="int3"),
+    "int2-group": GROUPS.replace(element="int2"),
+    "int2-channel": QuarkWeight(element="int2", strategy="channel"),
+    "uint2-group": GROUPS.replace(element="uint2"),
+    "uint2-channel": QuarkWeight(element="uint2", strategy="channel", is_symmetric=False),
+    "uint2-tensor": QuarkWeight(element="uint2", is_symmetric=False),
     "fp8-tensor": QuarkWeight(),
     "fp8-channel": QuarkWeight(strategy="channel", dtype="float16", scale_dtype="float16"),
     "fp8-block": QuarkWeight(strategy="block", group_size=32, block_rows=16),
     "mxfp4": QuarkWeight(element="e2m1", strategy="group", group_size=16, scale="e8m0"),
+    "fp4-odd-groups": QuarkWeight(element="e2m1", strategy="group", group_size=20),
     "mxfp6": QuarkWeight(element="e2m3", strategy="group", group_size=16, scale="e8m0"),
     "nvfp4": QuarkWeight(element="e2m1", strategy="group", group_size=16, scale="e4m3"),
     "amdfp4": QuarkWeight(element="e2m1", strategy="group", group_size=16, scale="e5m3"),
@@ -41,18 +51,20 @@ def test_decoder_gives_the_formats_own_numbers(name: str) -> None:
 
 def test_wide_indices_decode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_index_type", lambda N, K: tl.int64)
-    for name in ("uint4", "int4-channel", "fp8-block", "mxfp6"):
+    for name in ("uint4", "int4-channel", "int3-channel", "uint2-group", "fp8-block", "mxfp6"):
         check_dequantize(FORMATS[name], decoder_for(FORMATS[name]), SHAPE, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["uint4", "int4-channel", "int8-group", "nvfp4", "amdfp4"])
+@pytest.mark.parametrize(
+    "name", ["uint4", "int4-channel", "int8-group", "int3-channel", "uint2-group", "int2-group", "nvfp4"]
+)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_gemv_matches_reference(name: str, rows: int) -> None:
     x, bias = torch.randn(rows, 96, dtype=torch.bfloat16), torch.randn(24, dtype=torch.bfloat16)
     check_linear(launch.gemv, FORMATS[name], decoder_for(FORMATS[name]), x, 24, bias)
 
 
-@pytest.mark.parametrize("name", ["int4", "mxfp4", "fp8-tensor"])
+@pytest.mark.parametrize("name", ["int4", "uint2-channel", "mxfp4", "fp8-tensor"])
 def test_gemm_matches_reference(name: str) -> None:
     check_linear(launch.gemm, FORMATS[name], decoder_for(FORMATS[name]), torch.randn(17, 96), 72)
 

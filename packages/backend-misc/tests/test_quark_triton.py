@@ -18,6 +18,8 @@ from quantcore_misc.quark.weight import QuarkWeight
 
 SHAPE = (128, 256)
 UINT4 = QuarkWeight(element="uint4", strategy="group", group_size=128, is_symmetric=False)
+UINT2 = UINT4.replace(element="uint2")
+INT3 = QuarkWeight(element="int3", strategy="channel")
 MXFP4 = QuarkWeight(element="e2m1", strategy="group", group_size=32, scale="e8m0")
 
 
@@ -26,7 +28,9 @@ def test_decoders_pass_in_the_interpreter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight_format", "target"), [(UINT4, "sm_90"), (MXFP4, "gfx942")], ids=["uint4-sm_90", "mxfp4-gfx942"]
+    ("weight_format", "target"),
+    [(UINT4, "sm_90"), (MXFP4, "gfx942"), (UINT2, "sm_80"), (INT3, "sm_100")],
+    ids=["uint4-sm_90", "mxfp4-gfx942", "uint2-sm_80", "int3-sm_100"],
 )
 def test_skeletons_compile_without_spills(weight_format: QuarkWeight, target: str) -> None:
     operands, decoder = list(quantized(weight_format, SHAPE).values()), decoder_for(weight_format)
@@ -43,12 +47,11 @@ def test_skeletons_compile_without_spills(weight_format: QuarkWeight, target: st
     "weight_format",
     [
         QuarkWeight(element="e5m2"),
-        QuarkWeight(element="int3", strategy="channel"),
         QuarkWeight(element="e3m2", strategy="group", group_size=32, scale="e8m0"),
         FakeWeight(),
         FloatWeight(),
     ],
-    ids=["e5m2", "int3", "e3m2", "floats with scales", "floats"],
+    ids=["e5m2", "e3m2", "floats with scales", "floats"],
 )
 def test_other_layers_have_no_decoder(weight_format: QuarkWeight) -> None:
     assert decoder_for(weight_format) is None

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""The decoders of Quark's weights alone: words of 4-bit integers, bytes of integers, and floats of 8, 6 and 4 bits."""
+"""The decoders of Quark's weights alone: integers of 2 to 8 bits, and floats of 8, 6 and 4 bits."""
 
 from __future__ import annotations
 
@@ -13,28 +13,24 @@ import triton.language as tl
 from quantcore.formats.base import WeightFormat, float_dtype
 from quantcore.kernels.triton.decoder import Decoder, Words, places
 from quantcore.kernels.triton.minifloats import block_index, e4m3_values, e8m0_values, element_values, load_codes
-from quantcore_misc.quark.codes import INTEGERS, INTERLEAVE
+from quantcore_misc.quark.codes import INTEGERS, layout_of
 from quantcore_misc.quark.weight import QuarkWeight
 
 _FLOAT_BITS = {"e4m3": 8, "e2m3": 6, "e2m1": 4}
-_PLACES = tuple(INTERLEAVE.index(column) for column in range(8))
 
 
 class Integers(NamedTuple):
-    """How a code is found, and what scales it.
+    """How a code is found, and what scales it. Where codes have no `Words`, eight of 3 bits lie in three bytes.
 
-    bits: 8, or 4 for words. signed: two's complement. group: columns that share a scale, 0 for a whole row, or for all
-    rows where `shared`. by_rows: codes are [N, K], and words lie along K; else [K, N], words lie along N, and scales
-    and zeros are [K / group, N] too.
-    interleaved: codes of a word stand as INTERLEAVE says.
+    bits: of a code. signed: two's complement. group: columns that share a scale: codes are [K, N] then, packed along N,
+    and so are zeros [K / group, N], beside scales of that shape. 0: codes are [N, K], packed along K, and scales and
+    zeros [N], or one of each where `shared`.
     """
 
     bits: int
     signed: bool
     group: int
     shared: bool
-    by_rows: bool
-    interleaved: bool
 
 
 class Floats(NamedTuple):
@@ -49,74 +45,70 @@ class Floats(NamedTuple):
 @triton.jit
 def decode_integers(tensors, k, n, N, K, D: tl.constexpr):
     """(code - zero) * scale; tensors are codes, scales and zeros."""
-    if D.bits == 8 and D.by_rows:
-        code = tl.load(tensors[0] + n * K + k).to(tl.int32)
-    elif D.bits == 8:
-        code = tl.load(tensors[0] + k * N + n).to(tl.int32)
-    elif D.by_rows:
-        code = nibble(tensors[0], n, k, K, D)
+    if D.group > 0:
+        code = code_of(tensors[0], k.to(n.dtype), n, N, D)
     else:
-        code = nibble(tensors[0], k, n, N, D)
-    return shifted_and_scaled(tensors, code, n, k, N, K, D)
+        code = code_of(tensors[0], n, k, K, D)
+    zero, scale = zero_and_scale(tensors, n, k, N, D)
+    return (code - zero).to(tl.float32) * scale
 
 
 @triton.jit
 def scale_integers(tensors, codes, n, g, N, K, D: tl.constexpr):
     """The same numbers of codes that are unpacked already."""
     codes = codes.to(tl.int32)
-    if D.bits == 4 and D.signed:
-        codes = signed(codes)
-    zero, scale = zero_and_scale(tensors, n, g * max(D.group, 1), N, K, D)
+    if D.words_codes > 1 and D.signed:
+        codes = signed(codes, D)
+    zero, scale = zero_and_scale(tensors, n, g * max(D.group, 1), N, D)
     return (codes - zero[:, :, None]).to(tl.float32) * scale[:, :, None]
 
 
 @triton.jit
-def shifted_and_scaled(tensors, code, n, k, N, K, D: tl.constexpr):
-    zero, scale = zero_and_scale(tensors, n, k, N, K, D)
-    return (code - zero).to(tl.float32) * scale
-
-
-@triton.jit
-def zero_and_scale(tensors, n, k, N, K, D: tl.constexpr):
+def zero_and_scale(tensors, n, k, N, D: tl.constexpr):
     """int32 and float32 of row n and column k."""
-    group = k * 0
-    groups = tl.full([], 1, n.dtype)
+    line, row = (k * 0).to(n.dtype), n
     if D.group > 0:
-        group = k // D.group
-        groups = (K // D.group).to(n.dtype)
-    row = n
+        line = (k // D.group).to(n.dtype)
     if D.shared:
         row = n * 0
-    if D.by_rows:
-        place = row * groups + group
+        zero = tl.load(tensors[2] + (line + row)).to(tl.int32)
     else:
-        place = group * N + row
-    if D.bits == 8:
-        zero = tl.load(tensors[2] + place).to(tl.int32)
-    elif D.by_rows:
-        zero = nibble(tensors[2], row * 0 + k * 0, row + k * 0, N, D)
-    else:
-        zero = nibble(tensors[2], group + n * 0, row + k * 0, N, D)
-    return zero, tl.load(tensors[1] + place).to(tl.float32)
+        zero = code_of(tensors[2], line, row, N, D)
+    return zero, tl.load(tensors[1] + (line * N + row)).to(tl.float32)
 
 
 @triton.jit
-def nibble(words, line, i, length, D: tl.constexpr):
-    """int32: code i of a line of words that holds `length` codes."""
-    place = i % 8
-    if D.interleaved:
-        place = place % 2 * 4 + place // 2
-    word = tl.load(words + line * (length // 8) + i // 8)
-    code = (word >> (place * 4).to(tl.int32)) & 15
-    if D.signed:
-        code = signed(code)
+def code_of(stored, line, i, length, D: tl.constexpr):
+    """int32: code i of a line of `length` codes."""
+    if D.words_codes == 1:
+        code = tl.load(stored + (line * length + i)).to(tl.int32)
+    else:
+        if D.words_codes == 0:
+            code = code_of_three_bits(stored, line, i, length)
+        else:
+            word = tl.load(stored + (line * (length // D.words_codes) + i // D.words_codes)).to(tl.int32)
+            place = (D.words_order >> (4 * (i % D.words_codes)).to(tl.int64)) & 0xF
+            code = (word >> (place * D.bits).to(tl.int32)) & ((1 << D.bits) - 1)
+        if D.signed:
+            code = signed(code, D)
     return code
 
 
 @triton.jit
-def signed(code):
-    """Two's complement of 4 bits as a number."""
-    return (code ^ 8) - 8
+def code_of_three_bits(stored, line, i, length):
+    """The bits of code i of a line of bytes, of which three hold eight codes, the first in the lowest bits."""
+    place = line * (length // 8 * 3) + i * 3 // 8
+    shift = (i * 3 % 8).to(tl.int32)
+    crosses = shift > 5
+    low = tl.load(stored + place).to(tl.int32)
+    high = tl.load(stored + (place + crosses.to(place.dtype))).to(tl.int32)
+    return ((low | (high << 8)) >> shift) & 7
+
+
+@triton.jit
+def signed(code, D: tl.constexpr):
+    """Two's complement of D.bits bits as a number."""
+    return (code ^ (1 << (D.bits - 1))) - (1 << (D.bits - 1))
 
 
 @triton.jit
@@ -165,30 +157,32 @@ def decoder_for(weight_format: WeightFormat) -> Decoder | None:
     return _floats(weight_format) if weight_format.element in _FLOAT_BITS else None
 
 
-def _integers(weight_format: QuarkWeight) -> Decoder | None:
-    bits, by_rows = INTEGERS[weight_format.element].bits, weight_format.strategy != "group"
-    group, is_shared = weight_format.group_size, weight_format.strategy == "tensor"
-    if bits < 4 or (bits == 4 and is_shared):
-        return None
-    order = _PLACES if weight_format.is_reordered else range(8)
-    along = "k" if by_rows else "n"
-    bytes_ = Words(1, 8, "k", transposed=not by_rows, group=group)
+def _integers(weight_format: QuarkWeight) -> Decoder:
+    element, group = INTEGERS[weight_format.element], weight_format.group_size
+    is_shared = weight_format.strategy == "tensor"
     return Decoder(
         name=f"quark {weight_format.element} by {weight_format.strategy} {group or 'whole'}",
         decode=decode_integers,
-        constants=Integers(
-            bits,
-            INTEGERS[weight_format.element].is_signed,
-            group,
-            is_shared,
-            by_rows,
-            weight_format.is_reordered,
-        ),
+        constants=Integers(element.bits, element.is_signed, group, is_shared),
         views=(None, None, None),
         dtype=float_dtype(weight_format.dtype, "dtype"),
-        words=bytes_ if bits == 8 else Words(8, 4, along, places(*order), transposed=not by_rows, group=group),
+        words=_words(weight_format),
         scale=scale_integers,
     )
+
+
+def _words(weight_format: QuarkWeight) -> Words | None:
+    """Words of whole codes, as the layout of the element says; None where codes cross the borders of bytes."""
+    group = weight_format.group_size
+    layout = layout_of(weight_format.element, weight_format.is_reordered)
+    if layout is None:
+        bits = 8 * INTEGERS[weight_format.element].dtype.itemsize
+        return Words(1, bits, "k", transposed=group > 0, group=group)
+    if layout.words > 1:
+        return None
+    shifts = {piece.code: piece.shift for piece in layout.pieces}
+    order = places(*(shifts[code] // layout.bits for code in range(layout.codes)))
+    return Words(layout.codes, layout.bits, "n" if group else "k", order, transposed=group > 0, group=group)
 
 
 def _floats(weight_format: QuarkWeight) -> Decoder:
@@ -196,7 +190,6 @@ def _floats(weight_format: QuarkWeight) -> Decoder:
     rows = 0 if weight_format.strategy == "tensor" else weight_format.block_rows or 1
     codes = 8 // bits
     words = Words(codes, bits, "k", places(*range(codes)) if codes > 1 else 0, group=columns)
-    is_tile = bits != 6 and columns & (columns - 1) == 0
     second = (None,) if weight_format.scale == "e4m3" else ()
     return Decoder(
         name=f"quark {weight_format.element} {rows}x{columns} scales {weight_format.scale}",
@@ -204,6 +197,6 @@ def _floats(weight_format: QuarkWeight) -> Decoder:
         constants=Floats(bits, rows, columns, weight_format.scale),
         views=(torch.uint8, None if weight_format.scale == "float" else torch.uint8, *second),
         dtype=float_dtype(weight_format.dtype, "dtype"),
-        words=words if is_tile else None,
+        words=words if bits != 6 else None,
         scale=scale_floats,
     )
