@@ -45,20 +45,6 @@ def test_torch_takes_what_its_own_check_on_cuda_allows() -> None:
     assert not any(int8._torch_takes(*sizes) for sizes in [(16, 8, 16), (17, 9, 16), (17, 8, 12)])
 
 
-@pytest.mark.parametrize("forced", ["torch", "reference"])
-def test_triton_is_left_where_the_environment_asks_for_torch(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "find_spec", lambda name: object())
-    assert int8._may_use_triton()
-    monkeypatch.setenv("QUANTCORE_KERNEL", forced)
-    assert not int8._may_use_triton()
-
-
-def test_triton_is_left_after_it_failed_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "find_spec", lambda name: object())
-    monkeypatch.setattr(int8.trial, "fault", {"int8_matmul": "failed"}.get)
-    assert not int8._may_use_triton()
-
-
 @pytest.mark.parametrize(("M", "N", "K"), SHAPES)
 def test_padding_for_cuda_changes_nothing(M: int, N: int, K: int) -> None:
     left, right = operands(M, N, K)

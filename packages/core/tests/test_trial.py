@@ -196,3 +196,56 @@ def test_integers_are_right_or_wrong(off: int, passes: bool) -> None:
     found = trial.run("adder", 4, torch.device("cpu"), lambda: exact + off, lambda: exact)
     assert torch.equal(found, exact)
     assert (trial.fault("adder") is None) == passes
+
+
+def a_pair(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], most_error: float = 0.0) -> str | None:
+    """What a trial of a kernel that gives two tensors finds."""
+    trial.forget()
+    trial.run("pair", 4, torch.device("cpu"), lambda: found, lambda: expected, most_error)
+    return trial.fault("pair")
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_each_of_several_results_must_be_right(wrong: int) -> None:
+    pair = (torch.arange(5, dtype=torch.uint8), torch.rand(7))
+    assert a_pair(pair, (pair[0].clone(), pair[1].clone())) is None
+    other = tuple(part + (index == wrong) for index, part in enumerate(pair))
+    assert "from the reference's" in str(a_pair(other, pair))  # type: ignore[arg-type]
+
+
+def test_error_that_a_kernel_may_have_is_the_callers_to_say() -> None:
+    ones = torch.ones(5)
+    assert a_pair((ones * 1.001, ones), (ones, ones), most_error=0.01) is None
+    assert a_pair((ones * 1.001, ones), (ones, ones), most_error=1e-4) is not None
+
+
+def test_failed_kernel_is_not_called_again() -> None:
+    calls: list[int] = []
+
+    def counted() -> Tensor:
+        calls.append(1)
+        return torch.zeros(3)
+
+    for M in (1, 2):
+        assert trial.run("adder", M, torch.device("cpu"), counted, lambda: torch.ones(3)).all()
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("forced", "device", "installed", "may"),
+    [
+        (None, "cuda", True, True),
+        (None, "cuda", False, False),
+        (None, "cpu", True, False),
+        ("triton", "cuda", True, True),
+        ("triton", "cpu", True, False),
+        ("torch", "cuda", True, False),
+        ("reference", "cuda", True, False),
+    ],
+)
+def test_triton_outside_of_dispatch_is_used_on_a_gpu_where_nothing_else_is_forced(
+    forced: str | None, device: str, installed: bool, may: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setenv("QUANTCORE_KERNEL", forced or "")
+    assert trial.may_use_triton(torch.device(device)) == may

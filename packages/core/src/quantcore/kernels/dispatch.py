@@ -75,20 +75,21 @@ REFERENCE = Kernel(
 
 
 def compute(problem: Problem, *arguments: Any) -> Tensor:
-    """The result of the chosen kernel; the reference's where a kernel on trial fails. arguments: those of the op.
+    """The result of the chosen kernel; the reference's where a kernel on trial fails. arguments: those of the op."""
 
-    A kernel that QUANTCORE_KERNEL names is not tried: what it raises or gives is seen.
-    """
-    kernel = choose(problem).kernel
-    if not kernel.on_trial or settings.forced_kernel() is not None:
+    def result_of(kernel: Kernel) -> Tensor:
         result: Tensor = getattr(kernel, problem.op)(*arguments)
         return result
+
+    chosen = choose(problem).kernel
+    if not chosen.on_trial:
+        return result_of(chosen)
     return trial.run(
-        _tried(kernel, problem),
+        _tried(chosen, problem),
         ((problem.M - 1).bit_length(), problem.N, problem.K),  # rows as launches tell them apart
         arguments[0].device,
-        lambda: getattr(kernel, problem.op)(*arguments),
-        lambda: getattr(REFERENCE, problem.op)(*arguments),
+        lambda: result_of(chosen),
+        lambda: result_of(REFERENCE),
     )
 
 

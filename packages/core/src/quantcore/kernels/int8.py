@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quantcore import settings
 from quantcore.kernels import trial
 
 _CUDA_ROWS = 17  # the fewest that torch._int_mm takes on CUDA
@@ -40,7 +38,7 @@ def int8_matmul(left: Tensor, right: Tensor, scaled: Scaled | None = None) -> Te
     Exact for K below 2**17, where no sum of products can leave int32.
     """
     (M, K), N = left.shape, right.shape[0]
-    if left.device.type != "cuda" or _torch_takes(M, N, K) or not _may_use_triton():
+    if left.device.type != "cuda" or _torch_takes(M, N, K) or not trial.may_use_triton(left.device):
         return _in_torch(left, right, scaled)
     from quantcore.kernels.triton import int8 as kernel
 
@@ -52,11 +50,6 @@ def int8_matmul(left: Tensor, right: Tensor, scaled: Scaled | None = None) -> Te
 def _torch_takes(M: int, N: int, K: int) -> bool:
     """Whether torch._int_mm takes these sizes on CUDA, or none is needed."""
     return (M >= _CUDA_ROWS and N % _CUDA_MULTIPLE == K % _CUDA_MULTIPLE == 0) or 0 in (M, N, K)
-
-
-def _may_use_triton() -> bool:
-    is_tried = settings.forced_kernel() not in ("torch", "reference") and trial.fault("int8_matmul") is None
-    return is_tried and find_spec("triton") is not None
 
 
 def _in_torch(left: Tensor, right: Tensor, scaled: Scaled | None) -> Tensor:

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
+from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from quantcore import settings
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +26,14 @@ _MOST_ERROR = 0.02
 
 _passed: set[Hashable] = set()
 _failed: dict[Hashable, str] = {}
+
+Result = TypeVar("Result", bound=Tensor | tuple[Tensor, ...])
+
+
+def may_use_triton(device: torch.device) -> bool:
+    """Whether a Triton kernel that no dispatch chooses may be tried: on a GPU, unless QUANTCORE_KERNEL names others."""
+    forced = settings.forced_kernel()
+    return device.type == "cuda" and (forced == "triton" or (forced is None and find_spec("triton") is not None))
 
 
 def fault(kernel: Hashable) -> str | None:
@@ -35,13 +47,24 @@ def failures() -> int:
 
 
 def run(
-    kernel: Hashable, kind: Hashable, device: torch.device, fast: Callable[[], Tensor], slow: Callable[[], Tensor]
-) -> Tensor:
+    kernel: Hashable,
+    kind: Hashable,
+    device: torch.device,
+    fast: Callable[[], Result],
+    slow: Callable[[], Result],
+    most_error: float = _MOST_ERROR,
+) -> Result:
     """What fast gives, once it has given what slow gives for a problem of this kind; otherwise what slow gives.
 
     kernel: what a failure is held against, in any kind; its str is what the warning names. kind: what may take another
-    path through the kernel, such as sizes and dtypes. Errors of slow are the caller's own, and held against nobody.
+    path through the kernel, such as sizes and dtypes. most_error: of each result, the norm of its difference over its
+    own norm; 0 asks for every bit. Errors of slow are the caller's own, and held against nobody.
+    Under QUANTCORE_KERNEL nothing is tried: what fast raises or gives is seen.
     """
+    if settings.forced_kernel() is not None:
+        return fast()
+    if kernel in _failed:
+        return slow()
     if (kernel, kind, device) in _passed or _is_captured(device):
         return fast()
     try:
@@ -51,12 +74,12 @@ def run(
         _fail(kernel, device, f"{type(failure).__name__}: {_first_line(failure)}")
         return expected
     try:
-        error = _relative_error(found, slow())
+        error = _most_relative_error(found, slow())
     except torch.OutOfMemoryError:  # the reference takes more memory than the kernel; a smaller problem may come
         return found
     if error is None:
         return found
-    if error <= _MOST_ERROR:
+    if error <= most_error:
         _passed.add((kernel, kind, device))
         return found
     del found
@@ -79,6 +102,15 @@ def _fail(kernel: Hashable, device: torch.device, reason: str) -> None:
         kernel,
         _failed[kernel],
     )
+
+
+def _most_relative_error(found: Result, expected: Result) -> float | None:
+    """The largest of the results' errors; None where one proves nothing."""
+    if isinstance(found, Tensor):
+        return _relative_error(found, expected)  # type: ignore[arg-type]
+    errors = [_relative_error(ours, theirs) for ours, theirs in zip(found, expected, strict=True)]
+    known = [error for error in errors if error is not None]
+    return max(known) if len(known) == len(errors) else None
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float | None:
