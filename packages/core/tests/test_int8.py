@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantcore.formats.activation import Activation
+from quantcore.formats.base import WeightFormat
 from quantcore.kernels import int8
+from quantcore.kernels.dispatch import Problem
 
 SHAPES = [(1, 1, 1), (3, 5, 1), (1, 7, 33), (17, 9, 64), (33, 130, 127), (2, 8, 4096)]
 
@@ -59,3 +62,23 @@ def test_empty_operands_give_zeros(M: int, N: int, K: int) -> None:
     found = int8.int8_matmul(*operands(M, N, K))
     assert (tuple(found.shape), found.dtype) == ((M, N), torch.int32)
     assert not found.any()
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("columns", [(), (1,), (7, 1)], ids=str)
+def test_product_of_a_rounded_input_is_that_of_its_values(leading: tuple[int, ...], columns: tuple[int, ...]) -> None:
+    x, right, scale = torch.randn(*leading, 33), operands(1, 7, 33)[1], torch.rand(columns)
+    bias, rounding = torch.randn(7), Activation("int8", "token")
+    found = int8.int8_product(rounding.quantize(x.reshape(-1, 33)), right, scale, bias, x)
+    values = rounding.fake_quantize(x.reshape(-1, 33)).reshape(x.shape).double()
+    expected = values @ (right * scale.double().reshape(-1, 1)).t() + bias
+    assert found.dtype == x.dtype
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rounding", [None, Activation("e4m3"), Activation("int8", "group", 32), Activation("int8", is_symmetric=False)]
+)
+def test_product_leaves_inputs_of_other_kinds(rounding: Activation | None) -> None:
+    problem = Problem("linear", WeightFormat(), "cuda", torch.float32, 4, 64, 128)
+    assert "serves inputs" in str(int8.refuse_int8(problem, rounding))

@@ -38,10 +38,8 @@ def quantcore_backends() -> Iterable[Backend]:
 def triton_kernels() -> list[Kernel]:
     """The GPU kernels of this method; triton is imported when a problem on a GPU is asked about."""
     from quantcore.kernels.triton.kernels import kernels_for
-    from quantcore_misc.compressed_tensors import float8_kernel, int8_kernel
+    from quantcore_misc.compressed_tensors.plain import codes_of
+    from quantcore_misc.products import product_kernels
 
-    return [
-        int8_kernel.KERNEL,
-        float8_kernel.KERNEL,
-        *kernels_for("compressed_tensors", f"{_MODULE}.decode:decoder_for"),
-    ]
+    label = "compressed_tensors"
+    return [*product_kernels(label, codes_of), *kernels_for(label, f"{_MODULE}.decode:decoder_for")]

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec
+from quantcore.formats.base import TensorSpec, WeightFormat
 from quantcore.formats.families import Affine, Family
 from quantcore_misc.compressed_tensors.lowering import lower_integers, raise_integers
 from quantcore_misc.compressed_tensors.weight import FLOATS, CompressedWeight, has_dtype
@@ -89,3 +89,15 @@ class FakeWeight(CompressedWeight):
         scale, zero = self.read_scales(tensors, shape)
         codes = self.scaling.encode(weight, scale, zero, global_scale)
         return self.scaling.dequantize(codes, scale, zero, global_scale, dtype or weight.dtype)
+
+
+def codes_of(weight_format: WeightFormat) -> str | None:
+    """What one code of the weight is, as `product_kernels` asks."""
+    if not isinstance(weight_format, IntegerWeight | FloatWeight) or weight_format.scaling is None:
+        return None
+    scaling = weight_format.scaling
+    if scaling.columns or scaling.rows > 1 or weight_format.has_zero:
+        return None
+    if isinstance(weight_format, IntegerWeight):
+        return "int8"
+    return "float8" if scaling.element == "e4m3" else None

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcore.formats.activation import Activation
+from quantcore.formats.activation import Activation, QuantizedInput
 from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
 from quantcore_misc.compressed_tensors.scaling import Scaling
 
@@ -228,15 +228,16 @@ class CompressedWeight(WeightFormat):
         activation = self.input if side == "input" else self.output
         if activation is None:
             return x
-        scale, zero = operands.get(f"{side}_scale"), operands.get(f"{side}_zero_point")
-        if not activation.is_static:
-            scale = zero = None
-        elif activation.strategy == "tensor":
-            scale = None if scale is None else scale.to(x.dtype)
-        outer = operands.get(f"{side}_global_scale")
         if side == "input" and self.is_optimized:
             return activation.fake_quantize(x.float())
-        return activation.fake_quantize(x, scale, zero, outer)
+        return activation.fake_quantize(x, *_stored_scales(activation, side, x.dtype, operands))
+
+    def quantize_input(self, x: Tensor, operands: Mapping[str, Tensor]) -> QuantizedInput:
+        """Codes of the layer's input x [M, K], of which `round_activation` gives the values."""
+        assert self.input is not None
+        if self.is_optimized:
+            return self.input.quantize(x.float())
+        return self.input.quantize(x, *_stored_scales(self.input, "input", x.dtype, operands))
 
     def _activation_specs(self) -> tuple[TensorSpec, ...]:
         return (
@@ -301,6 +302,17 @@ class CompressedWeight(WeightFormat):
         usual = {spec.name: spec.shape for spec in dataclasses.replace(found, flat=()).tensor_specs(shape)}
         flat = (name for name, tensor in tensors.items() if _is_flat(tuple(tensor.shape), usual.get(name)))
         return dataclasses.replace(found, flat=tuple(name for name in flat if name.endswith(_SCALES)))
+
+
+def _stored_scales(
+    activation: Activation, side: str, dtype: torch.dtype, operands: Mapping[str, Tensor]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The scale, the zero and the global scale that the layer stores; the scale of a tensor in the input's dtype."""
+    scale, zero, outer = (operands.get(f"{side}_{name}") for name in ("scale", "zero_point", "global_scale"))
+    if not activation.is_static:
+        return None, None, outer
+    is_cast = scale is not None and activation.strategy == "tensor"
+    return scale.to(dtype) if is_cast else scale, zero, outer  # type: ignore[union-attr]
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -48,7 +48,9 @@ def quantcore_backends() -> Iterable[Backend]:
 
 
 def triton_kernels() -> list[Kernel]:
-    """The Triton kernels of this method; triton is imported when a problem on a GPU is asked about."""
+    """The GPU kernels of this method; triton is imported when a problem on a GPU is asked about."""
     from quantcore.kernels.triton.kernels import kernels_for
+    from quantcore_misc.products import product_kernels
+    from quantcore_misc.quark.weight import codes_of
 
-    return kernels_for("quark", f"{_MODULE}.decode:decoder_for")
+    return [*product_kernels("quark", codes_of), *kernels_for("quark", f"{_MODULE}.decode:decoder_for")]

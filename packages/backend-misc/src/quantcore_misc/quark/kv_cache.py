@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quantcore.formats.activation import Activation
 from quantcore.nn.kv_cache import scales_of
-from quantcore_misc.quark.layer import round_activation
+from quantcore_misc.quark.layer import as_used
 
 PROJECTIONS = {"k_proj": "k", "v_proj": "v"}
 
@@ -40,4 +40,6 @@ class _RoundOutput:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         scale, zero = scales_of(self.attention, self.side)
-        return output if scale is None else round_activation(self.activation, output, scale, zero)
+        if scale is None:
+            return output
+        return self.activation.fake_quantize(output, as_used(scale, self.activation, output.dtype), zero)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcore.formats.activation import Activation
+from quantcore.formats.activation import Activation, QuantizedInput
 from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
 from quantcore_misc.quark.scaling import outer_scale, range_scale
 
@@ -121,19 +121,26 @@ class QuarkLayer(WeightFormat):
 
     def round_activation(self, side: str, x: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
         activation = self.activation(side)
-        if activation is None:
-            return x
+        return x if activation is None else activation.fake_quantize(x, *self._stored(side, x.dtype, operands))
+
+    def quantize_input(self, x: Tensor, operands: Mapping[str, Tensor]) -> QuantizedInput:
+        """Codes of the layer's input x [M, K], of which `round_activation` gives the values."""
+        assert self.input is not None
+        return self.input.quantize(x, *self._stored("input", x.dtype, operands))
+
+    def _stored(
+        self, side: str, dtype: torch.dtype, operands: Mapping[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The scale, the zero and the second scale that are stored for a side whose activations are of dtype."""
+        activation = self.activation(side)
+        assert activation is not None
         scale, zero = (operands.get(self.name_of(f"{side}_{kind}")) for kind in ("scale", "zero_point"))
-        return round_activation(activation, x, scale, zero, operands.get(SECONDS[side]))
+        return as_used(scale, activation, dtype), zero, operands.get(SECONDS[side])
 
 
-def round_activation(
-    activation: Activation, x: Tensor, scale: Tensor | None, zero: Tensor | None = None, outer: Tensor | None = None
-) -> Tensor:
-    """x rounded under stored scales; those of floats are taken in x's dtype, as all of their arithmetic is."""
-    if scale is not None and activation.code_math == "input":
-        scale = scale.to(x.dtype)
-    return activation.fake_quantize(x, scale, zero, outer)
+def as_used(scale: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor | None:
+    """A stored scale as activations of dtype are rounded under it: floats in their own dtype, as all arithmetic."""
+    return scale if scale is None or activation.code_math != "input" else scale.to(dtype)
 
 
 def is_measured(activation: Activation | None) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantcore.formats import blocks
-from quantcore.formats.base import TensorSpec, float_dtype
+from quantcore.formats.base import TensorSpec, WeightFormat, float_dtype
 from quantcore.formats.minifloat import E2M1, decode_fp4
 from quantcore_misc.quark.codes import INTEGERS, Packing, layout_of, pack_integers, packing_for, unpack_integers
 from quantcore_misc.quark.layer import SECONDS, SIDES, QuarkLayer
@@ -185,3 +185,12 @@ class QuarkWeight(QuarkLayer):
         if self.strategy == "channel":
             return zero[:, None]
         return zero.t() if self._is_transposed else zero
+
+
+def codes_of(weight_format: WeightFormat) -> str | None:
+    """What one code of the weight is, as `product_kernels` asks; symmetric integers have zero points of 0."""
+    if type(weight_format) is not QuarkWeight or weight_format.strategy not in ("tensor", "channel"):
+        return None
+    if weight_format.element == "int8":
+        return "int8" if weight_format.is_symmetric else None
+    return "float8" if weight_format.element == "e4m3" and weight_format.scale == "float" else None

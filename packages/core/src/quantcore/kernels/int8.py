@@ -8,10 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quantcore.formats.activation import Activation, QuantizedInput
 from quantcore.kernels import trial
+from quantcore.kernels.dispatch import Problem
+from quantcore.kernels.triton.kernels import DTYPES
 
 _CUDA_ROWS = 17  # the fewest that torch._int_mm takes on CUDA
 _CUDA_MULTIPLE = 8  # of N and K there
+_LONGEST_SUM = 1 << 17  # columns whose products an int32 holds
 
 
 class Scaled(NamedTuple):
@@ -32,10 +36,34 @@ class Scaled(NamedTuple):
         return (y if self.bias is None else y.add_(self.bias)).to(self.dtype)
 
 
+def refuse_int8(problem: Problem, rounding: Activation | None) -> str | None:
+    """Why `int8_product` cannot serve a problem whose input is rounded so, or None."""
+    if rounding is None or rounding.integer_bits is None or rounding.strategy == "group" or rounding.outer is not None:
+        return "serves inputs that are rounded to integers, with one scale for each token, or one for all"
+    if not rounding.is_symmetric:
+        return "serves inputs without zero points"
+    if problem.device != "cuda":
+        return f"runs on a CUDA or HIP device, not on {problem.device}"
+    if problem.dtype not in DTYPES or problem.K >= _LONGEST_SUM:
+        return f"serves float32, bfloat16 and float16, and less than {_LONGEST_SUM} columns"
+    return None
+
+
+def int8_product(left: QuantizedInput, right: Tensor, scale: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """The product of an input [M, K] and a weight [N, K], both int8 codes under scales, plus bias: for x [..., K].
+
+    The scale of each is one number, or one for each row, of any float dtype and shape. Returns [..., N] in x's dtype,
+    rounded once.
+    """
+    M, N = left.codes.shape[0], right.shape[0]
+    scaled = Scaled(left.scale.reshape(-1).expand(M), scale.reshape(-1).expand(N), x.dtype, bias)
+    return int8_matmul(left.codes, right, scaled).view(*x.shape[:-1], N)
+
+
 def int8_matmul(left: Tensor, right: Tensor, scaled: Scaled | None = None) -> Tensor:
     """left @ right.T, int32 [M, N], or what scaled makes of it. left: [M, K] int8; right: [N, K] int8, one device.
 
-    Exact for K below 2**17, where no sum of products can leave int32.
+    Exact for K below _LONGEST_SUM, where no sum of products can leave int32.
     """
     (M, K), N = left.shape, right.shape[0]
     if left.device.type != "cuda" or _torch_takes(M, N, K) or not trial.may_use_triton(left.device):
