@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantcore.kernels import trial
 from quantcore.kernels.triton.checks import poisoned_buffers
 from quantcore_bnb.bitsandbytes import blockwise, quantize_kernel
 
@@ -50,3 +51,12 @@ def test_ties_between_levels_go_the_same_way(quant_type: str) -> None:
     limits = torch.tensor(code_midpoints(quant_type))
     above, below = (torch.nextafter(limits, torch.full_like(limits, bound)) for bound in (2.0, -2.0))
     check(torch.cat([limits, above, below, torch.ones(19)]).view(1, -1), quant_type, 64)
+
+
+def test_kernel_passes_its_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "may_use_triton", lambda device: True)
+    weight = torch.randn(33, 80, generator=torch.Generator().manual_seed(1))
+    blockwise.quantize_blocks(weight, "nf4", 64)
+    assert trial.failures() == 0
+    monkeypatch.setattr(blockwise, "_quantize_in_torch", lambda *arguments: pytest.fail("compared again"))
+    blockwise.quantize_blocks(weight, "nf4", 64)

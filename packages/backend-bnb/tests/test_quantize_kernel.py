@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from quantcore.kernels import trial
 from quantcore_bnb.bitsandbytes import blockwise
 
 pytest.importorskip("triton", reason="triton is not made for this platform")
@@ -19,20 +21,62 @@ def test_kernel_in_the_interpreter() -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_kernel_compiles_without_spills_and_divides_exactly(target: str) -> None:
-    import triton
-    from triton.compiler import ASTSource
-
-    from quantcore.kernels.triton.aot import TARGETS, count_instructions, spilled_bytes
+@pytest.mark.parametrize(("quant_type", "numel"), [("nf4", 4096), ("fp4", 4099)], ids=["whole-blocks", "partial-block"])
+def test_kernel_compiles_without_spills_and_divides_exactly(target: str, quant_type: str, numel: int) -> None:
+    from quantcore.kernels.triton.aot import compile_launches, count_instructions, spilled_bytes
     from quantcore_bnb.bitsandbytes import quantize_kernel
 
-    types = {"weight": "*bf16", "packed": "*u8", "absmax": "*fp32", "limits": "*fp32", "order": "*i32", "numel": "i64"}
-    source = ASTSource(quantize_kernel._quantize_blocks_kernel, types, {"B": 64, "BLOCKS": 32})
-    kernel = triton.compile(source, target=TARGETS[target], options={"enable_fp_fusion": False})
+    weight = torch.zeros(numel, dtype=torch.bfloat16)
+    (kernel,) = compile_launches(
+        target, lambda: quantize_kernel.quantize_blocks(weight, quant_type, 64), quantize_kernel
+    )
     assert spilled_bytes(kernel) == 0
     if target.startswith("sm_"):
         assert count_instructions(kernel, r"div\.(full|approx)") == 0
         assert count_instructions(kernel, r"div\.rn\.f32") > 0
+
+
+@pytest.fixture
+def may_use_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within, weights on a CPU are taken for weights on a GPU."""
+    monkeypatch.setattr(trial, "may_use_triton", lambda device: True)
+    trial.forget()
+    yield
+    trial.forget()
+
+
+@pytest.mark.usefixtures("may_use_triton")
+@pytest.mark.parametrize(("off", "passes"), [(0, True), (1, False)], ids=["right", "one-code-off"])
+@pytest.mark.parametrize("part", [0, 1], ids=["packed", "absmax"])
+def test_kernel_that_gives_other_bits_is_left(
+    part: int, off: int, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quantcore_bnb.bitsandbytes import quantize_kernel
+
+    weight = torch.randn(65, 33, generator=torch.Generator().manual_seed(4))
+    expected = blockwise._quantize_in_torch(weight, "nf4", 64)
+    calls: list[int] = []
+
+    def kernel(*arguments: object) -> tuple[torch.Tensor, ...]:
+        calls.append(1)
+        given = tuple(tensor.clone() for tensor in expected)
+        given[part].view(-1)[-1:].view(torch.uint8)[0] += off  # the last bit of the last number
+        return given
+
+    monkeypatch.setattr(quantize_kernel, "quantize_blocks", kernel)
+    for _ in range(2):
+        found = blockwise.quantize_blocks(weight, "nf4", 64)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert (trial.failures() == 0) == passes
+    assert len(calls) == (2 if passes else 1)
+
+
+@pytest.mark.usefixtures("may_use_triton")
+def test_block_size_that_the_kernel_does_not_serve_is_no_failure() -> None:
+    weight = torch.randn(4, 96, generator=torch.Generator().manual_seed(4))
+    found = blockwise.quantize_blocks(weight, "nf4", 48)
+    assert torch.equal(found[0], blockwise._quantize_in_torch(weight, "nf4", 48)[0])
+    assert trial.failures() == 0
 
 
 @pytest.mark.gpu

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quantcore import settings
+from quantcore.formats.base import dtype_name
+from quantcore.kernels import trial
 from quantcore.threads import run_in_threads
 from quantcore_bnb.bitsandbytes.tables import code_midpoints, code_order, dynamic_bins, dynamic_map
 
@@ -44,18 +45,10 @@ def quantize_blocks(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Te
     """
     if not weight.is_floating_point():
         raise TypeError(f"weight has dtype {weight.dtype}; 4-bit quantization needs a float dtype")
-    weight, numel = weight.detach(), weight.numel()
-    if numel and weight.device.type == "cuda" and settings.forced_kernel() == "triton":
-        from quantcore_bnb.bitsandbytes import quantize_kernel
-
-        if quantize_kernel.fits(blocksize):
-            return quantize_kernel.quantize_blocks(weight, quant_type, blocksize)
-    pieces = _row_major_pieces(weight, _piece_length(numel, blocksize, weight.device), blocksize)
-    packed = weight.new_empty(_ceil_div(numel, 2), 1, dtype=torch.uint8)
-    absmax = weight.new_empty(_ceil_div(numel, blocksize), dtype=torch.float32)
-    steps = _label_steps(quant_type)
-    _share(partial(_quantize_pieces, steps=steps, blocksize=blocksize, packed=packed.view(-1), absmax=absmax), pieces)
-    return packed, absmax
+    weight = weight.detach()
+    if weight.numel() and trial.may_use_triton(weight.device):
+        return _quantize_with_triton(weight, quant_type, blocksize)
+    return _quantize_in_torch(weight, quant_type, blocksize)
 
 
 def dequantize_blocks(
@@ -105,6 +98,32 @@ def dequantize_absmax(
     absmax = nested_quant_map.index_select(0, codes.reshape(-1).to(torch.int32))
     _scale_(absmax, nested_absmax, nested_blocksize)
     return absmax.add_(offset)
+
+
+def _quantize_with_triton(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    """As `quantize_blocks`, by its Triton kernel where this serves the block size, on trial for every bit."""
+    from quantcore_bnb.bitsandbytes import quantize_kernel
+
+    if not quantize_kernel.fits(blocksize):
+        return _quantize_in_torch(weight, quant_type, blocksize)
+    return trial.run(
+        f"quantize_blocks ({dtype_name(weight.dtype)} to {quant_type} in blocks of {blocksize})",
+        weight.numel(),
+        weight.device,
+        partial(quantize_kernel.quantize_blocks, weight, quant_type, blocksize),
+        partial(_quantize_in_torch, weight, quant_type, blocksize),
+        most_error=0.0,
+    )
+
+
+def _quantize_in_torch(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    numel = weight.numel()
+    pieces = _row_major_pieces(weight, _piece_length(numel, blocksize, weight.device), blocksize)
+    packed = weight.new_empty(_ceil_div(numel, 2), 1, dtype=torch.uint8)
+    absmax = weight.new_empty(_ceil_div(numel, blocksize), dtype=torch.float32)
+    steps = _label_steps(quant_type)
+    _share(partial(_quantize_pieces, steps=steps, blocksize=blocksize, packed=packed.view(-1), absmax=absmax), pieces)
+    return packed, absmax
 
 
 def _quantize_pieces(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantcore_bnb.bitsandbytes.tables import code_midpoints, code_order
 
-_PROGRAM = 2048  # weights of one program: sixteen a thread
+_PROGRAM = 2048  # weights of one program, or one block: sixteen a thread
 _MOST_BLOCKSIZE = 4096
 
 
@@ -23,54 +23,75 @@ def fits(blocksize: int) -> bool:
 
 
 def quantize_blocks(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
-    """As `blockwise.quantize_blocks`, bit for bit, for a block size that `fits`."""
+    """As `blockwise.quantize_blocks`, bit for bit, for a weight that is not empty and a block size that `fits`."""
     flat = weight.detach().contiguous().view(-1)
-    packed = flat.new_empty(triton.cdiv(flat.numel(), 2), 1, dtype=torch.uint8)
-    absmax = flat.new_empty(triton.cdiv(flat.numel(), blocksize), dtype=torch.float32)
+    numel = flat.numel()
+    packed = flat.new_empty(triton.cdiv(numel, 2), 1, dtype=torch.uint8)
+    absmax = flat.new_empty(triton.cdiv(numel, blocksize), dtype=torch.float32)
     blocks = max(1, _PROGRAM // blocksize)
-    limits, order = _steps(quant_type, flat.device)
     with _on(flat.device):
-        grid = (triton.cdiv(absmax.numel(), blocks),)
-        _quantize_blocks_kernel[grid](
-            flat, packed, absmax, limits, order, flat.numel(), B=blocksize, BLOCKS=blocks, enable_fp_fusion=False
-        )
+        _quantize_blocks_kernel[(triton.cdiv(absmax.numel(), blocks),)](
+            flat, packed, absmax, numel, code_midpoints(quant_type), _codes_by_rank(quant_type),
+            WHOLE=numel % blocksize == 0, B=blocksize, BLOCKS=blocks,
+            num_warps=max(4, blocksize // 512), enable_fp_fusion=False,
+        )  # fmt: skip
     return packed, absmax
 
 
 @cache
-def _steps(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The limits between neighbouring levels, float32 [15], and the codes by ascending level, int32 [16]."""
-    limits = torch.tensor(code_midpoints(quant_type), dtype=torch.float32, device=device)
-    return limits, torch.tensor(code_order(quant_type), dtype=torch.int32, device=device)
+def _codes_by_rank(quant_type: str) -> int | None:
+    """The codes by ascending level, four bits each, the lowest first; None where a code is its rank."""
+    codes = sum(code << 4 * rank for rank, code in enumerate(code_order(quant_type)))
+    return None if codes == 0xFEDCBA9876543210 else codes
 
 
 @triton.jit
-def _quantize_blocks_kernel(weight, packed, absmax, limits, order, numel, B: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """packed [ceil(numel / 2)] and absmax of BLOCKS blocks of B weights.
+def _quantize_blocks_kernel(  # type: ignore[no-untyped-def]
+    weight, packed, absmax, numel, limits, CODES: tl.constexpr,
+    WHOLE: tl.constexpr, B: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """packed [ceil(numel / 2)] and absmax of BLOCKS blocks of B weights. WHOLE: no block is partial.
 
     A full block is multiplied by the rounded reciprocal of its absmax, a partial last one is divided by it.
     """
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     element = block[:, None] * B + tl.arange(0, B)[None, :]  # [BLOCKS, B]
-    values = tl.load(weight + element, mask=element < numel, other=0.0).to(tl.float32)
-    is_full = (block + 1) * B <= numel
-    has_nan = tl.max((values != values).to(tl.int32), 1) > 0
-    largest = tl.where(has_nan, float("nan"), tl.max(tl.abs(values), 1))  # a maximum alone leaves NaN out
+    inside = block * B < numel
+    mask = inside[:, None] if WHOLE else element < numel
+    values = tl.load(weight + element, mask=mask, other=0.0).to(tl.float32)
+    largest = tl.reduce(tl.abs(values), 1, _larger)
     floor = tl.full([BLOCKS], 1e-38, tl.float32)  # a bare 1e-38 would be float64
     floored = tl.where(largest < floor, floor, largest)
-    largest = tl.where(is_full, largest, floored)
-    tl.store(absmax + block, largest, mask=block * B < numel)
-    inverse = tl.div_rn(tl.full([BLOCKS], 1.0, tl.float32), floored)
-    quotient = tl.div_rn(values, tl.broadcast_to(floored[:, None], values.shape))
-    values = tl.where(is_full[:, None], values * inverse[:, None], quotient)
-    rank = tl.zeros([BLOCKS, B], tl.int32)
-    for step in tl.static_range(15):
-        rank += (values > tl.load(limits + step)).to(tl.int32)
-    rank = tl.where(values == values, rank, 15)  # NaN takes the highest level
-    pairs = tl.reshape(tl.load(order + rank), [BLOCKS, B // 2, 2])
-    even, odd = tl.split(pairs)
+    scaled = values * tl.div_rn(tl.full([BLOCKS], 1.0, tl.float32), floored)[:, None]
+    if not WHOLE:
+        is_full = (block + 1) * B <= numel
+        largest = tl.where(is_full, largest, floored)
+        quotient = tl.div_rn(values, tl.broadcast_to(floored[:, None], values.shape))
+        scaled = tl.where(is_full[:, None], scaled, quotient)
+    tl.store(absmax + block, largest, mask=inside)
+    codes = _rank(scaled, limits)
+    if CODES is not None:
+        codes = (CODES >> (codes * 4).to(tl.int64)).to(tl.int32) & 15
+    even, odd = tl.split(tl.reshape(codes, [BLOCKS, B // 2, 2]))
     byte = block[:, None] * (B // 2) + tl.arange(0, B // 2)[None, :]
-    tl.store(packed + byte, (even * 16 + odd).to(tl.uint8), mask=byte * 2 < numel)
+    tl.store(packed + byte, (even * 16 + odd).to(tl.uint8), mask=inside[:, None] if WHOLE else byte * 2 < numel)
+
+
+@triton.jit
+def _larger(a, b):  # type: ignore[no-untyped-def]
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _rank(values, limits):  # type: ignore[no-untyped-def]
+    """int32: how many of 15 ascending limits lie below each value, all of them below NaN; by halves."""
+    a = values <= limits[7]
+    b = values <= tl.where(a, limits[3], limits[11])
+    c = values <= tl.where(a, tl.where(b, limits[1], limits[5]), tl.where(b, limits[9], limits[13]))
+    low = tl.where(b, tl.where(c, limits[0], limits[2]), tl.where(c, limits[4], limits[6]))
+    high = tl.where(b, tl.where(c, limits[8], limits[10]), tl.where(c, limits[12], limits[14]))
+    d = values <= tl.where(a, low, high)
+    return tl.where(a, 0, 8) + tl.where(b, 0, 4) + tl.where(c, 0, 2) + tl.where(d, 0, 1)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
