@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,14 @@ def test_integers_lower_to_their_family_and_back(case: Case) -> None:
     assert torch.equal(family.dequantize(), layer.dequantize())
     codes = {name for name in layer.stored if name.startswith("weight")}
     assert differences(layer.format.raise_(family), {name: layer.stored[name] for name in codes}) == []
+
+
+@pytest.mark.parametrize("zero", [16.0, -1.0, 7.5])
+def test_zeros_that_do_not_fit_their_bits_are_refused(zero: float) -> None:
+    weight_format = PackedWeight(Scaling("int4", 1, 16, False), "float32", has_zero=True)
+    family = weight_format.lower(weight_format.quantize(torch.randn(8, 32)), (8, 32))
+    with pytest.raises(ValueError, match="no integers of 4 bits"):
+        weight_format.raise_(replace(family, zero=family.zero.index_fill(0, torch.tensor(3), zero)))
 
 
 @pytest.mark.parametrize("name", ["float-fp8-static", "int8-w8a8-asym-static-input", "nvfp4"])

@@ -55,14 +55,16 @@ def raise_integers(weight_format: CompressedWeight, family: Family, *, has_index
         )
     offset = 1 << (scaling.bits - 1)
     zero = (zeros - offset).to(torch.int8)
-    if not torch.equal(zero.to(zeros.dtype) + offset, zeros):
+    if not weight_format.has_zero and bool(zero.any()):
+        raise ValueError("the weight is asymmetric, but this format stores no zero points; use symmetric: false")
+    stored = weight_format.store_scales(scale, zero, shape)
+    read = weight_format.read_scales(stored, shape)[1] if weight_format.has_zero else zero
+    if not torch.equal(read.to(zeros.dtype) + offset, zeros):  # type: ignore[union-attr]
         raise ValueError(
             f"the zeros are no integers of {scaling.bits} bits, which is what {type(weight_format).__name__} stores"
         )
-    if not weight_format.has_zero and bool(zero.any()):
-        raise ValueError("the weight is asymmetric, but this format stores no zero points; use symmetric: false")
     codes = (family.codes - offset).view(torch.int8)
-    return {**weight_format.pack(codes), **weight_format.store_scales(scale, zero, shape)}
+    return {**weight_format.pack(codes), **stored}
 
 
 def _grouping(weight_format: CompressedWeight, shape: tuple[int, ...], index: Tensor | None) -> Grouping | ColumnGroups:
