@@ -35,6 +35,7 @@ from quantcore.calibration.block import Block, Sample, join
 from quantcore.calibration.statistics import Hessian, MeanAbs
 from quantcore.evaluation.layer_error import output_error
 from quantcore.nn.replace import quantized_modules
+from quantcore.quantizers.plan import PlannedLayer
 
 pytestmark = pytest.mark.usefixtures("tiny_calibrated")
 
@@ -237,6 +238,22 @@ def test_layers_with_the_very_same_input_share_one_statistic() -> None:
 
     calibrate(make(Language), solve)
     assert shared == [True] * 3
+
+
+def test_statistics_are_made_on_the_device_of_their_layer() -> None:
+    found: list[torch.device] = []
+
+    def made(layer: PlannedLayer) -> MeanAbs:
+        found.append(torch.get_default_device())
+        raise InterruptedError
+
+    def solve(block: Block) -> None:
+        block.trace()
+        with torch.device("meta"), pytest.raises(InterruptedError):
+            block.collect(block.layers, made)
+
+    calibrate(make(Language), solve)
+    assert set(found) == {torch.device("cpu")}
 
 
 def test_masked_tokens_are_left_out() -> None:

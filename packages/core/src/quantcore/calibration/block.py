@@ -109,14 +109,15 @@ class Block:
     ) -> dict[str, S]:
         """A statistic of the inputs of each named layer, over all samples: one pass through the block as it is now.
 
-        make: builds an empty statistic for a layer. Layers that receive the very same tensor share one object. It gets
-        x [tokens, K] in the dtype of the activations, masked tokens left out. Each sample ends after the last of the
-        layers, unless stop_early is false. In data-parallel calibration the statistics are those of all processes.
+        make: builds an empty statistic for a layer, on the layer's device where it says none. Layers that receive the
+        very same tensor share one object. It gets x [tokens, K] in the dtype of the activations, masked tokens left
+        out. Each sample ends after the last of the layers, unless stop_early is false. In data-parallel calibration the
+        statistics are those of all processes.
         Raises ValueError naming the layer for activations that hold NaN or inf.
         """
         self._check_names(names)
         groups = self._shared(names)
-        statistics = {group[0]: make(self._planned[group[0]]) for group in groups}
+        statistics = {group[0]: _made(make, self._planned[group[0]]) for group in groups}
         self._feed(statistics, frozenset(names), stop_early)
         for first, statistic in statistics.items():
             self._around.team.merge(statistic)
@@ -315,6 +316,11 @@ class Block:
         unknown = [name for name in names if name not in self._planned]
         if unknown:
             raise LookupError(f"{', '.join(unknown)}: not in block {self.name!r}, which has {', '.join(self._planned)}")
+
+
+def _made(make: Callable[[PlannedLayer], S], layer: PlannedLayer) -> S:
+    with layer.dense.weight.device:
+        return make(layer)
 
 
 def _check_finite(name: str, statistic: Statistic) -> None:
