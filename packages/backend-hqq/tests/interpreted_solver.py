@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
+from quantcore.kernels import trial
 from quantcore.kernels.triton.checks import poisoned_buffers
 from quantcore_hqq.hqq import solver, solver_kernel
 
@@ -30,7 +29,7 @@ def test_one_step_gives_the_zeros_and_errors_of_the_reference(axis: int, dtype: 
     inv_scale, zero = solver._affine(low, high, 15, False)
     expected = reference_step(weight, inv_scale, zero, 15, axis)
     with poisoned_buffers():
-        found = solver_kernel.step(weight, inv_scale, zero, 15, axis, solver.LP_NORM, solver.BETA)
+        found = solver_kernel.step(weight, inv_scale, zero, 15, axis)
     for ours, theirs in zip(found, expected, strict=True):  # sums in another order, and a power by way of exp2
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -39,7 +38,7 @@ def test_one_step_gives_the_zeros_and_errors_of_the_reference(axis: int, dtype: 
 def test_strides_do_not_matter(axis: int) -> None:
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(5))
     inv_scale, zero = solver._affine(*solver._ranges(weight, axis), 7, True)
-    arguments = (inv_scale, zero, 7, axis, solver.LP_NORM, solver.BETA)
+    arguments = (inv_scale, zero, 7, axis)
     expected = solver_kernel.step(weight, *arguments)
     found = solver_kernel.step(weight.t().contiguous().t(), *arguments)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
@@ -49,9 +48,29 @@ def test_strides_do_not_matter(axis: int) -> None:
 def test_solver_with_the_kernel_ends_at_the_references_codes(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(6))
     expected = solver.solve(weight, bits=4, group_size=64, axis=axis)
-    step = partial(solver_kernel.step, lp_norm=solver.LP_NORM, beta=solver.BETA)
-    monkeypatch.setattr(solver, "_step_for", lambda matrix, axis: step)
+    monkeypatch.setattr(solver, "_step_for", lambda matrix, axis: solver_kernel.step)
     found = solver.solve(weight, bits=4, group_size=64, axis=axis)
     assert (found[0] == expected[0]).float().mean() >= 0.999
     assert torch.equal(found[1], expected[1])
     torch.testing.assert_close(found[2], expected[2], rtol=1e-3, atol=1e-3)
+
+
+@AXES
+@pytest.mark.parametrize("spread", [1.0, 0.02, 1e3], ids=["shrinkage", "no-shrinkage", "large"])
+def test_kernel_passes_its_trial(axis: int, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "may_use_triton", lambda device: True)
+    trial.forget()
+    weight = torch.randn(72, 64, generator=torch.Generator().manual_seed(9)) * spread
+    for bits in (8, 4, 1):
+        solver.solve(weight.half(), bits=bits, group_size=24, axis=axis)
+    assert trial.failures() == 0
+
+
+def test_weight_that_its_codes_hold_exactly_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "may_use_triton", lambda device: True)
+    trial.forget()
+    weight = torch.randint(0, 16, (64, 64), generator=torch.Generator().manual_seed(9)) * 0.1 - 0.7
+    weight[:, 0], weight[:, 1] = -0.7, 0.8
+    codes, scale, zero = solver.solve(weight, bits=4, group_size=64, axis=1)
+    assert trial.failures() == 0
+    assert ((codes - zero) * scale - weight).abs().max() < 1e-5

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from quantcore.kernels import trial
 from quantcore_hqq.hqq import solver
 
 pytest.importorskip("triton", reason="triton is not made for this platform")
@@ -19,19 +22,47 @@ def test_kernel_in_the_interpreter() -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_kernel_compiles_without_spills(target: str) -> None:
-    import triton
-    from triton.compiler import ASTSource
-
-    from quantcore.kernels.triton.aot import TARGETS, spilled_bytes
+@pytest.mark.parametrize(("axis", "length"), [(1, 64), (0, 24), (1, 5000)])
+def test_kernel_compiles_without_spills(target: str, axis: int, length: int) -> None:
+    from quantcore.kernels.triton.aot import compile_launches, spilled_bytes
     from quantcore_hqq.hqq import solver_kernel
 
-    pointers = {"weight": "*bf16", **dict.fromkeys(("inv_scale", "zero", "new_zero", "error"), "*fp32")}
-    numbers = dict.fromkeys(("groups", "length", "stride_g", "stride_k"), "i32")
-    floats = dict.fromkeys(("top", "power", "inv_beta"), "fp32")
-    source = ASTSource(solver_kernel._step_kernel, {**pointers, **numbers, **floats}, {"BG": 32, "BK": 64})
-    kernel = triton.compile(source, target=TARGETS[target], options={"enable_fp_fusion": False})
+    weight = torch.zeros((80, length) if axis == 1 else (length, 80), dtype=torch.bfloat16)
+    numbers = torch.ones((80, 1) if axis == 1 else (1, 80))
+    (kernel,) = compile_launches(target, lambda: solver_kernel.step(weight, numbers, numbers, 15, axis), solver_kernel)
     assert spilled_bytes(kernel) == 0
+
+
+@pytest.fixture
+def fresh_trials() -> Iterator[None]:
+    trial.forget()
+    yield
+    trial.forget()
+
+
+@pytest.mark.usefixtures("fresh_trials")
+@pytest.mark.parametrize(("error", "passes"), [(1e-5, True), (0.01, False)], ids=["near", "far"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_kernel_that_gives_other_zeros_is_left(
+    axis: int, error: float, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quantcore_hqq.hqq import solver_kernel
+
+    weight = torch.randn(72, 64, generator=torch.Generator().manual_seed(8))
+    expected = solver.solve(weight, bits=4, group_size=32, axis=axis)
+    calls: list[int] = []
+
+    def kernel(part: torch.Tensor, inv_scale: torch.Tensor, zero: torch.Tensor, top: int, axis: int) -> Any:
+        calls.append(1)
+        new_zero, sums = solver._step(part, inv_scale, zero, top, axis, solver._buffers(part, axis, 5))
+        return new_zero * (1 + error), sums
+
+    monkeypatch.setattr(solver_kernel, "step", kernel)
+    monkeypatch.setattr(trial, "may_use_triton", lambda device: True)  # as for a weight on a GPU
+    found = solver.solve(weight, bits=4, group_size=32, axis=axis)
+    assert (trial.failures() == 0) == passes
+    assert (len(calls) > 1) == passes
+    assert all(map(torch.equal, found, expected)) == (not passes)
 
 
 @pytest.mark.gpu

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantcore import settings
+from quantcore.formats.base import dtype_name
+from quantcore.kernels import trial
 from quantcore.threads import one_cpu_thread
 from quantcore_hqq.hqq.packing import packing_for
 
@@ -43,6 +44,9 @@ DEVICE_TILE_VALUES = 1 << 24
 # torch adds up columns in blocks of 32, and those left over in another order. Tiles along axis 0 are whole blocks, so
 # that every group is summed in the order it has in the whole matrix.
 TILE_MULTIPLE = {0: 32, 1: 1}
+
+# Sums in another order, and a power by way of a logarithm: 1e-7 in Triton's interpreter, 1e-5 where errors are tiny.
+_KERNEL_ERROR = 1e-3
 
 USUAL_GROUP_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -156,12 +160,27 @@ def _refine_zero(matrix: Tensor, axis: int, inv_scale: Tensor, zero: Tensor, top
 
 def _step_for(matrix: Tensor, axis: int) -> Callable[..., tuple[Tensor, Tensor]]:
     """The function that makes a step on a tile."""
-    if matrix.device.type == "cuda" and settings.forced_kernel() == "triton":
+    if trial.may_use_triton(matrix.device):
         from quantcore_hqq.hqq import solver_kernel
 
         if solver_kernel.fits(matrix.shape[axis]):
-            return partial(solver_kernel.step, lp_norm=LP_NORM, beta=BETA)
+            return _step_with_triton
     return partial(_step, buffers=_buffers(matrix, axis, 5))
+
+
+def _step_with_triton(part: Tensor, inv_scale: Tensor, zero: Tensor, top: int, axis: int) -> tuple[Tensor, Tensor]:
+    """As `_step`, by its Triton kernel on trial."""
+    from quantcore_hqq.hqq import solver_kernel
+
+    arguments = (part, inv_scale, zero, top, axis)
+    return trial.run(
+        f"hqq solver step ({dtype_name(part.dtype)}, axis {axis})",
+        part.shape[axis],
+        part.device,
+        lambda: solver_kernel.step(*arguments),
+        lambda: _step(*arguments, _buffers(part, axis, 5)),
+        _KERNEL_ERROR,
+    )
 
 
 def _step(part: Tensor, inv_scale: Tensor, zero: Tensor, top: int, axis: int, buffers: Tensor) -> tuple[Tensor, Tensor]:
