@@ -24,6 +24,7 @@ UINT4 = {"dtype": "uint4", "qscheme": "per_group", "group_size": 32, "symmetric"
 FP4 = {"dtype": "fp4", "qscheme": "per_group", "group_size": 16, "is_dynamic": True}
 KEYS = {"*k_proj": {"weight": FP8, "output_tensors": FP8}, "*v_proj": {"weight": FP8, "output_tensors": FP8}}
 IDS = torch.arange(12).view(2, 6)
+LOUD = 39  # a token whose embedding is larger than others
 
 
 class Attention(nn.Module):
@@ -150,6 +151,27 @@ def test_scales_of_keys_and_values_are_measured_applied_and_kept(tmp_path: Path)
     assert torch.equal(loaded(IDS), model(IDS))
     quantcore.save(loaded, tmp_path / "again")
     assert differences(_tensors(tmp_path / "again"), _tensors(tmp_path / "out")) == []
+
+
+def test_masked_tokens_have_no_part_in_scales_of_keys() -> None:
+    class Masked(Model):
+        """The model with a mask that only calibration reads."""
+
+        def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return super().forward(ids)
+
+    def scale(ids: list[int], mask: list[int]) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = Masked().eval()
+        with torch.no_grad():
+            model.embed_tokens.weight[LOUD] *= 10
+        inputs = {"ids": torch.tensor([ids]), "attention_mask": torch.tensor([mask])}
+        found = quantcore.quantize(model, config(FP8, layer_quant_config=KEYS), calibration=[inputs])
+        return found.get_submodule(f"{ATTENTION}.k_proj").stored["output_scale"]  # type: ignore[no-any-return,operator]
+
+    torch.testing.assert_close(scale([1, 2, 3, LOUD], [1, 1, 1, 0]), scale([1, 2, 3], [1, 1, 1]))
+    assert scale([1, 2, 3, LOUD], [1, 1, 1, 1]) > 2 * scale([1, 2, 3], [1, 1, 1])
 
 
 def test_scale_of_keys_has_a_floor(tmp_path: Path) -> None:

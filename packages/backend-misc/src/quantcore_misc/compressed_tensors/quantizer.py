@@ -119,7 +119,7 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
             return True
         schemes = [scheme for scheme in self._schemes if scheme.weights is not None]
         rounded = [args for scheme in schemes for args in (scheme.input_activations, scheme.output_activations)]
-        return any(static.needs_range(activation_of(args)) for args in rounded if args is not None)
+        return any(activation_of(args).is_measured for args in rounded if args is not None)
 
     def solve_block(self, block: Block) -> None:
         static.measure(block)

@@ -224,8 +224,12 @@ class CompressedWeight(WeightFormat):
         tokens = Activation("e4m3", "token", scale="float32", zero_scale=_OPTIMIZED_ZERO_SCALE)
         return dataclasses.replace(self, input=tokens)
 
+    def activation(self, side: str) -> Activation | None:
+        """How the layer's "input" or "output" is rounded."""
+        return self.input if side == "input" else self.output
+
     def round_activation(self, side: str, x: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
-        activation = self.input if side == "input" else self.output
+        activation = self.activation(side)
         if activation is None:
             return x
         if side == "input" and self.is_optimized:
@@ -241,15 +245,14 @@ class CompressedWeight(WeightFormat):
 
     def _activation_specs(self) -> tuple[TensorSpec, ...]:
         return (
-            *self._specs_of(self.input, "input"),
-            *self._specs_of(self.output, "output"),
+            *(spec for side in ("input", "output") for spec in self._specs_of(side)),
             *(TensorSpec(name, self.torch_dtype, (1,), metadata=True) for name in self.carried),
         )
 
-    def _specs_of(self, activation: Activation | None, side: str) -> list[TensorSpec]:
+    def _specs_of(self, side: str) -> list[TensorSpec]:
+        activation, specs = self.activation(side), []
         if activation is None:
             return []
-        specs = []
         if activation.outer is not None:
             specs.append(self._spec(f"{side}_global_scale", torch.float32, (1,)))
         if activation.is_static or (side == "input" and self.is_optimized and self.input_dtype is not None):

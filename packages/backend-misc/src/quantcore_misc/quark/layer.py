@@ -81,7 +81,8 @@ class QuarkLayer(WeightFormat):
 
     def measures(self, side: str) -> bool:
         """Whether something of the range of the layer's "input" or "output" is stored."""
-        return is_measured(self.activation(side))
+        activation = self.activation(side)
+        return activation is not None and activation.is_measured
 
     def range_tensors(self, side: str, low: Tensor, high: Tensor, least: float = 0.0) -> dict[str, Tensor]:
         """What is stored of activations between low and high, 0-dimensional; a static scale is at least `least`."""
@@ -141,11 +142,6 @@ class QuarkLayer(WeightFormat):
 def as_used(scale: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor | None:
     """A stored scale as activations of dtype are rounded under it: floats in their own dtype, as all arithmetic."""
     return scale if scale is None or activation.code_math != "input" else scale.to(dtype)
-
-
-def is_measured(activation: Activation | None) -> bool:
-    """Whether a layer stores something of the range of what is rounded so."""
-    return activation is not None and (activation.is_static or activation.outer is not None)
 
 
 def _renamed(stored: Iterable[str]) -> list[tuple[str, str]]:

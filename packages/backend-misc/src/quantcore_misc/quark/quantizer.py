@@ -6,12 +6,11 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quantcore.calibration.statistics import MinMax
 from quantcore.formats.base import FLOAT_DTYPES, dtype_name
 from quantcore.nn.kv_cache import stored_scales
 from quantcore.quantizers import selection
@@ -21,11 +20,12 @@ from quantcore_misc.quark import kv_cache
 from quantcore_misc.quark.codes import INTEGERS
 from quantcore_misc.quark.config import QuarkConfig
 from quantcore_misc.quark.interleaved import InterleavedWeight
-from quantcore_misc.quark.layer import SECONDS, SIDES, QuarkLayer, is_measured
+from quantcore_misc.quark.layer import SECONDS, SIDES, QuarkLayer
 from quantcore_misc.quark.plain import FakeWeight, FloatWeight
 from quantcore_misc.quark.progressive import ProgressiveWeight
 from quantcore_misc.quark.spec import LayerSpec, TensorQuant
 from quantcore_misc.quark.weight import QuarkWeight
+from quantcore_misc.ranges import extents
 
 if TYPE_CHECKING:
     from quantcore.calibration.block import Block
@@ -99,21 +99,20 @@ class QuarkQuantizer(CalibratedQuantizer):
     def needs_data(self) -> bool:
         """Whether a spec stores something of the range of activations."""
         specs = (spec for layer in self.quantization_config.layers() for spec in (layer.input, layer.output))
-        return any(is_measured(spec.activation()) for spec in specs if spec is not None)
+        return any(spec.activation().is_measured for spec in specs if spec is not None)
 
     def solve_block(self, block: Block) -> None:
         """Round every layer, and store the scales of what reaches and leaves it; unreached layers keep the scale 1."""
-        formats: dict[str, QuarkLayer] = {name: layer.weight_format for name, layer in block.layers.items()}  # type: ignore[misc]
-        ranges = {
-            side: _ranges(block, [name for name in formats if formats[name].measures(side)], side) for side in SIDES
-        }
-        floor = self.quantization_config.min_kv_scale
+        ranges = {side: extents(block, side) for side in SIDES}
+        floors = {"input": 0.0, "output": self.quantization_config.min_kv_scale}
         for name, layer in block.layers.items():
-            tensors = formats[name].quantize(layer.dense.weight)
-            for side, least in zip(SIDES, (0.0, floor), strict=True):
+            weight_format, weight = cast("QuarkLayer", layer.weight_format), layer.dense.weight
+            tensors = weight_format.quantize(weight)
+            for side in SIDES:
                 if name in ranges[side]:
-                    tensors |= formats[name].range_tensors(side, *ranges[side][name], least)
-            block.replace(name, {suffix: tensor.to(layer.dense.weight.device) for suffix, tensor in tensors.items()})
+                    extent = ranges[side][name]
+                    tensors |= weight_format.range_tensors(side, extent.low.amin(), extent.high.amax(), floors[side])
+            block.replace(name, {suffix: tensor.to(weight.device) for suffix, tensor in tensors.items()})
 
     # Loading
 
@@ -220,19 +219,3 @@ def _scale_dtype(spec: TensorQuant | None, dtype: str) -> str:
     if spec is None or spec.scale_type in FLOAT_DTYPES:
         return dtype if spec is None else spec.scale_type
     return "float32" if spec.element in INTEGERS and spec.strategy == "tensor" else dtype
-
-
-def _ranges(block: Block, names: list[str], side: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """The least and the largest of what reaches or leaves each named layer, over all samples."""
-    if not names:
-        return {}
-    if side == "input":
-        seen = block.collect(names, lambda layer: MinMax(layer.dense.shape[1]))
-        return {name: (each.low.amin(), each.high.amax()) for name, each in seen.items() if each.tokens}
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for calls in block.calls(names):
-        for name, call in calls.items():
-            low, high = torch.aminmax(call.output)
-            before = found.get(name, (low, high))
-            found[name] = torch.minimum(low, before[0]), torch.maximum(high, before[1])
-    return found

@@ -105,7 +105,12 @@ class Activation(Description):
     @property
     def rows_apart(self) -> bool:
         """Whether each row is rounded as it would be alone, by nothing that is stored."""
-        return self.strategy != "tensor" and not self.is_static and self.outer is None
+        return self.strategy != "tensor" and not self.is_measured
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether something of the range of activations is stored with the layer."""
+        return self.is_static or self.outer is not None
 
     @property
     def minifloat(self) -> MiniFloat:
