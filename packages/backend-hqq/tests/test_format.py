@@ -14,6 +14,7 @@ from quantcore.nn import QuantizedLinear
 from quantcore.testing.compare import differences
 from quantcore.testing.golden import GoldenLayer, golden_facts, golden_folder
 from quantcore_hqq.hqq.format import Hqq
+from quantcore_hqq.hqq.packing import unpack
 
 GOLDEN = golden_folder("hqq", Path(__file__).parents[3] / "tests" / "golden")
 
@@ -138,6 +139,53 @@ def test_layers_of_hqq_before_0_2_dequantize_to_golden_weight(file: Path) -> Non
     layer = QuantizedLinear.from_tensors(config, stored, in_features=columns, out_features=rows)
     assert torch.equal(layer.dequantize(), tensors["expected.weight"])
     assert differences(layer.state_dict(), stored) == []
+
+
+def shared_ranges(values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """8-bit codes [128, G / 128] of values [1, G], with the scale and zero [1, G / 128] that their columns share."""
+    groups = values.view(128, -1)
+    low, high = groups.amin(0, keepdim=True), groups.amax(0, keepdim=True)
+    scale = ((high - low) / 255).half()
+    zero = (-low / scale).half()
+    return {"q": (groups / scale + zero).round().clamp(0, 255).byte(), "scale": scale, "zero": zero}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_scales_and_zeros_that_hqq_before_0_2_stacked_are_read(quantized: bool) -> None:
+    tensors = load_file(GOLDEN / "legacy-w2-g16-qzero-qscale.safetensors")
+    apart = {name: torch.rand(1, 768).half() + 1 for name in ("zero", "scale")}
+    stored = {"W_q": tensors["layer.W_q"]}
+    if quantized:
+        ranges = {name: shared_ranges(values.float()) for name, values in apart.items()}
+        stored["meta.zero_scale"] = torch.stack([ranges["zero"]["q"], ranges["scale"]["q"]])
+        stored |= {f"meta.meta_{name}.{part}": ranges[name][part] for name in apart for part in ("scale", "zero")}
+        for name, each in ranges.items():
+            apart[name] = ((each["q"].half() - each["zero"]) * each["scale"]).view(1, 768)
+    else:
+        stored["meta.zero_scale"] = torch.stack([apart["zero"], apart["scale"]])
+    weight_format = Hqq(bits=2, group_size=16, axis=0)
+    layer = QuantizedLinear.from_tensors(weight_format, stored, in_features=128, out_features=96)
+    codes = unpack(tensors["layer.W_q"], "2bit_u8", 16).half()
+    assert torch.equal(layer.dequantize(), ((codes - apart["zero"]) * apart["scale"]).view(96, 128))
+    assert differences(layer.state_dict(), stored) == []
+
+
+@pytest.mark.parametrize(
+    ("stack", "message"),
+    [
+        (
+            torch.ones(3, 1, 768).half(),
+            r"meta.zero_scale: expected zero and scale, \[2, rows, columns\], got \[3, 1, 768\]",
+        ),
+        (torch.ones(2, 1, 767).half(), r"meta.zero_scale: expected float16 \[2, 1, 768\], got float16 \[2, 1, 767\]"),
+        (torch.ones(2, 128, 6).byte(), "no tensor holds floats"),
+    ],
+)
+def test_stack_of_another_form_is_refused(stack: torch.Tensor, message: str) -> None:
+    tensors = load_file(GOLDEN / "legacy-w2-g16-qzero-qscale.safetensors")
+    stored = {"W_q": tensors["layer.W_q"], "meta.zero_scale": stack}
+    with pytest.raises(CheckpointError, match=message):
+        QuantizedLinear.from_tensors(Hqq(bits=2, group_size=16, axis=0), stored, in_features=128, out_features=96)
 
 
 def test_wrong_tensors_of_hqq_before_0_2_are_named() -> None:

@@ -19,6 +19,7 @@ from quantcore_hqq.hqq.solver import grouped_shape
 
 FLOAT = 0
 WHOLE = -1
+_STACK = "meta.zero_scale"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class HqqLegacy(WeightFormat):
     """w = (code - zero) * scale in compute_dtype, with scale and zero each float or in 8-bit codes.
 
     scale_groups, zero_groups: 0 when stored as float; -1 when its codes share one range; else the number of codes that
-    share a range, down the columns of the code matrix.
+    share a range, down the columns of the code matrix. stacked: whether one tensor holds zero, or its codes, and then
+    scale, or its codes (offload_meta).
     """
 
     bits: int | float = 4
@@ -35,22 +37,28 @@ class HqqLegacy(WeightFormat):
     compute_dtype: str = "float16"
     scale_groups: int = FLOAT
     zero_groups: int = FLOAT
+    stacked: bool = False
 
     def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         rows, columns = self._grouped(shape)
         packing = packing_for(self.bits)
         codes = TensorSpec("W_q", word_dtype(packing), (packed_rows(rows, packing), columns))
-        return (codes, *self._factor_specs("scale", shape), *self._factor_specs("zero", shape))
+        scale, zero = (self._factor_specs(name, shape) for name in ("scale", "zero"))
+        if self.stacked:
+            both = TensorSpec(_STACK, zero[0].dtype, (2, *zero[0].shape))
+            return (codes, both, *scale[1:], *zero[1:])
+        return (codes, *scale, *zero)
 
     def dequantize(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
     ) -> Tensor:
-        compute = float_dtype(self.compute_dtype, "compute_dtype")
+        compute, tensors = float_dtype(self.compute_dtype, "compute_dtype"), _apart(tensors)
         codes = unpack(tensors["W_q"], packing_for(self.bits), self._grouped(shape)[0])
         scale, zero = (self._factor(name, tensors, shape) for name in ("scale", "zero"))
         return codes.to(compute).sub_(zero).mul_(scale).view(shape).to(dtype or compute)
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> HqqLegacy:
+        stacked, tensors = _STACK in tensors, _apart(tensors)
         floats = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
         if not floats:
             raise ValueError("no tensor holds floats; expected meta.scale or meta.meta_scale.scale")
@@ -61,6 +69,7 @@ class HqqLegacy(WeightFormat):
             dtype_name(floats[0].dtype),
             _groups("scale", tensors),
             _groups("zero", tensors),
+            stacked,
         )
 
     @property
@@ -90,6 +99,17 @@ class HqqLegacy(WeightFormat):
             return tensors[f"meta.{name}"]
         scale, zero = tensors[f"meta.meta_{name}.scale"], tensors[f"meta.meta_{name}.zero"]
         return tensors[f"meta.{name}_q"].to(scale.dtype).sub_(zero).mul_(scale).view(self._form(shape))
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors, with zero and scale (or their codes) by themselves where one tensor holds both."""
+    stack = tensors.get(_STACK)
+    if stack is None:
+        return tensors
+    if stack.ndim != 3 or stack.shape[0] != 2:
+        raise ValueError(f"{_STACK}: expected zero and scale, [2, rows, columns], got {list(stack.shape)}")
+    suffix = "" if stack.is_floating_point() else "_q"
+    return {**tensors, f"meta.zero{suffix}": stack[0], f"meta.scale{suffix}": stack[1]}
 
 
 def _groups(name: str, tensors: Mapping[str, Tensor]) -> int:
