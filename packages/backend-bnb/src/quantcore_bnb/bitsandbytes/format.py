@@ -39,8 +39,7 @@ class Bnb4Bit(WeightFormat):
     """4-bit codes in blocks over the flattened weight.
 
     quant_type: "nf4" or "fp4". dtype: of the weight that was quantized. storage: under which the packed bytes are
-    stored.
-    compute_dtype: of the matmul; None follows the input.
+    stored. compute_dtype: of the matmul; None follows the input.
     """
 
     family: ClassVar[str | None] = "lookup"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,7 +75,7 @@ class BnbTrainedQuantizer(Bnb8BitQuantizer):
 
     def quantize_model(self, model: nn.Module) -> nn.Module:
         """Let the planned linear layers round their weights as they run; nothing is copied."""
-        self._round_as_they_run(model, [layer.name for layer in self.plan(model).layers])
+        self._round_as_they_run(model)
         self.preprocess_model(model)
         return self.postprocess_model(model)
 
@@ -85,15 +84,15 @@ class BnbTrainedQuantizer(Bnb8BitQuantizer):
     ) -> None:
         super()._process_model_before_weight_loading(model, checkpoint=checkpoint, **kwargs)
         if checkpoint is not None:
-            self._round_as_they_run(model, [layer.name for layer in self.plan(model).layers])
+            self._round_as_they_run(model)
 
-    def _round_as_they_run(self, model: nn.Module, names: Iterable[str]) -> None:
+    def _round_as_they_run(self, model: nn.Module) -> None:
         modules = dict(model.named_modules())
-        for name in names:
-            module = modules.get(name)  # parts of fused experts are no modules, and stay float
+        for planned in self.plan(model).layers:
+            module = modules.get(planned.name)  # parts of fused experts are no modules, and stay float
             if type(module) is nn.Linear:
                 layer = Int8TrainedLinear(module, self.quantization_config.llm_int8_threshold)
-                replace_module(model, name, layer.train(module.training))
+                replace_module(model, planned.name, layer.train(module.training))
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, module in list(model.named_modules()):
