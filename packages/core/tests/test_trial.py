@@ -176,6 +176,21 @@ def test_reference_without_memory_leaves_the_kernels_result(monkeypatch: pytest.
     assert trial.failures() == 0
 
 
+def test_kernel_that_finds_memory_full_is_tried_again() -> None:
+    calls = []
+
+    def full_once(*arguments: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return nearly(*arguments)
+
+    offer(full_once)
+    assert torch.equal(run(rows()), expected(rows()))
+    assert torch.equal(run(rows()), nearly(rows(), operands(), None, TinyInt8(), N))
+    assert trial.failures() == 0
+
+
 def test_failure_of_the_gradient_leaves_the_product_to_the_kernel() -> None:
     class Half(Offer):
         @hookimpl

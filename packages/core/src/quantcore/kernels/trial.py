@@ -67,11 +67,11 @@ def run(
         return slow()
     if (kernel, kind, device) in _passed or _is_captured(device):
         return fast()
-    try:
-        found = fast()
-    except Exception as failure:  # noqa: BLE001 - nothing says what a compiler raises on a device it does not know
+    found, failure = _attempt(fast)
+    if found is None:
         expected = slow()
-        _fail(kernel, device, f"{type(failure).__name__}: {_first_line(failure)}")
+        if failure:
+            _fail(kernel, device, failure)
         return expected
     try:
         error = _most_relative_error(found, slow())
@@ -85,6 +85,16 @@ def run(
     del found
     _fail(kernel, device, f"its result is {error:.2g} from the reference's")
     return slow()
+
+
+def _attempt(fast: Callable[[], Result]) -> tuple[Result | None, str]:
+    """What fast gives, or why it gives nothing: "" where memory ran out, which says nothing of the kernel."""
+    try:
+        return fast(), ""
+    except torch.OutOfMemoryError:
+        return None, ""
+    except Exception as failure:  # noqa: BLE001 - nothing says what a compiler raises on a device it does not know
+        return None, f"{type(failure).__name__}: {_first_line(failure)}"
 
 
 def forget() -> None:
