@@ -118,6 +118,8 @@ def test_floats_and_null_leave_a_tensor_as_it_is() -> None:
     ("weight", "fault"),
     [
         ({**FP8, "dtype": "int5"}, "weight.dtype must be one of .*got 'int5'"),
+        ({**FP8, "dtype": ["fp8_e4m3"]}, "weight.dtype must be one of"),
+        ({**FP8, "qscheme": "per_channel", "ch_axis": 1}, "weight.ch_axis must be 0, for a scale of each row, got 1"),
         ({**FP8, "dtype": "mx9"}, "weight.dtype 'mx9' is only emulated by quark, which exports no codes of it"),
         ({**FP8, "qscheme": "per_row"}, "weight.qscheme must be one of .*got 'per_row'"),
         ({**UINT4, "group_size": 0}, "weight.group_size must be a positive integer, got 0"),
@@ -141,6 +143,9 @@ def test_wrong_spec_is_refused_by_its_key(weight: Any, fault: str) -> None:
 def test_what_is_no_spec_is_refused_by_its_key() -> None:
     with pytest.raises(TypeError, match=r"layer_quant_config\['\*proj'\].weight must be a spec"):
         config(layer_quant_config={"*proj": {"weight": "fp8"}})
+    for key in ("is_dynamic", "symmetric"):
+        with pytest.raises(TypeError, match=rf"global_quant_config\.weight\.{key} must be .*'no'"):
+            config({**FP8, key: "no"})
     with pytest.raises(ValueError, match=r"global_quant_config\.bias: quantized biases are not read"):
         config(global_quant_config={"weight": FP8, "bias": FP8})
 
@@ -149,6 +154,12 @@ def test_what_is_no_spec_is_refused_by_its_key() -> None:
 def test_unknown_export_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"QuarkConfig.export.{name} must be one of .*got 'other'"):
         config(export={name: "other"})
+
+
+@pytest.mark.parametrize("floor", [-0.5, float("nan"), "low"])
+def test_wrong_floor_of_scales_is_refused(floor: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"QuarkConfig\.export\.min_kv_scale must"):
+        config(export={"min_kv_scale": floor})
 
 
 @pytest.mark.parametrize(

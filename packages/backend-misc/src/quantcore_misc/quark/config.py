@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from quantcore.quantization_config import Config, QuantizationConfigMixin, QuantizationMethod, option
+from quantcore.quantization_config import (
+    Config,
+    QuantizationConfigMixin,
+    QuantizationMethod,
+    check_limits,
+    check_type,
+    option,
+)
 from quantcore_misc.quark.spec import LayerSpec, TensorQuant
 
 _EXPORT_CHOICES = {"pack_method": ("reorder", "order"), "weight_format": ("real_quantized", "fake_quantized")}
@@ -43,6 +50,9 @@ class QuarkConfig(QuantizationConfigMixin):
             value = (self.export or {}).get(name, allowed[0])
             if value not in allowed:
                 raise ValueError(f"QuarkConfig.export.{name} must be one of {', '.join(allowed)}, got {value!r:.80}")
+        floor = (self.export or {}).get("min_kv_scale")
+        check_type(floor, float | int | None, "QuarkConfig.export.min_kv_scale")
+        check_limits(floor, "QuarkConfig.export.min_kv_scale", minimum=0)
 
     @classmethod
     def from_dict(

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quantcore.quantization_config import check_type
+
 if TYPE_CHECKING:
     from quantcore.formats.activation import Activation
 
@@ -76,16 +78,8 @@ class TensorQuant:
         is_interleaved = values.get("dtype") == "mx"
         if is_interleaved:
             values = _as_group(values, label)
-        if values.get("dtype") in _EMULATED:
-            raise ValueError(
-                f"{label}.dtype {values['dtype']!r} is only emulated by quark, which exports no codes of it; use one "
-                f"of {', '.join(_ELEMENTS)}"
-            )
-        _check(values.get("dtype"), _ELEMENTS, f"{label}.dtype")
-        scheme, mode = values.get("qscheme") or "per_tensor", values.get("scale_calculation_mode") or "even"
-        _check(scheme, _STRATEGIES, f"{label}.qscheme")
-        _check(mode, _MODES, f"{label}.scale_calculation_mode")
-        _check(values.get("scale_type") or "float", _SCALE_TYPES, f"{label}.scale_type")
+        _check_words(values, label)
+        scheme = values.get("qscheme") or "per_tensor"
         element, (rows, columns) = _ELEMENTS[values["dtype"]], _block(scheme, values, label)
         if scheme == "per_block" and "int" in element:
             raise ValueError(f"{label}.qscheme per_block serves floats of 8 bits and fewer, not {values['dtype']}")
@@ -99,7 +93,7 @@ class TensorQuant:
             is_dynamic=bool(values.get("is_dynamic")),
             is_symmetric=values.get("symmetric") is not False,
             scale=scale,
-            mode=mode,
+            mode=values.get("scale_calculation_mode") or "even",
             block_rows=rows,
             scale_type=values.get("scale_type") or "float",
             is_interleaved=is_interleaved,
@@ -169,6 +163,9 @@ class LayerSpec:
             raise TypeError(f"{label} must be a dict of specs, got {values!r:.80}")
         if values.get("bias") is not None:
             raise ValueError(f"{label}.bias: quantized biases are not read; export the model with bias null")
+        for stage in _stages(values.get("weight"), f"{label}.weight"):
+            if stage is not None and stage.get("qscheme") == "per_channel" and stage.get("ch_axis") in (1, -1):
+                raise ValueError(f"{label}.weight.ch_axis must be 0, for a scale of each row, got {stage['ch_axis']}")
         parts = ("weight", "input_tensors", "output_tensors")
         return cls(*(TensorQuant.parse(values.get(part), f"{label}.{part}") for part in parts))
 
@@ -231,6 +228,21 @@ def _is_tensor_fp8(values: Mapping[str, Any]) -> bool:
     return values.get("dtype") == _TENSOR_FP8 and (values.get("qscheme") or "per_tensor") == "per_tensor"
 
 
+def _check_words(values: Mapping[str, Any], label: str) -> None:
+    """Raise TypeError or ValueError naming the key whose value is none of those that it may have."""
+    if values.get("dtype") in _EMULATED:
+        raise ValueError(
+            f"{label}.dtype {values['dtype']!r} is only emulated by quark, which exports no codes of it; use one "
+            f"of {', '.join(_ELEMENTS)}"
+        )
+    _check(values.get("dtype"), _ELEMENTS, f"{label}.dtype")
+    _check(values.get("qscheme") or "per_tensor", _STRATEGIES, f"{label}.qscheme")
+    _check(values.get("scale_calculation_mode") or "even", _MODES, f"{label}.scale_calculation_mode")
+    _check(values.get("scale_type") or "float", _SCALE_TYPES, f"{label}.scale_type")
+    for key in ("is_dynamic", "symmetric"):
+        check_type(values.get(key), bool | None, f"{label}.{key}")
+
+
 def _check(value: Any, choices: Mapping[str, Any] | tuple[str, ...], label: str) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{label} must be one of {', '.join(choices)}, got {value!r:.80}")
