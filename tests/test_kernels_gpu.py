@@ -38,6 +38,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 # Sums of 1024 products in another order; half precision then rounds to a neighbour.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# Tensor cores keep about 14 bits of a sum of 8-bit floats: DeepSeek-V3 (arXiv:2412.19437), section 3.3.2.
+SHORT_SUMS = 2e-3
+MEASURED = ("nf4", "hqq-3bit-axis0", "awq", "w4a16")  # whose layouts of words differ
+
+
+def tolerance(config: dict[str, Any], dtype: torch.dtype) -> float:
+    """The largest relative error of a layer whose inputs have this dtype."""
+    return max(TOLERANCE[dtype], SHORT_SUMS if config["quant_method"] in ("fp8", "mxfp8") else 0.0)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -65,7 +73,7 @@ def test_forced_kernel_gives_the_references_output_and_gradient(
         y.float().square().sum().backward()
         results[kernel] = (y.detach(), leaf.grad)
     for found, expected in zip(results["triton"], results["torch"], strict=True):
-        assert relative_error(found, expected) <= TOLERANCE[dtype]
+        assert relative_error(found, expected) <= tolerance(config, dtype)
 
 
 def test_kernels_pass_their_trial(config: dict[str, Any]) -> None:
@@ -78,6 +86,7 @@ def test_kernels_pass_their_trial(config: dict[str, Any]) -> None:
     assert trial.failures() == 0
 
 
+@pytest.mark.parametrize("config", [CONFIGS[name] for name in MEASURED], ids=MEASURED, indirect=True)
 def test_measured_launches_give_the_same_output_and_are_kept(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -86,6 +95,8 @@ def test_measured_launches_give_the_same_output_and_are_kept(
     monkeypatch.setenv("QUANTCORE_CACHE", str(tmp_path))
     monkeypatch.setenv("QUANTCORE_AUTOTUNE", "1")
     monkeypatch.setenv("QUANTCORE_KERNEL", "triton")
+    candidates = tuning.candidates
+    monkeypatch.setattr(tuning, "candidates", lambda shape: candidates(shape)[:4])  # each is compiled
     tuning._tuner.cache_clear()
     layer = QuantizedLinear.from_linear(torch.nn.Linear(1024, 384, dtype=torch.bfloat16), config).to("cuda")
     for rows in (1, 40):
