@@ -174,6 +174,10 @@ def test_groups_that_contradict_each_other_are_both_named() -> None:
         ({"sparsity_config": {"format": "sparse-1-4"}}, r"sparsity_config\.format must be one of"),
         ({"kv_cache_scheme": {"num_bits": 9}}, r"kv_cache_scheme\.num_bits must lie in"),
         ({"transform_config": {"config_groups": {"R": {"type": "fourier"}}}}, r"config_groups\['R'\]\.type must be"),
+        (
+            {"transform_config": {"config_groups": {"R": {"type": "hadamard", "head_dim": 0}}}},
+            r"config_groups\['R'\]\.head_dim must lie in",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

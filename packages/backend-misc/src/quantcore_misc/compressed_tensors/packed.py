@@ -17,7 +17,7 @@ from quantcore.formats.packing import Layout, pack_words, padded_layout, stream_
 from quantcore_misc.compressed_tensors.lowering import lower_integers, raise_integers
 from quantcore_misc.compressed_tensors.presets import version_tuple
 from quantcore_misc.compressed_tensors.scaling import nvfp4_global_scale
-from quantcore_misc.compressed_tensors.weight import CompressedWeight, has_dtype
+from quantcore_misc.compressed_tensors.weight import CompressedWeight, check_stored_shape, has_dtype
 
 _FIRST_DENSE_VERSION = (0, 18)
 
@@ -146,7 +146,7 @@ class PackedWeight(CompressedWeight):
 
     def _with_layout_of(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> PackedWeight:
         assert self.scaling is not None
-        _check_shape(tensors.get("weight_shape"), shape)
+        check_stored_shape("weight_shape", tensors, shape)
         words, zero = tensors.get("weight_packed"), tensors.get("weight_zero_point")
         is_padded, bits = self.is_padded, self.scaling.bits
         if words is not None and words.ndim == 2:
@@ -240,9 +240,3 @@ class SmallFloatWeight(CompressedWeight):
     def _is_fp4(self) -> bool:
         assert self.scaling is not None
         return self.scaling.bits == 4
-
-
-def _check_shape(stored: Tensor | None, shape: tuple[int, ...]) -> None:
-    if stored is None or stored.device.type == "meta" or stored.tolist() == list(shape):
-        return
-    raise ValueError(f"weight_shape is {stored.tolist()}, but the layer's weight has {list(shape)}")

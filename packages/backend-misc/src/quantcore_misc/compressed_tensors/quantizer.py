@@ -91,11 +91,9 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
 
     def format_of(self, name: str, module: nn.Module) -> WeightFormat | None:
         """As for every method, but that embeddings are quantized only where the config names them."""
-        return (
-            self.embedding_format_for(name, module)
-            if isinstance(module, nn.Embedding)
-            else super().format_of(name, module)
-        )
+        if isinstance(module, nn.Embedding):
+            return self.embedding_format_for(name, module)
+        return super().format_of(name, module)
 
     def embedding_format_for(self, name: str, embedding: nn.Embedding) -> CompressedWeight | None:
         """The format of an embedding that a target hits; nothing is rounded but its weight."""

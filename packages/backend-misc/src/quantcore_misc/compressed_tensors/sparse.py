@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantcore.formats.base import TensorSpec, dtype_name
 from quantcore.formats.packing import pack_words, stream_layout, unpack_words
-from quantcore_misc.compressed_tensors.weight import CompressedWeight
+from quantcore_misc.compressed_tensors.weight import CompressedWeight, check_stored_shape
 
 _BITS = stream_layout(1, 8)  # column 8 i + j is bit j of byte i
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # integers to move floats in
@@ -72,8 +72,8 @@ class SparseWeight(CompressedWeight):
 
     def as_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> SparseWeight:
         found = super().as_stored(tensors, shape)
-        values, stored = tensors.get("compressed"), tensors.get("shape")
-        _check_shape(stored, shape)
+        values = tensors.get("compressed")
+        check_stored_shape("shape", tensors, shape)
         changes: dict[str, object] = {"is_structured": values.ndim == 2} if values is not None else {}
         if values is not None and values.dtype in _STORABLE:
             changes["value_dtype"] = dtype_name(values.dtype)
@@ -99,9 +99,3 @@ def largest_two(codes: Tensor) -> Tensor:
 
 def _as_integers(tensor: Tensor) -> Tensor:
     return tensor.view(_SAME_SIZE[tensor.itemsize])
-
-
-def _check_shape(stored: Tensor | None, shape: tuple[int, ...]) -> None:
-    if stored is None or stored.device.type == "meta" or stored.flatten().tolist() == list(shape):
-        return
-    raise ValueError(f"shape is {stored.flatten().tolist()}, but the layer's weight has {list(shape)}")

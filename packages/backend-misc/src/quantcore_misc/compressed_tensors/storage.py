@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from quantcore.formats.activation import Activation
+from quantcore.formats.base import dtype_name
 from quantcore_misc.compressed_tensors.marlin24 import Marlin24Weight
 from quantcore_misc.compressed_tensors.packed import PackedWeight, SmallFloatWeight
 from quantcore_misc.compressed_tensors.plain import FakeWeight, FloatWeight, IntegerWeight
@@ -13,7 +14,7 @@ from quantcore_misc.compressed_tensors.schemes import QuantizationArgs, Scheme
 from quantcore_misc.compressed_tensors.sparse import SparseWeight
 from quantcore_misc.compressed_tensors.weight import CompressedWeight
 
-_FLOATS = {4: "e2m1", 6: "e2m3", 8: "e4m3"}
+_MINIFLOATS = {4: "e2m1", 6: "e2m3", 8: "e4m3"}
 _KINDS: dict[str, type[CompressedWeight]] = {
     "dense": FakeWeight,
     "int-quantized": IntegerWeight,
@@ -53,10 +54,10 @@ def weight_format(
             has_index=scheme.weights.actorder == "group",
             plain_zero=scheme.weights.strategy == "tensor",
         )  # type: ignore[return-value]
-    return sparse_format(found, sparsity) if sparsity is not None and kind in (FloatWeight, IntegerWeight) else found
+    return _sparse_format(found, sparsity) if sparsity is not None and kind in (FloatWeight, IntegerWeight) else found
 
 
-def sparse_format(plain: CompressedWeight, sparsity: str) -> SparseWeight:
+def _sparse_format(plain: CompressedWeight, sparsity: str) -> SparseWeight:
     """The format that stores the codes of a plain one sparsely."""
     return SparseWeight(
         scaling=plain.scaling,
@@ -64,14 +65,14 @@ def sparse_format(plain: CompressedWeight, sparsity: str) -> SparseWeight:
         input=plain.input,
         output=plain.output,
         has_zero=plain.has_zero,
-        value_dtype=None if plain.scaling is None else str(plain.scaling.code_dtype).removeprefix("torch."),
+        value_dtype=None if plain.scaling is None else dtype_name(plain.scaling.code_dtype),
         is_structured=sparsity == "sparse-24-bitmask",
     )
 
 
 def scaling_of(args: QuantizationArgs) -> Scaling:
     """The arithmetic of a weight's arguments."""
-    element = f"int{args.num_bits}" if args.type == "int" else _FLOATS[args.num_bits]
+    element = f"int{args.num_bits}" if args.type == "int" else _MINIFLOATS[args.num_bits]
     rows, columns = args.block_structure or (1, args.group_size or 0)
     if args.strategy == "tensor":
         rows = columns = 0
@@ -86,7 +87,7 @@ def activation_of(args: QuantizationArgs) -> Activation:
         raise ValueError(f"activations cannot be quantized by {strategy!r}; use tensor, token or group")
     if args.dynamic is False and strategy != "tensor":
         raise ValueError(f"static activations are quantized by tensor, not by {strategy!r}; make them dynamic")
-    element = f"int{args.num_bits}" if args.type == "int" else _FLOATS[args.num_bits]
+    element = f"int{args.num_bits}" if args.type == "int" else _MINIFLOATS[args.num_bits]
     scale = "input"
     if args.is_mx:
         scale = "e8m0-even_fp4" if element == "e4m3" else "e8m0-even"

@@ -48,7 +48,7 @@ def check_transforms(config: Mapping[str, Any] | None, label: str) -> None:
         where = f"{label}.config_groups[{name!r}]"
         check_limits(scheme.get("type"), f"{where}.type", choices=TYPES)
         check_type(scheme.get("head_dim"), int | None, f"{where}.head_dim")
-        check_limits(scheme.get("head_dim") or 1, f"{where}.head_dim", minimum=1)
+        check_limits(scheme.get("head_dim"), f"{where}.head_dim", minimum=1)
         check_type(scheme.get("apply", []), list[dict[str, Any]], f"{where}.apply")
         for place in scheme.get("apply", []):
             check_limits(place.get("location"), f"{where}.apply.location", choices=(*OFFLINE, *ONLINE))

@@ -327,6 +327,14 @@ def has_dtype(tensors: Mapping[str, Tensor], name: str, *dtypes: torch.dtype) ->
     return name in tensors and tensors[name].dtype in dtypes
 
 
+def check_stored_shape(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
+    """Raise ValueError where the tensor of this name, if there is one, holds another shape."""
+    stored = tensors.get(name)
+    if stored is None or stored.device.type == "meta" or stored.flatten().tolist() == list(shape):
+        return
+    raise ValueError(f"{name} is {stored.flatten().tolist()}, but the layer's weight has {list(shape)}")
+
+
 def _float_name(tensor: Tensor | None) -> str | None:
     return dtype_name(tensor.dtype) if tensor is not None and tensor.dtype in FLOATS else None
 
