@@ -17,5 +17,6 @@ def _multiplies_float8_rows() -> bool:
 
 
 needs_float8_rows = pytest.mark.skipif(
-    not _multiplies_float8_rows(), reason=f"torch {torch.__version__} multiplies 8-bit floats on a CPU under one scale only"
+    not _multiplies_float8_rows(),
+    reason=f"torch {torch.__version__} multiplies 8-bit floats on a CPU under one scale only",
 )
