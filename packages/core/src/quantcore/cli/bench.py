@@ -78,7 +78,8 @@ def command(
 
     Times are of whole calls, on a GPU of its work in them, over copies of the weight that do not fit the cache
     together. GB/s counts the stored
-    weight, input and output once; "of copy" is its share of what copying memory reaches on this device.
+    weight, input and output once; "of copy" is its share of what copying memory reaches on this device. Ends with 1
+    where a kernel fails.
     """
     config = chosen_config(click.get_current_context(), output)
     from quantcore.cli.progress import progress_bar
@@ -99,6 +100,8 @@ def command(
         "timings": [_record(timing) for timing in timings],
     }
     output.result(data, lambda: _text(data, timings), _fastest(timings, vs))
+    if any(timing.fault for timing in timings):
+        raise click.exceptions.Exit(1)
 
 
 def _baseline(vs: str, config: QuantizationConfigMixin) -> Callable[[nn.Linear], nn.Module]:
@@ -159,7 +162,11 @@ def _text(data: dict[str, Any], timings: list[Timing]) -> str:
     copying = f"{data['copy_gigabytes_per_second']:.1f} GB/s"
     head = f"{data['method']} in {data['dtype']} on {data['device']}, which copies {copying}"
     body = table(_COLUMNS, rows, right=("rows", *_COLUMNS[3:]))
-    return "\n".join([head, body, *(f"left out: {', '.join(names)}: {why}" for why, names in refused.items())])
+    left = [f"left out: {', '.join(names)}: {why}" for why, names in refused.items()]
+    failed = {
+        f"failed, report this as a bug: {timing.kernel}: {timing.fault}": None for timing in timings if timing.fault
+    }
+    return "\n".join([head, body, *left, *failed])
 
 
 def _cells(timing: Timing) -> tuple[str, ...]:

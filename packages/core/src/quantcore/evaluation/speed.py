@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -49,8 +50,8 @@ class Times:
 class Timing:
     """One kernel on x [rows, K] times a weight [N, K].
 
-    times: None where the kernel refuses, for the reason given. nbytes: stored tensors, x and y, once each.
-    share: of the bandwidth of a copy on this device. ratio: how many times as fast as the baseline.
+    times: None where the kernel refuses, for the reason given, or fails: fault says how. nbytes: stored tensors, x and
+    y, once each. share: of the bandwidth of a copy on this device. ratio: how many times as fast as the baseline.
     """
 
     kernel: str
@@ -62,6 +63,7 @@ class Timing:
     share: float = math.nan
     ratio: float = math.nan
     reason: str | None = None
+    fault: str | None = None
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -82,17 +84,18 @@ def time_linear(
 
     config: as for `QuantizedLinear.from_linear`. baseline: its name, and what it makes of the float layer.
     copy_speed: bytes per second, as `copy_bandwidth` gives it. others: layers to time beside it, by name.
-    Raises RuntimeError when a kernel's result is not the reference's: its time would mean nothing.
+    A kernel or other layer that fails, or whose result is not the reference's, has a fault for times.
     """
     dense = _random_linear(shape, dtype, device)
     layer = QuantizedLinear.from_linear(dense, config)
-    rivals = {name: _copies(make(dense), device) for name, make in {baseline[0]: baseline[1], **(others or {})}.items()}
-    copies = _copies(layer, device)
+    name, make = baseline
+    copies, base_copies = _copies(layer, device), _copies(make(dense), device)
     for count in rows:
         x = torch.randn(count, shape[1], dtype=dtype, device=device)
-        first, *rest = (_rival_timing(name, layers, x, shape) for name, layers in rivals.items())
-        for timing in (first, *rest, *_kernel_timings(copies, x, shape)):
-            yield _compared(timing, first, copy_speed)
+        base = Timing(name, *shape, count, time_calls(_over(base_copies, x), device), _moved(base_copies, x, shape))
+        rivals = (_rival_timing(other, make, dense, x) for other, make in (others or {}).items())
+        for timing in (base, *rivals, *_kernel_timings(copies, x, shape)):
+            yield _compared(timing, base, copy_speed)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -137,9 +140,14 @@ def _time_on_gpu(call: Call, count: int) -> list[float]:
     return [start.elapsed_time(end) for start, end in events]
 
 
-def _rival_timing(name: str, copies: Sequence[nn.Module], x: Tensor, shape: tuple[int, int]) -> Timing:
-    nbytes = _moved(_stored_bytes(copies[0]), x, shape)
-    return Timing(name, *shape, x.shape[0], time_calls(_over(copies, x), x.device), nbytes)
+def _rival_timing(name: str, make: MakeLayer, dense: nn.Linear, x: Tensor) -> Timing:
+    shape = (dense.out_features, dense.in_features)
+
+    def measure() -> Timing:
+        copies = _copies(make(dense), x.device)
+        return Timing(name, *shape, x.shape[0], time_calls(_over(copies, x), x.device), _moved(copies, x, shape))
+
+    return _unless_it_fails(measure, Timing(name, *shape, x.shape[0], None))
 
 
 def _kernel_timings(copies: Sequence[QuantizedLinear], x: Tensor, shape: tuple[int, int]) -> Iterator[Timing]:
@@ -147,23 +155,29 @@ def _kernel_timings(copies: Sequence[QuantizedLinear], x: Tensor, shape: tuple[i
     problem = Problem("linear", layer.format, x.device.type, x.dtype, count, *shape)
     with settings.forced_to("reference"):
         expected = layer(x)
-    nbytes = _moved(_stored_bytes(layer), x, shape)
     for kernel in candidates():
-        reason = kernel.refuse(problem)
-        times = None
-        if reason is None:
-            with settings.forced_to(kernel.name):
-                _check(kernel.name, layer(x), expected)
-                times = time_calls(_over(copies, x), x.device)
-        yield Timing(kernel.name, *shape, count, times, nbytes, reason=reason)
+        untimed = Timing(kernel.name, *shape, count, None, _moved(copies, x, shape), reason=kernel.refuse(problem))
+        measure = partial(_kernel_timing, untimed, copies, x, expected)
+        yield _unless_it_fails(measure, untimed) if untimed.reason is None else untimed
 
 
-def _check(kernel: str, found: Tensor, expected: Tensor) -> None:
-    error = float((found.double() - expected.double()).norm() / expected.double().norm())
-    if not error <= _FARTHEST:
-        raise RuntimeError(
-            f"kernel {kernel} is off the reference by {error:.2g}; it is not timed. Report this as a bug"
-        )
+def _kernel_timing(untimed: Timing, copies: Sequence[QuantizedLinear], x: Tensor, expected: Tensor) -> Timing:
+    with settings.forced_to(untimed.kernel):
+        error = _relative_error(copies[0](x), expected)
+        if not error <= _FARTHEST:
+            return dataclasses.replace(untimed, fault=f"is off the reference by {error:.2g}")
+        return dataclasses.replace(untimed, times=time_calls(_over(copies, x), x.device))
+
+
+def _unless_it_fails(measure: Callable[[], Timing], untimed: Timing) -> Timing:
+    try:
+        return measure()
+    except Exception as error:  # noqa: BLE001 - code that met no such device may fail in any way; others are still timed
+        return dataclasses.replace(untimed, fault=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def _compared(timing: Timing, base: Timing, copy_speed: float) -> Timing:
@@ -190,8 +204,8 @@ def _stored_bytes(layer: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
 
 
-def _moved(weight_bytes: int, x: Tensor, shape: tuple[int, int]) -> int:
-    return weight_bytes + x.nbytes + x.shape[0] * shape[0] * x.itemsize
+def _moved(copies: Sequence[nn.Module], x: Tensor, shape: tuple[int, int]) -> int:
+    return _stored_bytes(copies[0]) + x.nbytes + x.shape[0] * shape[0] * x.itemsize
 
 
 def _over(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Call:
