@@ -24,6 +24,7 @@ SHAPES = {  # the smallest of whole words and groups; several tiles each way, no
     "int32_along_k": [(1, 8), (73, 568)],
     "int32_along_k_transposed": [(1, 16), (73, 560)],
     "int32_two_bits_transposed": [(1, 48), (73, 528)],
+    "int32_of_bytes": [(1, 32), (73, 544)],
     "int32_interleaved_along_n": [(8, 16), (136, 560)],
     "one_code_a_byte": [(1, 24), (73, 552)],
     "columns_in_any_order": [(1, 8), (73, 568)],
@@ -94,24 +95,25 @@ def test_parts_of_words_and_groups_are_gathered(layout: str, shape: tuple[int, i
 
 
 @triton.jit
-def scale_to_float16(tensors, codes, n, g, N, K, D: tl.constexpr):
+def level_in_float16(tensors, codes, n, g, N, K, D: tl.constexpr):
     return codes.to(tl.float16)
 
 
 @triton.jit
-def scale_groups_only(tensors, codes, n, g, N, K, D: tl.constexpr):
-    return tl.load(tensors[1] + g * N + n)
+def factor_of_rows(tensors, n, g, N, K, D: tl.constexpr):
+    return tl.load(tensors[1] + n)
 
 
 @pytest.mark.parametrize(
-    ("scale", "reason"),
+    ("wrong", "reason"),
     [
-        (scale_to_float16, "decoder coded bytes_of_neighbours does not give float32 values"),
-        (scale_groups_only, r"decoder coded bytes_of_neighbours does not give a tile"),
+        ({"level": level_in_float16}, "decoder coded int32_along_k does not give float32 values"),
+        ({"factor": factor_of_rows}, "decoder coded int32_along_k does not give a tile of the shape asked for"),
     ],
+    ids=["level", "factor"],
 )
-def test_a_scale_that_does_not_fit_names_its_decoder(scale: Any, reason: str) -> None:
-    decoder = replace(coded_decoder("bytes_of_neighbours"), scale=scale)
-    operands = list(quantized(Coded("bytes_of_neighbours"), (5, 32)).values())
+def test_functions_that_do_not_fit_name_their_decoder(wrong: dict[str, Any], reason: str) -> None:
+    decoder = replace(coded_decoder("int32_along_k_transposed"), name="coded int32_along_k", **wrong)
+    operands = list(quantized(Coded("int32_along_k_transposed"), (5, 32)).values())
     with pytest.raises(TypeError, match=reason):
-        launch.gemv(torch.randn(1, 32), operands, None, decoder, 5)
+        launch.gemv(torch.randn(1, 32), operands, None, decoder, 5, launch=Launch(1, 8, 32))

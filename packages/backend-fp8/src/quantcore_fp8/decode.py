@@ -36,9 +36,14 @@ def decode_floats(tensors, k, n, N, K, D: tl.constexpr):
 
 
 @triton.jit
-def scale_floats(tensors, codes, n, g, N, K, D: tl.constexpr):
-    """code * scale of codes that are unpacked already; D.columns divides K."""
-    return element_values(codes, D.bits) * load_scale(tensors[1], g * max(D.columns, 1), n, K, D)[:, :, None]
+def level_of_code(tensors, codes, n, g, N, K, D: tl.constexpr):
+    return element_values(codes, D.bits)
+
+
+@triton.jit
+def scale_of_group(tensors, n, g, N, K, D: tl.constexpr):
+    """The scale of a group, where D.columns divides K."""
+    return load_scale(tensors[1], g * max(D.columns, 1), n, K, D)
 
 
 @triton.jit
@@ -68,7 +73,8 @@ def _e4m3_decoder(weight_format: Fp8) -> Decoder:
         views=(torch.uint8, torch.uint8 if exponent else None),
         dtype=float_dtype(weight_format.dtype, "dtype"),
         words=Words(1, 8, "k", group=WHOLE if columns == WHOLE else columns) if _is_tile(columns) else None,
-        scale=scale_floats,
+        level=level_of_code,
+        factor=scale_of_group,
     )
 
 
@@ -80,7 +86,8 @@ def _e2m1_decoder(weight_format: Fp4Expert) -> Decoder:
         views=(torch.uint8, torch.uint8),
         dtype=float_dtype(weight_format.dtype, "dtype"),
         words=Words(2, 4, "k", places(0, 1), group=GROUP),
-        scale=scale_floats,
+        level=level_of_code,
+        factor=scale_of_group,
     )
 
 

@@ -4,30 +4,26 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from quantcore.formats.base import float_dtype
 from quantcore.kernels.triton.decoder import Decoder
-from quantcore.kernels.triton.rounding import rounded
+from quantcore.kernels.triton.rounding import TRITON_DTYPES, rounded
 from quantcore_gptq.marlin import Marlin
-
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Tiles(NamedTuple):
-    """group: columns of a group, 0 where a row is one. dtype: of scales."""
+    """group: columns of a group, 0 where a row is one."""
 
     group: int
-    dtype: Any
 
 
 @triton.jit
 def decode_marlin(tensors, k, n, N, K, D: tl.constexpr):
-    """(code - 8) * scale, rounded to D.dtype; tensors are words [K / 16, 2 N] and scales [G, N]."""
+    """(code - 8) * scale, rounded to D.rounds; tensors are words [K / 16, 2 N] and scales [G, N]."""
     lane = n % 8 * 4 + k % 8 // 2  # of the warp, which holds four words in a row for each 64 rows of the weight
     word = tl.load(tensors[0] + k // 16 * (2 * N) + n // 64 * 128 + lane * 4 + n // 16 % 4)
     nibble = k % 2 * 4 + n % 16 // 8 * 2 + k % 16 // 8
@@ -37,7 +33,7 @@ def decode_marlin(tensors, k, n, N, K, D: tl.constexpr):
         place = tl.where(D.group < K, grouped_place(n), place)
         group = k // D.group
     scale = tl.load(tensors[1] + group * N + place)
-    return rounded((code - 8).to(tl.float32) * scale.to(tl.float32), D.dtype).to(tl.float32)
+    return rounded((code - 8).to(tl.float32) * scale.to(tl.float32), D.rounds).to(tl.float32)
 
 
 @triton.jit
@@ -59,13 +55,14 @@ def marlin_decoder(weight_format: Marlin) -> Decoder | None:
     It gathers: the eight codes of a word lie in two rows and four columns, which the contract `tile` has no word for.
     """
     dtype = float_dtype(weight_format.scale_dtype, "scale_dtype")
-    if dtype not in _DTYPES:
+    if dtype not in TRITON_DTYPES:
         return None
     group = max(weight_format.group_size, 0)
     return Decoder(
         name=f"marlin group {group or 'whole'}",
         decode=decode_marlin,
-        constants=Tiles(group, _DTYPES[dtype]),
+        constants=Tiles(group),
         views=(None, None),
         dtype=dtype,
+        rounds=dtype,
     )

@@ -18,11 +18,12 @@ _IN_ORDER = places(*range(8))
 
 LAYOUTS = {
     "bytes_of_neighbours": Words(2, 4, "k", places(1, 0), group=16),
-    "bytes_of_rows_apart": Words(2, 4, "apart", places(1, 0), group=16),
+    "bytes_of_rows_apart": Words(2, 4, "apart", places(1, 0), group=16, numbers=True),
     "bits_of_rows_apart": Words(8, 1, "apart", places(*reversed(range(8))), group=8),
-    "int32_along_k": Words(8, 4, "k", _IN_ORDER, group=0),
+    "int32_along_k": Words(8, 4, "k", _IN_ORDER, group=0, numbers=True),
     "int32_along_k_transposed": Words(8, 4, "k", _IN_ORDER, transposed=True, group=16),
-    "int32_two_bits_transposed": Words(16, 2, "k", places(*range(16)), transposed=True, group=48),
+    "int32_two_bits_transposed": Words(16, 2, "k", places(*range(16)), transposed=True, group=48, numbers=True),
+    "int32_of_bytes": Words(4, 8, "k", places(2, 0, 3, 1), group=32, numbers=True),
     "int32_interleaved_along_n": Words(8, 4, "n", places(0, 4, 1, 5, 2, 6, 3, 7), transposed=True, group=16),
     "one_code_a_byte": Words(1, 8, "k", group=24),
     "columns_in_any_order": Words(8, 4, "k", _IN_ORDER, transposed=True, group=1),
@@ -95,10 +96,15 @@ def decode_codes(tensors, k, n, N, K, D: tl.constexpr):
 
 
 @triton.jit
-def scale_codes(tensors, codes, n, g, N, K, D: tl.constexpr):
+def level_of_codes(tensors, codes, n, g, N, K, D: tl.constexpr):
+    return codes.to(tl.float32)
+
+
+@triton.jit
+def factor_of_groups(tensors, n, g, N, K, D: tl.constexpr):
     if D.words_group == 1:
         g = tl.load(tensors[2] + g)
-    return codes.to(tl.float32) * tl.load(tensors[1] + g * N + n)[:, :, None]
+    return tl.load(tensors[1] + g * N + n)
 
 
 def coded_decoder(layout: str, words: bool = True) -> Decoder:
@@ -110,5 +116,6 @@ def coded_decoder(layout: str, words: bool = True) -> Decoder:
         views=(None, None, None, None),
         dtype=torch.float32,
         words=LAYOUTS[layout] if words else None,
-        scale=scale_codes,
+        level=level_of_codes,
+        factor=factor_of_groups,
     )

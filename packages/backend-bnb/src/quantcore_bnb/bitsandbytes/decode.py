@@ -33,11 +33,15 @@ def decode_blocks(tensors, k, n, N, K, D: tl.constexpr):
 
 
 @triton.jit
-def scale_levels(tensors, codes, n, g, N, K, D: tl.constexpr):
-    """quant_map[code] * absmax[block] of codes that are already split; D.group divides K."""
-    block = n * (K // D.group) + g
-    levels = look_up(tl.load(tensors[2] + tl.arange(0, 16)), codes)
-    return levels * load_absmax(tensors, block, D)[:, :, None]
+def level_of_code(tensors, codes, n, g, N, K, D: tl.constexpr):
+    """quant_map[code]."""
+    return look_up(tl.load(tensors[2] + tl.arange(0, 16)), codes)
+
+
+@triton.jit
+def absmax_of_group(tensors, n, g, N, K, D: tl.constexpr):
+    """absmax[block], where D.group divides K."""
+    return load_absmax(tensors, n * (K // D.group) + g, D)
 
 
 @triton.jit
@@ -64,5 +68,6 @@ def decoder_for(weight_format: WeightFormat) -> Decoder | None:
         views=(torch.uint8, None, None, *((None,) * 3 if nested else ())),
         dtype=torch.float32 if dtype == torch.float64 else dtype,  # values are float32 before they are cast
         words=Words(codes=2, bits=4, along="k", order=places(1, 0), group=weight_format.blocksize),
-        scale=scale_levels,
+        level=level_of_code,
+        factor=absmax_of_group,
     )

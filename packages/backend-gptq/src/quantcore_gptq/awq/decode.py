@@ -6,19 +6,16 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from quantcore.formats.base import WeightFormat, float_dtype
 from quantcore.kernels.triton.decoder import Decoder, Words, places
-from quantcore.kernels.triton.rounding import rounded
+from quantcore.kernels.triton.rounding import TRITON_DTYPES, rounded
 from quantcore_gptq.awq.format import Awq
 from quantcore_gptq.awq.versions import INTERLEAVE
 from quantcore_gptq.marlin import Marlin
 from quantcore_gptq.marlin_decode import marlin_decoder
-
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Groups(NamedTuple):
@@ -28,7 +25,6 @@ class Groups(NamedTuple):
     group: int
     step: int
     interleaved: bool
-    dtype: Any
 
 
 @triton.jit
@@ -40,7 +36,7 @@ def group_of(k, D: tl.constexpr):
 
 @triton.jit
 def apply_scale(code, zero, scale, D: tl.constexpr):
-    return rounded((code - zero).to(tl.float32) * scale.to(tl.float32), D.dtype).to(tl.float32)
+    return rounded((code - zero).to(tl.float32) * scale.to(tl.float32), D.rounds).to(tl.float32)
 
 
 @triton.jit
@@ -63,7 +59,7 @@ def column_code(words, row, n, N, D: tl.constexpr):
 
 @triton.jit
 def decode_gemm(tensors, k, n, N, K, D: tl.constexpr):
-    """(code - zero) * scale, rounded to D.dtype; tensors are words [K, ...], zeros [G, ...] and scales [G, N]."""
+    """(code - zero) * scale, rounded to D.rounds; tensors are words [K, ...], zeros [G, ...] and scales [G, N]."""
     group = group_of(k, D) + n * 0
     code = column_code(tensors[0], k + n * 0, n + k * 0, N, D)
     zero = column_code(tensors[1], group, n + k * 0, N, D)
@@ -71,10 +67,14 @@ def decode_gemm(tensors, k, n, N, K, D: tl.constexpr):
 
 
 @triton.jit
-def scale_gemm(tensors, codes, n, g, N, K, D: tl.constexpr):
-    zero = column_code(tensors[1], g + n * 0, n + g * 0, N, D)
-    scale = tl.load(tensors[2] + g * N + n)
-    return apply_scale(codes, zero[:, :, None], scale[:, :, None], D)
+def level_of_gemm(tensors, codes, n, g, N, K, D: tl.constexpr):
+    """code - zero."""
+    return codes - column_code(tensors[1], g + n * 0, n + g * 0, N, D).to(tl.float32)[:, :, None]
+
+
+@triton.jit
+def factor_of_gemm(tensors, n, g, N, K, D: tl.constexpr):
+    return tl.load(tensors[2] + g * N + n).to(tl.float32)
 
 
 @triton.jit
@@ -104,11 +104,14 @@ def decode_gemv(tensors, k, n, N, K, D: tl.constexpr):
 
 
 @triton.jit
-def scale_gemv(tensors, codes, n, g, N, K, D: tl.constexpr):
-    padded = padded_groups(K, D)
-    zero = row_zero(tensors[1], n, g, padded)
-    scale = tl.load(tensors[2] + n * padded + g)
-    return apply_scale(codes, zero[:, :, None], scale[:, :, None], D)
+def level_of_gemv(tensors, codes, n, g, N, K, D: tl.constexpr):
+    """code - zero."""
+    return codes - row_zero(tensors[1], n, g, padded_groups(K, D)).to(tl.float32)[:, :, None]
+
+
+@triton.jit
+def factor_of_gemv(tensors, n, g, N, K, D: tl.constexpr):
+    return tl.load(tensors[2] + n * padded_groups(K, D) + g).to(tl.float32)
 
 
 @triton.jit
@@ -131,21 +134,21 @@ def _words(weight_format: Awq) -> Words | None:
     """The layout for the contract `tile`: of whole codes in 32-bit words."""
     group, bits = max(weight_format.group_size, 0), weight_format.bits
     if weight_format.version == "gemv":
-        return Words(8, 4, "k", places(*range(8)), group=group)
+        return Words(8, 4, "k", places(*range(8)), group=group, numbers=True)
     if weight_format.version != "gemm" or 32 % bits:
         return None
     count = 32 // bits
     if weight_format.interleaved and count != 8:
         return None
     order = _INVERSE if weight_format.interleaved else range(count)
-    return Words(count, bits, "n", places(*order), transposed=True, group=group)
+    return Words(count, bits, "n", places(*order), transposed=True, group=group, numbers=True)
 
 
-_DECODERS: dict[str, tuple[Any, Any]] = {
-    "gemm": (decode_gemm, scale_gemm),
-    "gemv": (decode_gemv, scale_gemv),
-    "gemv_fast": (decode_fast, None),
-    "llm-awq": (decode_fast, None),
+_DECODERS: dict[str, tuple[Any, Any, Any]] = {  # decode, level and factor
+    "gemm": (decode_gemm, level_of_gemm, factor_of_gemm),
+    "gemv": (decode_gemv, level_of_gemv, factor_of_gemv),
+    "gemv_fast": (decode_fast, None, None),
+    "llm-awq": (decode_fast, None, None),
 }
 
 
@@ -157,18 +160,20 @@ def decoder_for(weight_format: WeightFormat) -> Decoder | None:
     if not isinstance(weight_format, Awq):
         return None
     dtype = float_dtype(weight_format.scale_dtype, "scale_dtype")
-    if dtype not in _DTYPES:
+    if dtype not in TRITON_DTYPES:
         return None
-    decode, scale = _DECODERS[weight_format.version]
+    decode, level, factor = _DECODERS[weight_format.version]
     words = _words(weight_format)
     group = max(weight_format.group_size, 0)
     step = {64: 2, 32: 4}.get(group, 1)
     return Decoder(
         name=f"awq {weight_format.version} {weight_format.bits} bits group {group or 'whole'}",
         decode=decode,
-        constants=Groups(weight_format.bits, group, step, weight_format.interleaved, _DTYPES[dtype]),
+        constants=Groups(weight_format.bits, group, step, weight_format.interleaved),
         views=(None, None, None),
         dtype=dtype,
         words=words,
-        scale=None if words is None else scale,
+        level=None if words is None else level,
+        factor=None if words is None else factor,
+        rounds=dtype,
     )

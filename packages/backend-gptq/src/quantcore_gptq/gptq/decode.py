@@ -4,22 +4,20 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from quantcore.formats.base import WeightFormat, float_dtype
 from quantcore.formats.packing import PLANES
 from quantcore.kernels.triton.decoder import Decoder, Words, places
-from quantcore.kernels.triton.rounding import rounded
+from quantcore.kernels.triton.rounding import TRITON_DTYPES, rounded
 from quantcore_gptq.gptq.format import Gptq
 from quantcore_gptq.marlin import Marlin
 from quantcore_gptq.marlin_decode import marlin_decoder
 
 _MOST_CODES = 16  # that a word's order can say
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Columns(NamedTuple):
@@ -36,12 +34,11 @@ class Columns(NamedTuple):
     plane0: int
     plane1: int
     plane2: int
-    dtype: Any
 
 
 @triton.jit
 def decode_columns(tensors, k, n, N, K, D: tl.constexpr):
-    """(code - zero) * scale, rounded to D.dtype; tensors are words, zeros, scales, and groups where D.looked_up."""
+    """(code - zero) * scale, rounded to D.rounds; tensors are words, zeros, scales, and groups where D.looked_up."""
     code = stream_code(tensors[0], k, n, N, D) if D.plane1 == 0 else planar_code(tensors[0], k, n, N, D)
     if D.looked_up:
         group = tl.load(tensors[3] + k)
@@ -50,21 +47,27 @@ def decode_columns(tensors, k, n, N, K, D: tl.constexpr):
     else:
         group = k // D.group
     place = group * N + n
-    return apply_scale(code, tl.load(tensors[1] + place), tl.load(tensors[2] + place), D)
+    zero, scale = tl.load(tensors[1] + place).to(tl.int32), tl.load(tensors[2] + place).to(tl.float32)
+    return rounded((code - zero).to(tl.float32) * scale, D.rounds).to(tl.float32)
 
 
 @triton.jit
-def scale_columns(tensors, codes, n, g, N, K, D: tl.constexpr):
-    """The same numbers of codes that are already unpacked."""
+def level_of_code(tensors, codes, n, g, N, K, D: tl.constexpr):
+    """code - zero."""
+    zero = tl.load(tensors[1] + group_place(tensors, n, g, N, D))
+    return codes - zero.to(tl.float32)[:, :, None]
+
+
+@triton.jit
+def scale_of_group(tensors, n, g, N, K, D: tl.constexpr):
+    return tl.load(tensors[2] + group_place(tensors, n, g, N, D)).to(tl.float32)
+
+
+@triton.jit
+def group_place(tensors, n, g, N, D: tl.constexpr):
+    """Where the zero point and scale of group g stand, or of column g where D.looked_up."""
     group = tl.load(tensors[3] + g) if D.looked_up else g
-    place = group * N + n
-    zero, scale = tl.load(tensors[1] + place), tl.load(tensors[2] + place)
-    return apply_scale(codes, zero[:, :, None], scale[:, :, None], D)
-
-
-@triton.jit
-def apply_scale(code, zero, scale, D: tl.constexpr):
-    return rounded((code - zero.to(tl.int32)).to(tl.float32) * scale.to(tl.float32), D.dtype).to(tl.float32)
+    return group * N + n
 
 
 @triton.jit
@@ -121,7 +124,7 @@ def decoder_for(weight_format: WeightFormat) -> Decoder | None:
     if not isinstance(weight_format, Gptq):
         return None
     dtype = float_dtype(weight_format.scale_dtype, "scale_dtype")
-    if dtype not in _DTYPES:
+    if dtype not in TRITON_DTYPES:
         return None
     layout, looked_up = weight_format.layout, weight_format.g_idx == "any"
     group = max(weight_format.group_size, 0)
@@ -129,11 +132,13 @@ def decoder_for(weight_format: WeightFormat) -> Decoder | None:
     return Decoder(
         name=f"gptq {layout.bits} bits group {group or 'whole'}{' looked up' if looked_up else ''}",
         decode=decode_columns,
-        constants=Columns(layout.bits, layout.word_bits, group, looked_up, first, second, third, _DTYPES[dtype]),
+        constants=Columns(layout.bits, layout.word_bits, group, looked_up, first, second, third),
         views=(None, None, None, None) if looked_up else (None, None, None),
         dtype=dtype,
         words=_words(layout.bits, layout.word_bits, 1 if looked_up else group, is_plain=first == 0),
-        scale=scale_columns,
+        level=level_of_code,
+        factor=scale_of_group,
+        rounds=dtype,
     )
 
 
@@ -143,5 +148,7 @@ def _words(bits: int, word: int, group: int, is_plain: bool) -> Words | None:
         return None
     codes = word // bits
     return (
-        Words(codes, bits, "k", places(*range(codes)), transposed=True, group=group) if codes <= _MOST_CODES else None
+        Words(codes, bits, "k", places(*range(codes)), transposed=True, group=group, numbers=True)
+        if codes <= _MOST_CODES
+        else None
     )

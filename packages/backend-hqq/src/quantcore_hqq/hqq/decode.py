@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from quantcore.formats.base import WeightFormat
 from quantcore.kernels.triton.decoder import Decoder, Words, places
-from quantcore.kernels.triton.rounding import rounded
+from quantcore.kernels.triton.rounding import TRITON_DTYPES, rounded
 from quantcore_hqq.hqq.format import Hqq
 from quantcore_hqq.hqq.packing import PACKINGS, Packing
-
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Groups(NamedTuple):
@@ -28,12 +25,11 @@ class Groups(NamedTuple):
     axis: int
     bits: int
     codes_per_word: int
-    dtype: Any
 
 
 @triton.jit
 def decode_groups(tensors, k, n, N, K, D: tl.constexpr):
-    """(code - zero) * scale, each step rounded to D.dtype; tensors are words, scale and zero."""
+    """(code - zero) * scale, each step rounded to D.rounds; tensors are words, scale and zero."""
     rows = tl.full([], N, n.dtype)
     columns = tl.full([], K, n.dtype)
     row, column = n, k
@@ -52,29 +48,40 @@ def decode_groups(tensors, k, n, N, K, D: tl.constexpr):
     if D.axis == -1:
         group = tl.full([], 0, n.dtype)
     scale = tl.load(tensors[1] + group).to(tl.float32)
-    return apply_scale(code, scale, tl.load(tensors[2] + group).to(tl.float32), D)
+    zero = tl.load(tensors[2] + group).to(tl.float32)
+    return rounded(difference(code, zero, D) * scale, D.rounds).to(tl.float32)
 
 
 @triton.jit
-def scale_codes(tensors, codes, n, g, N, K, D: tl.constexpr):
-    """(code - zero) * scale of codes that are already unpacked, on axis 1; D.group divides K."""
-    group = n + g
+def level_of_code(tensors, codes, n, g, N, K, D: tl.constexpr):
+    """code - zero, rounded to D.rounds, on axis 1."""
+    zero = tl.load(tensors[2] + group_place(n, g, K, D)).to(tl.float32)
+    return difference(codes, zero[:, :, None], D)
+
+
+@triton.jit
+def scale_of_group(tensors, n, g, N, K, D: tl.constexpr):
+    return tl.load(tensors[1] + group_place(n, g, K, D)).to(tl.float32)
+
+
+@triton.jit
+def group_place(n, g, K, D: tl.constexpr):
+    """Where group g of row n stands on axis 1; D.group divides K."""
+    place = n + g
     if D.group > 0:
-        group = n * (K // D.group) + g
-    scale = tl.load(tensors[1] + group).to(tl.float32)[:, :, None]
-    return apply_scale(codes, scale, tl.load(tensors[2] + group).to(tl.float32)[:, :, None], D)
+        place = n * (K // D.group) + g
+    return place
 
 
 @triton.jit
-def apply_scale(codes, scale, zero, D: tl.constexpr):
-    difference = rounded(codes.to(tl.float32) - zero, D.dtype).to(tl.float32)
-    return rounded(difference * scale, D.dtype).to(tl.float32)
+def difference(codes, zero, D: tl.constexpr):
+    return rounded(codes.to(tl.float32) - zero, D.rounds).to(tl.float32)
 
 
 @cache
 def decoder_for(weight_format: WeightFormat) -> Decoder | None:
     """The decoder of a format that computes in float32, bfloat16 or float16; None for any other."""
-    if type(weight_format) is not Hqq or weight_format.compute_torch_dtype not in _DTYPES:
+    if type(weight_format) is not Hqq or weight_format.compute_torch_dtype not in TRITON_DTYPES:
         return None
     dtype = weight_format.compute_torch_dtype
     packing = PACKINGS[weight_format.packing]
@@ -84,11 +91,13 @@ def decoder_for(weight_format: WeightFormat) -> Decoder | None:
     return Decoder(
         name=f"hqq {packing.bits} bits axis {axis} group {length or 'whole'}",
         decode=decode_groups,
-        constants=Groups(length, axis, packing.bits, packing.codes_per_word, _DTYPES[dtype]),
+        constants=Groups(length, axis, packing.bits, packing.codes_per_word),
         views=(packing.word_dtype, None, None),
         dtype=dtype,
         words=_words(packing, length) if axis == 1 else None,
-        scale=scale_codes,
+        level=level_of_code,
+        factor=scale_of_group,
+        rounds=dtype,
     )
 
 
@@ -96,4 +105,4 @@ def _words(packing: Packing, group: int) -> Words | None:
     """The words of rows of codes; None where no power of two of them makes a word."""
     codes = packing.codes_per_word
     order = places(*reversed(range(codes)))  # the first rows lie highest
-    return None if codes & (codes - 1) else Words(codes, packing.bits, "apart", order, group=group)
+    return None if codes & (codes - 1) else Words(codes, packing.bits, "apart", order, group=group, numbers=codes > 1)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,13 +13,12 @@ import triton.language as tl
 from quantcore.formats.base import WeightFormat
 from quantcore.kernels.triton.decoder import Decoder, Words, places
 from quantcore.kernels.triton.minifloats import e4m3_values, e8m0_values, element_values, load_codes
-from quantcore.kernels.triton.rounding import rounded
+from quantcore.kernels.triton.rounding import TRITON_DTYPES, rounded
 from quantcore_misc.compressed_tensors.packed import PackedWeight, SmallFloatWeight
 from quantcore_misc.compressed_tensors.plain import FloatWeight, IntegerWeight
 from quantcore_misc.compressed_tensors.scaling import Scaling
 from quantcore_misc.compressed_tensors.weight import CompressedWeight
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _MOST_CODES = 16  # that the order of a word can say
 
 
@@ -38,7 +37,6 @@ class Integers(NamedTuple):
     whole_codes: int
     zeros: str
     looked_up: bool
-    dtype: Any
 
 
 class Floats(NamedTuple):
@@ -48,12 +46,11 @@ class Floats(NamedTuple):
     rows: int
     columns: int
     scales: str
-    dtype: Any
 
 
 @triton.jit
 def decode_integers(tensors, k, n, N, K, D: tl.constexpr):
-    """(code - zero) * scale, rounded to D.dtype; tensors are codes, scales, zeros and groups, as far as there are."""
+    """(code - zero) * scale, rounded to D.rounds; tensors are codes, scales, zeros and groups, as far as there are."""
     if D.words:
         code = packed_code(tensors[0], n, 1, K, k, False, D)
     else:
@@ -62,19 +59,24 @@ def decode_integers(tensors, k, n, N, K, D: tl.constexpr):
 
 
 @triton.jit
-def scale_integers(tensors, codes, n, g, N, K, D: tl.constexpr):
-    """The same numbers of codes that are unpacked already."""
-    codes = codes.to(tl.int32)
+def level_of_integer(tensors, codes, n, g, N, K, D: tl.constexpr):
+    """code - zero."""
+    zero, _ = zero_and_scale(tensors, n, g if D.looked_up else g * max(D.columns, 1), N, K, D)
     if D.words:
-        codes -= 1 << (D.bits - 1)
-    zero, scale = zero_and_scale(tensors, n, g if D.looked_up else g * max(D.columns, 1), N, K, D)
-    return rounded((codes - zero[:, :, None]).to(tl.float32) * scale[:, :, None], D.dtype).to(tl.float32)
+        zero += 1 << (D.bits - 1)
+    return codes.to(tl.float32) - zero.to(tl.float32)[:, :, None]
+
+
+@triton.jit
+def scale_of_integers(tensors, n, g, N, K, D: tl.constexpr):
+    _, scale = zero_and_scale(tensors, n, g if D.looked_up else g * max(D.columns, 1), N, K, D)
+    return scale
 
 
 @triton.jit
 def apply_scale(tensors, code, n, k, column, N, K, D: tl.constexpr):
     zero, scale = zero_and_scale(tensors, n, k, N, K, D)
-    return rounded((code - zero).to(tl.float32) * scale, D.dtype).to(tl.float32)
+    return rounded((code - zero).to(tl.float32) * scale, D.rounds).to(tl.float32)
 
 
 @triton.jit
@@ -126,21 +128,20 @@ def packed_code(words, line, stride, length, i, ACROSS: tl.constexpr, D: tl.cons
 def decode_floats(tensors, k, n, N, K, D: tl.constexpr):
     """code * scale; tensors are codes and scales as bytes, and the global scale of nvfp4."""
     values = element_values(load_codes(tensors[0], k, n, K, D.bits), D.bits)
-    return scaled(values, float_scale(tensors, n, k, K, D), D)
-
-
-@triton.jit
-def scale_floats(tensors, codes, n, g, N, K, D: tl.constexpr):
-    """The same numbers of codes that are unpacked already."""
-    return scaled(element_values(codes, D.bits), float_scale(tensors, n, g * max(D.columns, 1), K, D)[:, :, None], D)
-
-
-@triton.jit
-def scaled(values, scale, D: tl.constexpr):
-    product = values * scale
-    if D.scales == "float":
-        product = rounded(product, D.dtype).to(tl.float32)
+    product = values * float_scale(tensors, n, k, K, D)
+    if D.rounds is not None:
+        product = rounded(product, D.rounds).to(tl.float32)
     return product
+
+
+@triton.jit
+def level_of_float(tensors, codes, n, g, N, K, D: tl.constexpr):
+    return element_values(codes, D.bits)
+
+
+@triton.jit
+def scale_of_floats(tensors, n, g, N, K, D: tl.constexpr):
+    return float_scale(tensors, n, g * max(D.columns, 1), K, D)
 
 
 @triton.jit
@@ -175,7 +176,7 @@ def decoder_for(weight_format: WeightFormat) -> Decoder | None:
     """The decoder of a weight, however its layer rounds activations; None for any other format."""
     if not isinstance(weight_format, CompressedWeight) or weight_format.scaling is None:
         return None
-    if weight_format.scaling.scales == "float" and weight_format.torch_dtype not in _DTYPES:
+    if weight_format.scaling.scales == "float" and weight_format.torch_dtype not in TRITON_DTYPES:
         return None
     if isinstance(weight_format, PackedWeight | IntegerWeight):
         return _integers(weight_format, weight_format.scaling)
@@ -194,19 +195,20 @@ def _integers(weight_format: CompressedWeight, scaling: Scaling) -> Decoder:
     looked_up = packed is not None and packed.has_index
     words = Words(1, 8, "k", group=scaling.columns)
     if packed is not None:
-        words = Words(whole, scaling.bits, "k", places(*range(whole)), group=1 if looked_up else scaling.columns)
+        words = Words(
+            whole, scaling.bits, "k", places(*range(whole)), group=1 if looked_up else scaling.columns, numbers=True
+        )
     can_tile = _is_tile(scaling) and (packed is None or (32 % scaling.bits == 0 and whole <= _MOST_CODES))
-    dtype = _DTYPES[weight_format.torch_dtype]
     return Decoder(
         name=f"{type(weight_format).__name__} {scaling.element} {scaling.rows}x{scaling.columns} zeros {zeros}",
         decode=decode_integers,
-        constants=Integers(
-            scaling.bits, scaling.rows, scaling.columns, packed is not None, whole, zeros, looked_up, dtype
-        ),
+        constants=Integers(scaling.bits, scaling.rows, scaling.columns, packed is not None, whole, zeros, looked_up),
         views=(None,) * (2 + (zeros != "none") + looked_up),
         dtype=weight_format.torch_dtype,
         words=words if can_tile else None,
-        scale=scale_integers,
+        level=level_of_integer,
+        factor=scale_of_integers,
+        rounds=weight_format.torch_dtype,
     )
 
 
@@ -219,11 +221,13 @@ def _floats(weight_format: CompressedWeight, scaling: Scaling) -> Decoder:
     return Decoder(
         name=f"{scaling.element} {scaling.rows}x{scaling.columns} scales {scaling.scales}",
         decode=decode_floats,
-        constants=Floats(scaling.bits, scaling.rows, scaling.columns, scaling.scales, _DTYPES[dtype]),
+        constants=Floats(scaling.bits, scaling.rows, scaling.columns, scaling.scales),
         views=(torch.uint8, None if is_plain else torch.uint8, *global_scale),
         dtype=dtype,
         words=words if scaling.bits != 6 and _is_tile(scaling) else None,
-        scale=scale_floats,
+        level=level_of_float,
+        factor=scale_of_floats,
+        rounds=dtype if is_plain else None,
     )
 
 

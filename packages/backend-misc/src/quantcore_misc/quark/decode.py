@@ -54,13 +54,18 @@ def decode_integers(tensors, k, n, N, K, D: tl.constexpr):
 
 
 @triton.jit
-def scale_integers(tensors, codes, n, g, N, K, D: tl.constexpr):
-    """The same numbers of codes that are unpacked already."""
-    codes = codes.to(tl.int32)
+def level_of_integer(tensors, codes, n, g, N, K, D: tl.constexpr):
+    """code - zero."""
     if D.words_codes > 1 and D.signed:
         codes = signed(codes, D)
-    zero, scale = zero_and_scale(tensors, n, g * max(D.group, 1), N, D)
-    return (codes - zero[:, :, None]).to(tl.float32) * scale[:, :, None]
+    zero, _ = zero_and_scale(tensors, n, g * max(D.group, 1), N, D)
+    return codes.to(tl.float32) - zero.to(tl.float32)[:, :, None]
+
+
+@triton.jit
+def scale_of_integers(tensors, n, g, N, K, D: tl.constexpr):
+    _, scale = zero_and_scale(tensors, n, g * max(D.group, 1), N, D)
+    return scale
 
 
 @triton.jit
@@ -119,9 +124,13 @@ def decode_floats(tensors, k, n, N, K, D: tl.constexpr):
 
 
 @triton.jit
-def scale_floats(tensors, codes, n, g, N, K, D: tl.constexpr):
-    """The same numbers of codes that are unpacked already."""
-    return element_values(codes, D.bits) * float_scale(tensors, n, g * max(D.columns, 1), K, D)[:, :, None]
+def level_of_float(tensors, codes, n, g, N, K, D: tl.constexpr):
+    return element_values(codes, D.bits)
+
+
+@triton.jit
+def scale_of_floats(tensors, n, g, N, K, D: tl.constexpr):
+    return float_scale(tensors, n, g * max(D.columns, 1), K, D)
 
 
 @triton.jit
@@ -167,7 +176,8 @@ def _integers(weight_format: QuarkWeight) -> Decoder:
         views=(None, None, None),
         dtype=float_dtype(weight_format.dtype, "dtype"),
         words=_words(weight_format),
-        scale=scale_integers,
+        level=level_of_integer,
+        factor=scale_of_integers,
     )
 
 
@@ -198,5 +208,6 @@ def _floats(weight_format: QuarkWeight) -> Decoder:
         views=(torch.uint8, None if weight_format.scale == "float" else torch.uint8, *second),
         dtype=float_dtype(weight_format.dtype, "dtype"),
         words=words if bits != 6 else None,
-        scale=scale_floats,
+        level=level_of_float,
+        factor=scale_of_floats,
     )

@@ -113,8 +113,8 @@ class _Converter:
         if self.done.lossy and not self.allow_lossy:
             reasons = "\n".join(f"{name}: {reason}" for name, reason in self.done.lossy.items())
             raise LossyConversionError(
-                f"{source}: {len(self.done.lossy)} layers would change their values; allow a lossy conversion to round "
-                f"them anew, or choose another format\n{reasons}"
+                f"{source}: {len(self.done.lossy)} layers would change their values; allow_lossy=True or "
+                f"--allow-lossy rounds them anew, or choose another format\n{reasons}"
             )
 
     def _rounded(self, name: str, weight: QuantizedWeight, writer: WeightQuantizer) -> dict[str, Tensor]:

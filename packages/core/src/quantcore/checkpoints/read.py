@@ -212,7 +212,8 @@ def _check_index(directory: Path, headers: Mapping[str, Header]) -> None:
 def _headers(directory: Path, file: str) -> dict[str, Header]:
     path = directory / file
     if not path.is_file():
-        raise CheckpointError(f"{path}: shard is missing though {INDEX_NAME} names it; download it again")
+        lack = f"shard is missing though {INDEX_NAME} names it" if (directory / INDEX_NAME).exists() else "no such file"
+        raise CheckpointError(f"{path}: {lack}; download it again")
     return read_headers(path)
 
 

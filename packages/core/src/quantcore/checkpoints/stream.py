@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantcore.checkpoints.read import Checkpoint
+from quantcore.checkpoints.read import Checkpoint, by_owner
 from quantcore.checkpoints.safetensors_file import Header
 from quantcore.errors import CheckpointError
 from quantcore.formats.base import describe
@@ -76,10 +76,19 @@ def checked_slots(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Slot]:
     targets = slots(model)
     faults = misfits(model, checkpoint)
     if faults:
+        hint = "; it looks quantized, but no quantization_config says how" if _looks_quantized(targets, checkpoint) else ""
         raise CheckpointError(
-            f"{checkpoint.directory}: {len(faults)} tensors do not fit the model\n" + "\n".join(faults)
+            f"{checkpoint.directory}: {len(faults)} tensors do not fit the model{hint}\n" + "\n".join(faults)
         )
     return targets
+
+
+def _looks_quantized(targets: Mapping[str, Slot], checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint has tensors beside, or instead of, the weights of a model that is float throughout."""
+    if any(slot.exact for slot in targets.values()):
+        return False
+    surplus = {name: header for name, header in checkpoint.headers.items() if name not in targets}
+    return any(f"{owner}.weight" in targets for owner in by_owner(surplus))
 
 
 def _final_dtype(slot: Slot, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

@@ -29,9 +29,11 @@ def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) ->
     """
     final = Path(target).resolve()
     _check_free(final, overwrite)
-    final.parent.mkdir(parents=True, exist_ok=True)
     working = final.parent / f".{final.name}.{secrets.token_hex(4)}.partial"
-    working.mkdir()
+    try:
+        working.mkdir(parents=True)
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot be made: {error.strerror}; choose another folder", str(final)) from error
     try:
         yield working
         _sync_tree(working)

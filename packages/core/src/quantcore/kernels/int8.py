@@ -36,14 +36,14 @@ class Scaled(NamedTuple):
         return (y if self.bias is None else y.add_(self.bias)).to(self.dtype)
 
 
-def refuse_int8(problem: Problem, rounding: Activation | None) -> str | None:
-    """Why `int8_product` cannot serve a problem whose input is rounded so, or None."""
+def refuse_int8(problem: Problem, rounding: Activation | None, device: str = "cuda") -> str | None:
+    """Why `int8_product` cannot serve a problem on a type of device whose input is rounded so, or None."""
     if rounding is None or rounding.integer_bits is None or rounding.strategy == "group" or rounding.outer is not None:
         return "serves inputs that are rounded to integers, with one scale for each token, or one for all"
     if not rounding.is_symmetric:
         return "serves inputs without zero points"
-    if problem.device != "cuda":
-        return f"runs on a CUDA or HIP device, not on {problem.device}"
+    if problem.device != device:
+        return f"runs on {device}, not on {problem.device}"
     if problem.dtype not in DTYPES or problem.K >= _LONGEST_SUM:
         return f"serves float32, bfloat16 and float16, and less than {_LONGEST_SUM} columns"
     return None

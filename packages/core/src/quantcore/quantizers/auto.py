@@ -157,6 +157,8 @@ def as_config(config: Any) -> QuantizationConfigMixin:
         return config
     if isinstance(config, str):
         return AutoQuantizationConfig.from_dict({"quant_method": config})
+    if inspect.isclass(config):
+        raise TypeError(f"quantization_config must be an object, got the class {config.__name__}; call it")
     if not isinstance(config, Mapping) and callable(getattr(config, "to_dict", None)):
         config = config.to_dict()
     return AutoQuantizationConfig.from_dict(config)

@@ -10,18 +10,22 @@ from typing import Any
 from torch import nn
 
 from quantcore._optional import require
+from quantcore.checkpoints.files import stored_dtype
+from quantcore.checkpoints.read import read_config
 from quantcore.errors import CheckpointError
+from quantcore.quantization_config import as_dtype
 
 
 def build_model(directory: Path) -> nn.Module:
     """The model that config.json's `architectures` names, with the weights of whatever device context is active.
 
-    Raises MissingExtraError without transformers, ValueError for an architecture that it does not have,
+    Raises MissingExtraError without transformers, ValueError for an architecture or a dtype that it does not have,
     CheckpointError for a config.json that it does not take.
     """
     transformers = require("transformers", "transformers")
     if not (directory / "config.json").is_file():
         raise ValueError(f"{directory} has no config.json, which names the architecture; put the model's own there")
+    as_dtype(stored_dtype(read_config(directory)), f"{directory / 'config.json'}: dtype")
     with _config_errors(directory):
         config = transformers.AutoConfig.from_pretrained(directory)
     vars(config).pop("quantization_config", None)
@@ -43,10 +47,14 @@ def load_tokenizer(directory: Path) -> Any:
     Raises MissingExtraError without transformers, ValueError when the folder holds none that can be loaded.
     """
     transformers = require("transformers", "transformers")
+    from huggingface_hub.errors import StrictDataclassError
+
     with _config_errors(directory):
         try:
             return transformers.AutoTokenizer.from_pretrained(directory)
-        except (OSError, ValueError) as error:
+        except StrictDataclassError:
+            raise
+        except Exception as error:  # noqa: BLE001  # tokenizers raises nothing narrower for a damaged file
             raise ValueError(f"{directory} holds no tokenizer that loads; copy the model's tokenizer there") from error
 
 

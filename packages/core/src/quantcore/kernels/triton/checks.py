@@ -142,16 +142,21 @@ def tolerance(
     bias: Tensor | None,
     shape: Sequence[int],
 ) -> Tensor:
-    """How far two float32 sums of the same K products in different orders may differ, each rounded to the dtype.
+    """How far two float32 sums of K products in different orders may differ, each rounded to the dtype.
 
-    Source: Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: each sum is off by K eps sum |x w|.
+    Sources: Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: each sum is off by K eps sum |x w|.
+    Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis: where the weight, or only its levels, were
+    rounded to a dtype, errors of up to eps |x w| on either side add up as independent ones do.
     """
     compute = weight_format.compute_torch_dtype or x.dtype
     weight = weight_format.dequantize(named, tuple(shape), compute).double().abs()
     magnitude = x.to(compute).double().abs() @ weight.T + (0 if bias is None else bias.double().abs())
     rounding = max(torch.finfo(dtype).eps for dtype in (compute, x.dtype))
     result = reference.linear(x, list(named.values()), bias, weight_format, shape[0]).double().abs()
-    return 2 * (shape[1] + 1) * torch.finfo(torch.float32).eps * magnitude + rounding * result
+    exact = 2 * (shape[1] + 1) * torch.finfo(torch.float32).eps * magnitude + rounding * result
+    if compute == torch.float32:
+        return exact
+    return exact + 4 * rounding * (x.to(compute).double().square() @ weight.square().T).sqrt()
 
 
 def _difference(found: Tensor, expected: Tensor) -> str:

@@ -20,12 +20,13 @@ from triton.runtime.errors import InterpreterError
 
 from quantcore.formats.base import dtype_name
 from quantcore.kernels.triton import skeletons
-from quantcore.kernels.triton.decoder import Decoder
+from quantcore.kernels.triton.decoder import Decoder, Words
 from quantcore.kernels.triton.heuristics import DENSE, GEMV_ROWS, Launch, Shape
+from quantcore.kernels.triton.rounding import TRITON_DTYPES
 from quantcore.kernels.triton.tuning import best_launch
 
-TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _SUM_COLUMNS = 128
+_WIDE = {2: torch.int16, 4: torch.int32}  # by bytes
 _ALIGNMENT = 16  # bytes that one thread loads at once
 
 
@@ -43,7 +44,8 @@ def dequantize(
     def run(launch: Launch) -> Tensor:
         y = tensors[0].new_empty(shape, dtype=dtype)
         grid = (triton.cdiv(N, launch.BN), triton.cdiv(K, launch.BK))
-        arguments = (tensors, y, N, K, *_decoding(decoder, N, K, launch.BK))
+        seen, decoding = _decoding(decoder, tensors, N, K, launch, torch.float32)
+        arguments = (seen, y, N, K, *decoding)
         options = {name: getattr(launch, name) for name in ("BN", "BK", "num_warps")}
         _launch(skeletons.dequantize_kernel, grid, decoder, y.device, arguments, options)
         return y
@@ -74,8 +76,8 @@ def gemv(
         shares, added = y, bias
         if launch.SPLITS > 1:
             shares, added = x.new_empty(launch.SPLITS, M, N, dtype=torch.float32), None
-        shared = (TRITON_DTYPES[dtype], *_decoding(decoder, N, K, launch.BK))
-        arguments = (tensors, rows, added, shares, M, N, K, *rows.stride(), *shared)
+        seen, decoding = _decoding(decoder, tensors, N, K, launch, dtype)
+        arguments = (seen, rows, added, shares, M, N, K, *rows.stride(), *decoding)
         grid = (triton.cdiv(N, launch.BN), launch.SPLITS)
         _launch(skeletons.gemv_kernel, grid, decoder, x.device, arguments, launch._asdict())
         if launch.SPLITS > 1:
@@ -114,8 +116,8 @@ def gemm(
             weight, added = dequantize(operands, decoder, (N, K), dtype), None if bias is None else bias.to(dtype)
             return torch.nn.functional.linear(rows.to(dtype), weight, added).to(x.dtype)
         y = x.new_empty(M, N)
-        shared = (TRITON_DTYPES[dtype], *_decoding(decoder, N, K, launch.BK))
-        arguments = (tensors, rows, bias, y, M, N, K, *rows.stride(), *shared)
+        seen, decoding = _decoding(decoder, tensors, N, K, launch, dtype)
+        arguments = (seen, rows, bias, y, M, N, K, *rows.stride(), *decoding)
         grid = (triton.cdiv(M, launch.BM) * triton.cdiv(N, launch.BN),)
         _launch(skeletons.gemm_kernel, grid, decoder, x.device, arguments, _without_splits(launch))
         return y
@@ -145,8 +147,9 @@ def grouped(
     def run(launch: Launch) -> Tensor:
         y = x.new_empty(M, N)
         most_blocks = min(M, triton.cdiv(M, launch.BM) + len(experts))
-        decoding = (*_decoding(decoder, N, K, launch.BK), is_aligned, triton.next_power_of_2(len(experts)))
-        arguments = (tensors, table, x, ends, y, len(experts), N, K, *x.stride(), TRITON_DTYPES[dtype], *decoding)
+        seen, decoding = _decoding(decoder, tensors, N, K, launch, dtype)
+        decoding += (is_aligned, triton.next_power_of_2(len(experts)))
+        arguments = (seen, table, x, ends, y, len(experts), N, K, *x.stride(), *decoding)
         grid = (most_blocks * triton.cdiv(N, launch.BN),)
         _launch(skeletons.grouped_kernel, grid, decoder, x.device, arguments, _without_splits(launch))
         return y
@@ -186,12 +189,26 @@ def _without_splits(launch: Launch) -> dict[str, int]:
     return {name: value for name, value in launch._asdict().items() if name != "SPLITS"}
 
 
-def _decoding(decoder: Decoder, N: int, K: int, BK: int) -> tuple[Any, Any, int]:
-    """D, INDEX and RUN of the skeletons."""
-    run = 0
-    if decoder.words is not None and decoder.words.fits(N, K):
-        run = math.gcd(decoder.words.group, BK)  # of 0, all columns, it is BK
-    return decoder.on_device, _index_type(N, K), run
+def _decoding(
+    decoder: Decoder, tensors: tuple[Tensor, ...], N: int, K: int, launch: Launch, compute: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """The tensors as a launch reads them, and D, INDEX, WHOLE, SPREAD and RUN of the skeletons."""
+    run, spread, words = 0, 1, decoder.words
+    if words is not None and words.fits(N, K):
+        run = math.gcd(words.group, launch.BK)  # of 0, all columns, it is BK
+        spread = _spread(words, tensors[0], K, launch.BK)
+    if spread > 1:
+        tensors = (tensors[0].flatten().view(_WIDE[spread * tensors[0].itemsize]), *tensors[1:])
+    is_whole = N % launch.BN == 0 and K % launch.BK == 0
+    return tensors, (decoder.on_device(compute), _index_type(N, K), is_whole, spread, run)
+
+
+def _spread(words: Words, stored: Tensor, K: int, BK: int) -> int:
+    """How many words that are neighbours in a row are loaded as one, of up to 32 bits."""
+    codes = words.codes if words.along == "k" else 1
+    spread = min(4 // stored.itemsize, BK // codes)
+    can_load = words.codes > 1 and not words.transposed and spread > 1
+    return spread if can_load and K // codes % spread == 0 and stored.data_ptr() % 4 == 0 else 1
 
 
 def _index_type(N: int, K: int) -> Any:

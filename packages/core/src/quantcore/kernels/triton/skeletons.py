@@ -1,8 +1,7 @@
 # mypy: disable-error-code="assignment, no-untyped-def, untyped-decorator"
 """The kernels whose decoder is a parameter. Decoders see only indices inside the weight; edges are masked here.
 
-D: what `Decoder.on_device` gives. RUN and INDEX: see `tiles`. COMPUTE: the dtype in which weight and x are multiplied;
-sums are float32.
+D: what `Decoder.on_device` gives. RUN, INDEX, WHOLE, SPREAD: see `tiles`. Sums are float32.
 """
 
 from __future__ import annotations
@@ -11,15 +10,46 @@ import triton
 import triton.language as tl
 
 from quantcore.kernels.triton.rounding import rounded
-from quantcore.kernels.triton.tiles import tile_rows, weight_tile
+from quantcore.kernels.triton.tiles import level_tile, tile_rows, weight_tile
 
 
 @triton.jit
-def x_tile(x, m, k, M, K, stride_xm, stride_xk, COMPUTE: tl.constexpr):
-    """[BM, BK] of x rounded to COMPUTE, zero outside."""
+def x_tile(x, m, k, M, K, stride_xm, stride_xk, D: tl.constexpr, WHOLE: tl.constexpr):
+    """[BM, BK] of x rounded to D.compute, zero outside."""
     offsets = m.to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
-    mask = (m < M)[:, None] & (k < K)[None, :]
-    return rounded(tl.load(x + offsets, mask=mask, other=0.0), COMPUTE)
+    mask = (m < M)[:, None]
+    if not WHOLE:
+        mask &= (k < K)[None, :]
+    return rounded(tl.load(x + offsets, mask=mask, other=0.0), D.compute)
+
+
+@triton.jit
+def add_product(
+    sums,
+    values,
+    tensors,
+    block,
+    start,
+    n,
+    N,
+    K,
+    D: tl.constexpr,
+    INDEX: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SPREAD: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """float32 [BM, BN]: sums plus values [BM, BK], which are x in the BK columns from start, times the weight there."""
+    BK: tl.constexpr = values.shape[1]
+    if RUN == BK and D.compute != tl.float32:
+        levels, factors = level_tile(tensors, block, start, n, N, K, D, INDEX, WHOLE, SPREAD, BK, RUN)
+        levels = rounded(tl.reshape(levels, (n.shape[0], BK)), D.compute)
+        products = tl.dot(values, tl.trans(levels), input_precision="ieee")
+        sums = tl.fma(products, tl.reshape(factors, (1, n.shape[0])), sums)
+    else:
+        weight = rounded(weight_tile(tensors, block, start, n, N, K, D, INDEX, WHOLE, SPREAD, BK, RUN), D.compute)
+        sums = tl.dot(values, tl.trans(weight), sums, input_precision="ieee")
+    return sums
 
 
 @triton.jit
@@ -40,6 +70,8 @@ def dequantize_kernel(
     K,
     D: tl.constexpr,
     INDEX: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SPREAD: tl.constexpr,
     RUN: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -47,7 +79,7 @@ def dequantize_kernel(
     """y [N, K], row-major: the weight, rounded once to y's dtype."""
     n = tile_rows(tl.program_id(0), N, D, BN, RUN)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
-    values = weight_tile(tensors, tl.program_id(0), tl.program_id(1) * BK, n, N, K, D, INDEX, BK, RUN)
+    values = weight_tile(tensors, tl.program_id(0), tl.program_id(1) * BK, n, N, K, D, INDEX, WHOLE, SPREAD, BK, RUN)
     values = rounded(values, y.dtype.element_ty)
     tl.store(y + n.to(INDEX)[:, None] * K + k[None, :], values, mask=(n < N)[:, None] & (k < K)[None, :])
 
@@ -63,9 +95,10 @@ def gemv_kernel(
     K,
     stride_xm,
     stride_xk,
-    COMPUTE: tl.constexpr,
     D: tl.constexpr,
     INDEX: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SPREAD: tl.constexpr,
     RUN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -91,16 +124,16 @@ def gemv_kernel(
         sums = tl.zeros((BM, BN), tl.float32)
     for start in tl.range(split * BK, K, SPLITS * BK, num_stages=AHEAD):
         k = start + tl.arange(0, BK)
-        weight = rounded(weight_tile(tensors, tl.program_id(0), start, n, N, K, D, INDEX, BK, RUN), COMPUTE)
-        values = x_tile(x, m, k, M, K, stride_xm, stride_xk, COMPUTE)
+        values = x_tile(x, m, k, M, K, stride_xm, stride_xk, D, WHOLE)
         if BM == 1:
-            products += values.to(tl.float32) * weight.to(tl.float32)
+            weight = weight_tile(tensors, tl.program_id(0), start, n, N, K, D, INDEX, WHOLE, SPREAD, BK, RUN)
+            products = tl.fma(values.to(tl.float32), weight, products)
         else:
-            sums = tl.dot(values, tl.trans(weight), sums, input_precision="ieee")
+            sums = add_product(sums, values, tensors, tl.program_id(0), start, n, N, K, D, INDEX, WHOLE, SPREAD, RUN)
     if BM == 1:
         sums = tl.sum(products, 1)[None, :]
     if SPLITS == 1:
-        store_result(y, bias, sums, m, n, M, N, COMPUTE)
+        store_result(y, bias, sums, m, n, M, N, D.compute)
     else:
         offsets = (split * M + m)[:, None] * N + n[None, :]
         tl.store(y + offsets, sums, mask=(m < M)[:, None] & (n < N)[None, :])
@@ -131,9 +164,10 @@ def gemm_kernel(
     K,
     stride_xm,
     stride_xk,
-    COMPUTE: tl.constexpr,
     D: tl.constexpr,
     INDEX: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SPREAD: tl.constexpr,
     RUN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -147,10 +181,9 @@ def gemm_kernel(
     sums = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
-        weight = rounded(weight_tile(tensors, block, start, n, N, K, D, INDEX, BK, RUN), COMPUTE)
-        values = x_tile(x, m, k, M, K, stride_xm, stride_xk, COMPUTE)
-        sums = tl.dot(values, tl.trans(weight), sums, input_precision="ieee")
-    store_result(y, bias, sums, m, n, M, N, COMPUTE)
+        values = x_tile(x, m, k, M, K, stride_xm, stride_xk, D, WHOLE)
+        sums = add_product(sums, values, tensors, block, start, n, N, K, D, INDEX, WHOLE, SPREAD, RUN)
+    store_result(y, bias, sums, m, n, M, N, D.compute)
 
 
 @triton.jit
@@ -165,9 +198,10 @@ def grouped_kernel(
     K,
     stride_xm,
     stride_xk,
-    COMPUTE: tl.constexpr,
     D: tl.constexpr,
     INDEX: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SPREAD: tl.constexpr,
     RUN: tl.constexpr,
     ALIGNED: tl.constexpr,
     BE: tl.constexpr,
@@ -190,10 +224,9 @@ def grouped_kernel(
         sums = tl.zeros((BM, BN), tl.float32)
         for start in range(0, K, BK):
             k = start + tl.arange(0, BK)
-            weight = rounded(weight_tile(own, block, start, n, N, K, D, INDEX, BK, RUN), COMPUTE)
-            values = x_tile(x, m, k, last, K, stride_xm, stride_xk, COMPUTE)
-            sums = tl.dot(values, tl.trans(weight), sums, input_precision="ieee")
-        store_result(y, None, sums, m, n, last, N, COMPUTE)
+            values = x_tile(x, m, k, last, K, stride_xm, stride_xk, D, WHOLE)
+            sums = add_product(sums, values, own, block, start, n, N, K, D, INDEX, WHOLE, SPREAD, RUN)
+        store_result(y, None, sums, m, n, last, N, D.compute)
 
 
 @triton.jit

@@ -1,14 +1,18 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Tiles of the weight: from a decoder that gathers, or from words that are loaded once each and split here.
 
-RUN says which: 0 where D gathers, else how many neighbouring columns of a tile share what D.scale loads, a divisor of
+RUN says which: 0 where D gathers, else how many neighbouring columns of a tile share a factor, a divisor of
 BK. Values outside the weight are zero beyond column K, any beyond row N. INDEX: the integer type that holds N * K.
+WHOLE: whether no tile reaches beyond the weight, which saves the masks. SPREAD: how many words that are neighbours in a
+row are loaded as one: tensors[0] is seen so.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from quantcore.kernels.triton.rounding import rounded
 
 
 @triton.jit
@@ -18,29 +22,76 @@ def tile_rows(block, N, D: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr):
     n = block * BN + i
     if RUN > 0 and D.words_along == "apart":
         WORDS: tl.constexpr = BN // D.words_codes
-        word_row = block * WORDS + i % WORDS
+        word_row = block * WORDS + i // D.words_codes
         step = N // D.words_codes
-        n = tl.where(word_row < step, word_row + i // WORDS * step, N)
+        n = tl.where(word_row < step, word_row + i % D.words_codes * step, N)
     return n
 
 
 @triton.jit
 def weight_tile(
-    tensors, block, start, n, N, K, D: tl.constexpr, INDEX: tl.constexpr, BK: tl.constexpr, RUN: tl.constexpr
+    tensors,
+    block,
+    start,
+    n,
+    N,
+    K,
+    D: tl.constexpr,
+    INDEX: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SPREAD: tl.constexpr,
+    BK: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """float32 [BN, BK]: the weight at rows n [BN], which are `tile_rows` of block, and the BK columns from start."""
-    BN: tl.constexpr = n.shape[0]
     k = start + tl.arange(0, BK)
-    rows = tl.minimum(n, N - 1).to(INDEX)[:, None]
     if RUN == 0:
-        values = D.decode(tensors, tl.minimum(k, K - 1)[None, :], rows, N, K, D)
-        check_values(values, (BN, BK), D)
+        inside = k if WHOLE else tl.minimum(k, K - 1)
+        values = D.decode(tensors, inside[None, :], tile_index(n, N, INDEX, WHOLE), N, K, D)
+        check_values(values, (n.shape[0], BK), D)
     else:
-        codes = tl.reshape(load_codes(tensors[0], block, start, N, K, D, INDEX, BN, BK), (BN, BK // RUN, RUN))
-        values = D.scale(tensors, codes, rows, tile_groups(start, K, D, BK // RUN, RUN)[None, :], N, K, D)
-        check_values(values, (BN, BK // RUN, RUN), D)
-        values = tl.reshape(values, (BN, BK))
-    return tl.where((k < K)[None, :], values, 0.0)
+        levels, factors = level_tile(tensors, block, start, n, N, K, D, INDEX, WHOLE, SPREAD, BK, RUN)
+        values = tl.reshape(levels * factors[:, :, None], (n.shape[0], BK))
+        if D.rounds is not None:
+            values = rounded(values, D.rounds).to(tl.float32)
+    if not WHOLE:
+        values = tl.where((k < K)[None, :], values, 0.0)
+    return values
+
+
+@triton.jit
+def level_tile(
+    tensors,
+    block,
+    start,
+    n,
+    N,
+    K,
+    D: tl.constexpr,
+    INDEX: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SPREAD: tl.constexpr,
+    BK: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """float32 [BN, BK / RUN, RUN] and [BN, BK / RUN]: levels and factors, whose products are the weight's values.
+
+    Beyond column K the levels are those of code 0.
+    """
+    BN: tl.constexpr = n.shape[0]
+    rows, groups = tile_index(n, N, INDEX, WHOLE), tile_groups(start, K, D, BK // RUN, RUN)[None, :]
+    codes = load_codes(tensors[0], block, start, N, K, D, INDEX, WHOLE, SPREAD, BN, BK)
+    levels = D.level(tensors, tl.reshape(codes, (BN, BK // RUN, RUN)), rows, groups, N, K, D)
+    check_values(levels, (BN, BK // RUN, RUN), D)
+    factors = D.factor(tensors, rows, groups, N, K, D)
+    check_values(factors, (BN, BK // RUN), D)
+    return levels, factors
+
+
+@triton.jit
+def tile_index(n, N, INDEX: tl.constexpr, WHOLE: tl.constexpr):
+    """[BN, 1]: rows below N."""
+    return (n if WHOLE else tl.minimum(n, N - 1)).to(INDEX)[:, None]
 
 
 @triton.jit
@@ -54,46 +105,76 @@ def tile_groups(start, K, D: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr
 
 
 @triton.jit
-def load_codes(words, block, start, N, K, D: tl.constexpr, INDEX: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def load_codes(
+    words,
+    block,
+    start,
+    N,
+    K,
+    D: tl.constexpr,
+    INDEX: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SPREAD: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """[BN, BK] of codes, zero outside the weight: each word is loaded once, neighbours in memory together."""
-    CODES: tl.constexpr = D.words_codes
     ALONG_K: tl.constexpr = D.words_along == "k"
-    WN: tl.constexpr = BN if ALONG_K else BN // CODES
-    WK: tl.constexpr = BK // CODES if ALONG_K else BK
-    word_rows = N if ALONG_K else N // CODES
-    columns = K // CODES if ALONG_K else K
-    row = (block * WN + tl.arange(0, WN))[:, None]
-    column = ((start // CODES if ALONG_K else start) + tl.arange(0, WK))[None, :]
+    DOWN: tl.constexpr = 1 if ALONG_K else D.words_codes  # codes of a column in what is loaded at once
+    ACROSS: tl.constexpr = SPREAD * (D.words_codes if ALONG_K else 1)  # and of a row
+    word_rows, columns = N // DOWN, K // ACROSS
+    row = (block * (BN // DOWN) + tl.arange(0, BN // DOWN))[:, None]
+    column = (start // ACROSS + tl.arange(0, BK // ACROSS))[None, :]
     if D.words_transposed:
         offsets = column.to(INDEX) * word_rows + row
     else:
         offsets = row.to(INDEX) * columns + column
     mask = (row < word_rows) & (column < columns)
-    AXIS: tl.constexpr = 2 if ALONG_K else 1 if D.words_along == "n" else 0
-    if CODES > 1:
-        offsets, mask = tl.expand_dims(offsets, AXIS), tl.expand_dims(mask, AXIS)
-    loaded = tl.load(words + offsets, mask=mask, other=0)
-    if CODES == 1:
+    if D.words_codes > 1:  # before the load, so that the threads that load words split them
+        offsets, mask = offsets[:, None, :, None, None], mask[:, None, :, None, None]
+    if WHOLE:
+        loaded = tl.load(words + offsets)
+    else:
+        loaded = tl.load(words + offsets, mask=mask, other=0)
+    if D.words_codes == 1:
         codes = loaded
     else:
-        codes = split_words(loaded.to(tl.int32), AXIS, D)
+        codes = split_words(loaded.to(tl.int32), D, SPREAD, DOWN)
     return tl.reshape(codes, (BN, BK))
 
 
 @triton.jit
-def split_words(words, AXIS: tl.constexpr, D: tl.constexpr):
-    """int32: the codes of words, along AXIS, where words have one element; a code stays in the thread of its word."""
-    place = (D.words_order >> (4 * tl.arange(0, D.words_codes)).to(tl.int64)) & 0xF
+def split_words(words, D: tl.constexpr, SPREAD: tl.constexpr, DOWN: tl.constexpr):
+    """int32 or float32 [R, DOWN, C, SPREAD, ...]: codes of words [R, 1, C, 1, 1]; a code stays in its word's thread.
+
+    A float32 between 2**(23 - i) and twice that counts in units of its bit i. So the bits of a code at place i, set in
+    such a number, are the code above a power of two: one logical operation and a sum for each code, where a shift, a
+    mask and a conversion would take three of the slower units.
+    """
+    CODES: tl.constexpr = D.words_codes
+    MASK: tl.constexpr = (1 << D.words_bits) - 1
+    place = (D.words_order >> (4 * tl.arange(0, CODES)).to(tl.int64)) & 0xF
     shift = (place * D.words_bits).to(tl.int32)
-    for axis in tl.static_range(3):
-        if axis != AXIS:
-            shift = tl.expand_dims(shift, axis)
-    return (words >> shift) & ((1 << D.words_bits) - 1)
+    if DOWN > 1:
+        shift = shift[None, :, None, None, None]
+    else:
+        shift = shift[None, None, None, None, :]
+    shift += (tl.arange(0, SPREAD) * (CODES * D.words_bits))[None, None, None, :, None]
+    if D.words_numbers:
+        half = shift // 16 * 16
+        shift -= half
+        # Grids have no third axis, but the compiler does not know: an operation takes one constant only.
+        power = (150 - shift + tl.program_id(2)) << 23
+        number = ((words >> half) & (MASK << shift)) | power
+        codes = number.to(tl.float32, bitcast=True) - ((150 - shift) << 23).to(tl.float32, bitcast=True)
+    else:
+        codes = (words >> shift) & MASK
+    return codes
 
 
 @triton.jit
 def look_up(table, codes):
-    """The entry of table [L], L a power of two, for each code in a tile, from shared memory: for a decoder's scale.
+    """The entry of table [L], L a power of two, for each code in a tile, from shared memory: for a decoder's level.
 
     A tl.load of each entry would be turned into as many copies between memories by Triton's pipelining.
     """
@@ -104,4 +185,4 @@ def look_up(table, codes):
 def check_values(values, shape: tl.constexpr, D: tl.constexpr):
     """Fails to compile with the decoder's name when values are not float32 of this shape."""
     tl.static_assert(values.dtype == tl.float32, "decoder " + D.name + " does not give float32 values")
-    tl.static_assert(values.shape == shape, "decoder " + D.name + " does not give a tile [BN, BK]")
+    tl.static_assert(values.shape == shape, "decoder " + D.name + " does not give a tile of the shape asked for")
