@@ -11,7 +11,8 @@ from torch import Tensor
 from quantcore.formats.activation import Activation
 from quantcore.formats.base import WeightFormat
 from quantcore.kernels import float8, reference
-from quantcore.kernels.dispatch import Kernel, Problem
+from quantcore.kernels.dispatch import Kernel, Problem, choose
+from quantcore.nn import QuantizedLinear
 from quantcore.testing.compare import relative_error
 from quantcore.testing.torch_cpu import needs_float8_rows
 from quantcore_misc import compressed_tensors, quark
@@ -114,6 +115,22 @@ def test_products_serve_such_weights_where_a_gpu_has_the_units(name: str, monkey
 def test_products_leave_problems_on_a_cpu(name: str) -> None:
     reason = kernel_of(name).refuse(Problem("linear", FORMATS[name], "cpu", torch.bfloat16, 4, 48, 64))
     assert "not on cpu" in str(reason)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_are_multiplied_on_a_cpu_where_that_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_format = FORMATS[f"int8-{name}"]
+    layer = QuantizedLinear.from_linear(torch.nn.Linear(70, 33), weight_format)
+    x = torch.randn(5, 70, requires_grad=True)
+    expected = layer(x)
+    assert torch.equal(expected, reference.linear(x, layer.operands, layer.bias, weight_format, 33))
+    monkeypatch.setenv("QUANTCORE_KERNEL", "cpu")
+    chosen = choose(Problem("linear", weight_format, "cpu", torch.float32, 5, 33, 70)).kernel
+    assert chosen.name == f"int8_cpu_{'quark' if name.startswith('quark') else 'compressed_tensors'}"
+    found = layer(x)
+    assert relative_error(found, expected) <= 1e-6
+    grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)]
+    assert relative_error(*grads) <= 1e-6
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,8 @@
-"""Products of 8-bit codes by 8-bit codes, on the units that GPUs have for them: what several methods share."""
+"""Products of 8-bit codes by 8-bit codes, on the units that a device has for them: what several methods share.
+
+On a CPU the product of integers waits to be asked for: it is several times faster than the reference, but upstream's
+numbers, which the reference gives bit for bit, differ from it in what they round.
+"""
 
 from __future__ import annotations
 
@@ -31,44 +35,57 @@ class RoundsInput(Protocol):
 
 
 class _Product(NamedTuple):
-    """The product of one kind of codes, and why it cannot serve a problem."""
+    """The product of one kind of codes on one type of device, and why it cannot serve a problem.
 
+    group, priority: of a kernel.
+    """
+
+    codes: str
+    group: str
+    priority: int
     matmul: Callable[..., Tensor]
     refuse: Callable[[Problem, Activation | None], str | None]
 
 
-_PRODUCTS = {"int8": _Product(int8_product, refuse_int8), "float8": _Product(float8_matmul, refuse_float8)}
+_PRODUCTS = {
+    "int8": _Product("int8", "triton", _PRIORITY, int8_product, refuse_int8),
+    "float8": _Product("float8", "triton", _PRIORITY, float8_matmul, refuse_float8),
+    "int8_cpu": _Product("int8", "cpu", REFERENCE.priority - 1, int8_product, partial(refuse_int8, device="cpu")),
+}
 
 
 def product_kernels(label: str, codes_of: Callable[[WeightFormat], str | None]) -> list[Kernel]:
-    """The kernels int8_<label> and float8_<label>.
+    """The kernels int8_<label>, float8_<label> and int8_cpu_<label>.
 
     codes_of: "int8" or "float8" (E4M3) for a `RoundsInput` that stores one such code an element, without zero points,
     under one scale or one for each row; None for other formats.
     """
     return [
         Kernel(
-            f"{kind}_{label}",
-            "triton",
-            partial(_refuse, kind, codes_of),
-            partial(_linear, kind),
+            f"{name}_{label}",
+            product.group,
+            partial(_refuse, product, codes_of),
+            partial(_linear, product),
             linear_input_grad,
-            _PRIORITY,
-            on_trial=True,
+            product.priority,
+            on_trial=product.group == "triton",
         )
-        for kind in _PRODUCTS
+        for name, product in _PRODUCTS.items()
     ]
 
 
-def _refuse(kind: str, codes_of: Callable[[WeightFormat], str | None], problem: Problem) -> str | None:
-    if codes_of(problem.weight_format) != kind:
-        return f"serves weights of one {kind} code an element, without zero points, under one scale or one for each row"
+def _refuse(product: _Product, codes_of: Callable[[WeightFormat], str | None], problem: Problem) -> str | None:
+    if codes_of(problem.weight_format) != product.codes:
+        return (
+            f"serves weights of one {product.codes} code an element, without zero points, under one scale or one for "
+            "each row"
+        )
     layer = cast("RoundsInput", problem.weight_format)
-    return "serves outputs that are not rounded" if layer.output else _PRODUCTS[kind].refuse(problem, layer.input)
+    return "serves outputs that are not rounded" if layer.output else product.refuse(problem, layer.input)
 
 
 def _linear(
-    kind: str,
+    product: _Product,
     x: Tensor,
     operands: Sequence[Tensor],
     bias: Tensor | None,
@@ -79,4 +96,4 @@ def _linear(
     rows, shape = x.reshape(-1, x.shape[-1]), (out_features, x.shape[-1])
     named = dict(zip(weight_format.operand_names(shape), operands, strict=True))
     codes, scale = operands[:2]
-    return _PRODUCTS[kind].matmul(weight_format.quantize_input(rows, named), codes, scale, bias, x)
+    return product.matmul(weight_format.quantize_input(rows, named), codes, scale, bias, x)
