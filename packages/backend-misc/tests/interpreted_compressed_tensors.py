@@ -38,6 +38,7 @@ FLOATS: dict[str, CompressedWeight] = {
     "mxfp6": SmallFloatWeight(Scaling("e2m3", 1, 16, scales="e8m0")),
     "mxfp4": SmallFloatWeight(Scaling("e2m1", 1, 16, scales="e8m0")),
     "nvfp4": SmallFloatWeight(Scaling("e2m1", 1, 16, scales="nvfp4")),
+    "fp8-odd-groups": FloatWeight(Scaling("e4m3", 1, 40), "float16"),
     "int8-channel": IntegerWeight(Scaling("int8"), "bfloat16"),
     "int8-tensor": IntegerWeight(Scaling("int8", 0, 0, False), "float32", has_zero=True),
     "int4-block": IntegerWeight(Scaling("int4", 8, 32, False), "float32", has_zero=True),
@@ -61,10 +62,11 @@ def test_padded_words_hold_whole_codes(bits: int) -> None:
         packed(4, 0, symmetric=True),
         packed(4, 0),
         packed(4, plain_zero=True),
+        packed(4, 40),
         packed(4, dtype="bfloat16"),
         packed(4, dtype="float16", symmetric=True),
     ],
-    ids=["channel", "channel-zeros", "plain-zeros", "bfloat16", "float16"],
+    ids=["channel", "channel-zeros", "plain-zeros", "odd-groups", "bfloat16", "float16"],
 )
 def test_variants_of_packed_weights_give_their_own_numbers(weight_format: PackedWeight) -> None:
     check_dequantize(weight_format, decoder_for(weight_format), SHAPE, torch.float32)
@@ -95,7 +97,9 @@ def test_wide_indices_decode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         check_dequantize(weight_format, decoder_for(weight_format), SHAPE, torch.float32)
 
 
-@pytest.mark.parametrize("weight_format", [packed(4), packed(3), FLOATS["nvfp4"], FLOATS["fp8-channel"]], ids=repr)
+@pytest.mark.parametrize(
+    "weight_format", [packed(4), packed(4, 24), packed(3), FLOATS["nvfp4"], FLOATS["fp8-channel"]], ids=repr
+)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_gemv_matches_reference(weight_format: CompressedWeight, rows: int) -> None:
     x, bias = torch.randn(rows, 96, dtype=torch.bfloat16), torch.randn(24, dtype=torch.bfloat16)

@@ -20,6 +20,7 @@ from quantcore_misc.compressed_tensors.scaling import Scaling
 from quantcore_misc.compressed_tensors.weight import CompressedWeight
 
 _MOST_CODES = 16  # that the order of a word can say
+_LEAST_RUN = 8  # neighbouring columns of a tile with one scale
 
 
 class Integers(NamedTuple):
@@ -232,5 +233,5 @@ def _floats(weight_format: CompressedWeight, scaling: Scaling) -> Decoder:
 
 
 def _is_tile(scaling: Scaling) -> bool:
-    """Whether columns of a block make a dimension of a tile, which is a power of two."""
-    return scaling.columns & (scaling.columns - 1) == 0
+    """Whether so many columns share a scale that a tile loads fewer scales than words."""
+    return scaling.columns % _LEAST_RUN == 0

@@ -17,6 +17,7 @@ from quantcore_misc.quark.codes import INTEGERS, layout_of
 from quantcore_misc.quark.weight import QuarkWeight
 
 _FLOAT_BITS = {"e4m3": 8, "e2m3": 6, "e2m1": 4}
+_LEAST_RUN = 8  # neighbouring columns of a tile with one scale: with fewer, it loads more scales than words
 
 
 class Integers(NamedTuple):
@@ -207,7 +208,7 @@ def _floats(weight_format: QuarkWeight) -> Decoder:
         constants=Floats(bits, rows, columns, weight_format.scale),
         views=(torch.uint8, None if weight_format.scale == "float" else torch.uint8, *second),
         dtype=float_dtype(weight_format.dtype, "dtype"),
-        words=words if bits != 6 else None,
+        words=words if bits != 6 and columns % _LEAST_RUN == 0 else None,
         level=level_of_float,
         factor=scale_of_floats,
     )
