@@ -80,17 +80,20 @@ def test_block_size_that_the_kernel_does_not_serve_is_no_failure() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("forced", ["triton", ""], ids=["forced", "on-trial"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_kernel_on_a_gpu_gives_the_bytes_of_the_reference(
-    quant_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    quant_type: str, dtype: torch.dtype, forced: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    trial.forget()
     weight = torch.randn(257, 1031, generator=torch.Generator().manual_seed(3)).to(dtype)
     packed, absmax = blockwise.quantize_blocks(weight, quant_type, 64)
-    monkeypatch.setenv("QUANTCORE_KERNEL", "triton")
+    monkeypatch.setenv("QUANTCORE_KERNEL", forced)
     found = blockwise.quantize_blocks(weight.cuda(), quant_type, 64)
     assert torch.equal(found[0].cpu(), packed)
     assert torch.equal(found[1].cpu(), absmax)
+    assert trial.failures() == 0
 
 
 def test_block_sizes_that_the_kernel_serves() -> None:
