@@ -7,6 +7,7 @@ import logging
 import math
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton has no build for this platform")
+
+from triton.runtime.errors import OutOfResources
 
 from quantcore import settings
 from quantcore.kernels.triton import tuning
@@ -72,13 +75,13 @@ def test_every_candidate_serves_its_shape() -> None:
     "launch",
     [
         Launch(1, 64, 64),
-        Launch(32, 64, 64),
+        Launch(8, 64, 64),
         Launch(16, 64, 4),
         Launch(16, 96, 64),
         Launch(16, 64, 64, num_warps=-4),
         DENSE,
     ],
-    ids=["too_few_rows", "too_many_rows", "parts_of_words", "no_power_of_two", "negative", "dense"],
+    ids=["too_few_rows", "too_few_for_tensor_cores", "parts_of_words", "no_power_of_two", "negative", "dense"],
 )
 def test_a_launch_that_would_compute_something_else_does_not_serve(launch: Launch) -> None:
     shape = SHAPE._replace(M=5)
@@ -104,10 +107,9 @@ def test_many_rows_of_gemm_alone_dequantize_the_whole_weight(rows: int, is_dense
     assert default(Shape("grouped", INT4, rows, 4096, 4096, 2)) != DENSE
 
 
-def test_gemm_takes_narrow_tiles_where_programs_are_few() -> None:
-    few, many = (default(Shape("gemm", INT4, 64, N, 4096, 2)) for N in (4096, 65536))
-    across = default(Shape("gemm", LAYOUTS["along_n"], 64, 4096, 4096, 2))
-    assert (few.BN, many.BN, across.BN) == (32, 64, 64)
+def test_one_row_takes_tensor_cores_only_where_they_are_full_speed() -> None:
+    half, whole = (default(SHAPE._replace(itemsize=itemsize)) for itemsize in (2, 4))
+    assert (half.BM, whole.BM, default(SHAPE._replace(words=None)).BM) == (16, 1, 1)
 
 
 @pytest.mark.parametrize(("rows", "BM"), [(1, 16), (17, 32), (33, 64), (900, 64)])
@@ -115,9 +117,14 @@ def test_tiles_of_gemm_are_no_taller_than_needed(rows: int, BM: int) -> None:
     assert default(Shape("gemm", INT4, rows, 65536, 4096, 2)).BM == BM
 
 
-def test_few_rows_of_programs_share_k() -> None:
+def test_few_tiles_share_k() -> None:
     few, many = (default(Shape("gemv", INT4, 1, N, 8192, 2)) for N in (128, 65536))
-    assert (few.SPLITS, many.SPLITS) == (8, 1)
+    assert (few.SPLITS, many.SPLITS) == (16, 1)
+
+
+@pytest.mark.parametrize(("rows", "splits"), [(16, 16), (64, 4), (300, 1)])
+def test_many_rows_share_k_less(rows: int, splits: int) -> None:
+    assert default(Shape("gemm", INT4, rows, 128, 8192, 2)).SPLITS == splits
 
 
 def test_a_short_k_is_not_split() -> None:
@@ -297,7 +304,7 @@ def test_measurements_are_kept_by_version_and_device(
 ) -> None:
     best, ran = candidates(SHAPE)[2], []
     monkeypatch.setenv("QUANTCORE_AUTOTUNE", "1")
-    monkeypatch.setattr(tuning, "_milliseconds", lambda run, launch: run(launch) or timed(best)(launch))
+    monkeypatch.setattr(tuning, "_milliseconds", lambda run, device, launch: run(launch) or timed(best)(launch))
     assert best_launch(SHAPE, "d", "bfloat16", gpu, ran.append) == best
     assert ran == candidates(SHAPE)
     (file,) = tmp_path.rglob("*.json")
@@ -311,12 +318,21 @@ def test_nothing_is_measured_while_a_graph_is_recorded(gpu: torch.device, monkey
     assert best_launch(SHAPE, "d", "bfloat16", gpu, refuse) == default(SHAPE)
 
 
-def test_a_launch_that_does_not_fit_the_device_takes_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_large(launch: Launch) -> None:
-        raise tuning.OutOfResources(300_000, 232_448, "shared memory")
+@pytest.mark.parametrize(
+    "failure", [OutOfResources(300_000, 232_448, "shared memory"), RuntimeError("PassManager::run failed")], ids=repr
+)
+def test_a_launch_that_the_device_does_not_take_takes_for_ever(
+    gpu: torch.device, failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[torch.device] = []
 
+    def run(launch: Launch) -> None:
+        raise failure
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
     monkeypatch.setattr("triton.testing.do_bench", lambda call, **options: call())
-    assert tuning._milliseconds(too_large, default(SHAPE)) == math.inf
+    assert tuning._milliseconds(run, gpu, default(SHAPE)) == math.inf
+    assert entered == [gpu]  # its stream is the one that is timed
 
 
 @pytest.mark.parametrize(

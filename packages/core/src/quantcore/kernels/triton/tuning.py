@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from triton.runtime.errors import OutOfResources
 
 import quantcore
 from quantcore import settings
@@ -87,7 +86,7 @@ def best_launch(
     if device.type != "cuda":  # the interpreter's
         return default(shape)
     tuner = _tuner(device)
-    measure = partial(_milliseconds, run) if settings.autotune() and not _is_captured() else None
+    measure = partial(_milliseconds, run, device) if settings.autotune() and not _is_captured() else None
     return tuner.choose(shape, key_of(shape, decoder, dtype), measure)
 
 
@@ -103,21 +102,26 @@ def _is_captured() -> bool:
     return bool(torch.cuda.is_current_stream_capturing())
 
 
-def _milliseconds(run: Callable[[Launch], object], launch: Launch) -> float:
-    """Median time of a launch with a cold cache; inf for one that does not fit the device."""
+def _milliseconds(run: Callable[[Launch], object], device: torch.device, launch: Launch) -> float:
+    """Median time of a launch with a cold cache; inf for one that the device, or its compiler, does not take."""
     from triton.testing import do_bench
 
     try:
-        return float(do_bench(lambda: run(launch), warmup=5, rep=20, return_mode="median"))
-    except (OutOfResources, torch.cuda.OutOfMemoryError):
+        with torch.cuda.device(device):  # whose stream is timed
+            return float(do_bench(lambda: run(launch), warmup=5, rep=20, return_mode="median"))
+    except Exception as error:  # noqa: BLE001 - nothing says what a compiler raises on a device it does not know
+        logger.info("%s cannot run: %s: %s", launch, type(error).__name__, error)
         return math.inf
 
 
 def _shipped(device: str) -> Iterator[tuple[Key, Launch]]:
     table = files("quantcore.kernels.triton") / "tables" / f"{device}.json"
-    if table.is_file():
-        for record in json.loads(table.read_text(encoding="utf-8")):
-            yield Key(**record["key"]), Launch(**record["launch"])
+    return _records(table.read_text(encoding="utf-8")) if table.is_file() else iter(())
+
+
+def _records(text: str) -> Iterator[tuple[Key, Launch]]:
+    for record in json.loads(text):
+        yield Key(**record["key"]), Launch(**record["launch"])
 
 
 def _read(path: Path, shape: Shape, key: Key) -> Launch | None:
