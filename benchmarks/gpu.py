@@ -2,9 +2,12 @@
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --cases nf4,hqq --rows 1,16 --output results
+    python benchmarks/gpu.py --tune --output results
 
 Every kernel that serves a case is checked against the reference and timed. One Markdown table and the same figures as
-JSON are written under the date and the name of the GPU.
+JSON are written under the date and the name of the GPU, anew after each figure. Each case has a process of its own: one
+that crashes or hangs costs the others nothing. --tune measures launches first (QUANTCORE_AUTOTUNE=1) and writes them to
+a file for packages/core/src/quantcore/kernels/triton/tables.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import quantcore
 from quantcore import AutoQuantizationConfig
 from quantcore.errors import MissingExtraError
 from quantcore.evaluation import speed
@@ -32,7 +38,7 @@ from quantcore.plugins.known import normalize_method
 from quantcore.plugins.manager import plugins
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("quantcore", "torch", "triton", "bitsandbytes", "gemlite")
+PACKAGES = ("torch", "triton", "bitsandbytes", "gemlite")
 LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))  # of models of 8 and 70 billion weights
 SQUARE = ((7168, 7168),)  # of DeepSeek-V3
 FEW_ROWS = 16  # up to here reading the weight bounds the product, beyond it multiplying
@@ -65,21 +71,63 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES), help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--rows", help="numbers of rows, such as 1,16 (default: those that have a target)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder to write to (default: benchmarks/results)")
+    parser.add_argument("--tune", action="store_true", help="measure launches that no table has, and write a table")
+    parser.add_argument("--limit", type=float, default=300, help="seconds until a case is cut off (default: 300)")
+    parser.add_argument("--print", action="store_true", help="measure in this process, and print records as JSON lines")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: torch finds no GPU on this machine; nothing was measured")
-    rows = [int(count) for count in options.rows.split(",")] if options.rows else None
-    found = list(measure(options.cases.split(","), torch.device("cuda"), rows))
-    print("\n".join(write(found, machine(), options.output)))
+    if unknown := set(options.cases.split(",")) - CASES.keys():
+        parser.error(f"--cases {', '.join(sorted(unknown))}: none of {', '.join(CASES)}")
+    cases, rows = options.cases.split(","), [int(count) for count in (options.rows or "").split(",") if count]
+    if options.print:
+        for record in measure(cases, torch.device("cuda"), rows):
+            print(json.dumps(record), flush=True)
+        return
+    cache = options.output / "cache" if options.tune else None
+    command = [sys.executable, __file__, "--print", *(["--rows", options.rows] if rows else [])]
+    records, where, paths = [], machine(), []
+    for name in cases:
+        for record in in_child(command, name, options.limit, cache):
+            if not record.get("reason"):
+                print(line(record), flush=True)
+            records.append(record)
+            paths = [*write(records, where, options.output)]
+        if cache:
+            paths.append(write_table(cache))
+    print("\n".join(paths))
 
 
-def measure(names: Sequence[str], device: torch.device, rows: Sequence[int] | None) -> Iterator[dict[str, Any]]:
-    """A record for each kernel, number of rows, shape and case; a case that fails gives its error instead."""
+def in_child(command: Sequence[str], name: str, limit: float, cache: Path | None) -> Iterator[dict[str, Any]]:
+    """The records of a case that a process of its own prints, and an error if it ends early or is cut off.
+
+    cache: the folder to which that process writes the launches that it measures; None measures none.
+    """
+    tuning = {} if cache is None else {"QUANTCORE_AUTOTUNE": "1", "QUANTCORE_CACHE": str(cache.absolute())}
+    arguments = [*command, "--cases", name]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env={**os.environ, **tuning}) as child:
+        timer = threading.Timer(limit, child.kill)
+        timer.start()
+        for text in child.stdout or ():
+            if text.startswith("{") and text.endswith("}\n"):  # else what a library prints, or half a line
+                yield json.loads(text)
+        is_cut_off = not timer.is_alive()
+        timer.cancel()
+    if is_cut_off:
+        yield {"case": name, "error": f"cut off after {limit:.0f} s"}
+    elif child.returncode:
+        yield {"case": name, "error": f"its process ended with code {child.returncode}"}
+
+
+def measure(names: Sequence[str], device: torch.device, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """A record for each kernel, number of rows, shape and case; a shape that fails gives its error instead.
+
+    rows: none for those that have a target.
+    """
     copy_speed = speed.copy_bandwidth(device)
     for name in names:
         case = CASES[name]
         for shape in case.shapes:
-            print(f"{name} {shape[0]}x{shape[1]}", file=sys.stderr)
             try:
                 yield from time_case(name, case, shape, rows or list(case.targets), device, copy_speed)
             except Exception as error:  # noqa: BLE001 - hours of other figures must not be lost
@@ -108,6 +156,9 @@ def upstream(config: Any, device: torch.device) -> dict[str, Callable[[torch.nn.
         made = make(torch.nn.Linear(128, 128, bias=False, dtype=torch.bfloat16, device=device), config)
     except MissingExtraError:
         return {}
+    except Exception as error:  # noqa: BLE001 - a package that does not work here is not what is measured
+        print(f"{backend.upstream} is left out: {type(error).__name__}: {error}", file=sys.stderr)
+        return {}
     return {type(made).__module__.partition(".")[0]: lambda dense: make(dense, config)}
 
 
@@ -119,6 +170,7 @@ def machine() -> dict[str, str | None]:
         "toolkit": torch.version.cuda or torch.version.hip,
         "python": sys.version.partition(" ")[0],
         "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "quantcore": quantcore.__version__,
         **{name: _version(name) for name in PACKAGES},
     }
 
@@ -134,15 +186,37 @@ def write(records: Sequence[dict[str, Any]], where: dict[str, str | None], folde
     return str(text), str(data)
 
 
+def write_table(cache: Path) -> str:
+    """The file, beside the cache, of the launches in it: what ships for this GPU. Its path, or why there is none."""
+    found = sorted((cache / "tuning").rglob("*.json"))
+    if not found:
+        return "no launch was measured"
+    path = cache.parent / f"{found[0].parent.name}.json"
+    path.write_text("[\n" + ",\n".join(each.read_text(encoding="utf-8") for each in found) + "\n]\n", encoding="utf-8")
+    return str(path)
+
+
+def line(record: dict[str, Any]) -> str:
+    """A record of what was timed or failed, in a few words."""
+    head = " ".join(str(record[key]) for key in ("case", "N", "K", "rows", "kernel") if key in record)
+    if not record.get("times"):
+        return f"{head}: {record.get('error') or record.get('fault')}"
+    return f"{head}: {record['times']['median']:.4f} ms, {record['ratio']:.2f} times as fast as torch"
+
+
 def markdown(records: Sequence[dict[str, Any]], where: dict[str, str | None], date: str) -> str:
     """One table of what was timed, and below it what was not."""
     head = f"# {where['device']}, {date}\n\n" + ", ".join(f"{key} {value}" for key, value in where.items() if value)
     columns = ("case", "N x K", "rows", "kernel", "ms", "GB/s", "of copy", "times as fast as torch", "target")
     lines = [columns, ("---",) * len(columns), *(_cells(record) for record in records if record.get("times"))]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    left = {f"- {each['case']}, {each['kernel']}: {each['reason']}" for each in records if each.get("reason")}
-    failed = {f"- {each['case']} {each['N']}x{each['K']}: {each['error']}" for each in records if "error" in each}
-    return "\n\n".join([head, table, *("\n".join(sorted(part)) for part in (left, failed) if part)]) + "\n"
+    refused: dict[tuple[str, str], dict[str, None]] = {}
+    for each in records:
+        if each.get("reason"):
+            refused.setdefault((each["case"], each["reason"]), {})[each["kernel"]] = None
+    left = [f"- {case}, {', '.join(kernels)}: {reason}" for (case, reason), kernels in refused.items()]
+    failed = [f"- {line(each)}" for each in records if "error" in each or each.get("fault")]
+    return "\n\n".join([head, table, *("\n".join(part) for part in (failed, left) if part)]) + "\n"
 
 
 def _cells(record: dict[str, Any]) -> tuple[str, ...]:

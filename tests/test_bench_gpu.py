@@ -44,7 +44,7 @@ def small(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_case_is_timed_beside_torch(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     small(gpu, monkeypatch)
-    records = list(gpu.measure(list(gpu.CASES), CPU, None))
+    records = list(gpu.measure(list(gpu.CASES), CPU, []))
     timed = {(record["case"], record["kernel"]) for record in records if record["times"]}
     assert timed == {(case, kernel) for case in gpu.CASES for kernel in ("torch", "reference")}
     assert "NaN" not in json.dumps(records)
@@ -85,11 +85,60 @@ def test_results_are_written_under_date_and_device(gpu: ModuleType, tmp_path: Pa
 
 def test_table_has_figures_targets_and_what_was_left_out(gpu: ModuleType) -> None:
     failed = {"case": "hqq", "N": 8, "K": 16, "error": "OutOfMemoryError: no"}
+    wrong = record(kernel="wrong", times=None, ratio=math.nan, fault="is off the reference by 0.1")
     shy = record(kernel="shy", times=None, ratio=math.nan, reason="not today")
-    lines = gpu.markdown([record(), record(rows=64, kernel="torch"), shy, failed], WHERE, "2026-01-02").splitlines()
+    coy = {**shy, "kernel": "coy"}
+    lines = gpu.markdown(
+        [record(), record(rows=64, kernel="torch"), shy, coy, shy, failed, wrong], WHERE, "2026-01-02"
+    ).splitlines()
     assert "| nf4 | 8x16 | 1 | gemv | 0.0123 | 100 | 50 % | 2.00 | 2.8 |" in lines
     assert "| nf4 | 8x16 | 64 | torch | 0.0123 | 100 |  | 2.00 |  |" in lines
-    assert lines[-3:] == ["- nf4, shy: not today", "", "- hqq 8x16: OutOfMemoryError: no"]
+    failures = ["- hqq 8 16: OutOfMemoryError: no", "- nf4 8 16 1 wrong: is off the reference by 0.1"]
+    assert lines[-4:] == [*failures, "", "- nf4, shy, coy: not today"]
+
+
+def child(gpu: ModuleType, code: str, limit: float = 60.0, cache: Path | None = None) -> list[dict[str, Any]]:
+    """The records that a process of this Python code prints, as a case of the benchmark."""
+    return list(gpu.in_child([sys.executable, "-c", code], "nf4", limit, cache))
+
+
+def test_records_of_a_process_are_read_line_by_line(gpu: ModuleType) -> None:
+    assert child(gpu, 'print(\'a library talks\\n{"rows": 1}\\n{"rows": 2}\')') == [{"rows": 1}, {"rows": 2}]
+
+
+def test_a_process_that_dies_leaves_what_it_printed(gpu: ModuleType) -> None:
+    code = "import os; print('{\"rows\": 1}', flush=True); os.write(1, b'{\"ro'); os._exit(3)"
+    assert child(gpu, code) == [{"rows": 1}, {"case": "nf4", "error": "its process ended with code 3"}]
+
+
+def test_a_process_that_hangs_is_cut_off(gpu: ModuleType) -> None:
+    assert child(gpu, "import time; time.sleep(60)", limit=0.2) == [{"case": "nf4", "error": "cut off after 0 s"}]
+
+
+def test_launches_are_measured_in_a_folder_of_the_output(gpu: ModuleType, tmp_path: Path) -> None:
+    code = 'import json, os; print(json.dumps({n: os.environ.get("QUANTCORE_" + n) for n in ("AUTOTUNE", "CACHE")}))'
+    assert child(gpu, code, cache=tmp_path / "cache") == [{"AUTOTUNE": "1", "CACHE": str(tmp_path / "cache")}]
+
+
+def test_measured_launches_become_a_table_that_ships(gpu: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not made for this platform")
+    from quantcore.kernels.triton import tuning
+    from quantcore.kernels.triton.heuristics import Shape
+
+    shapes = [Shape("gemv", None, rows, 4096, 4096, 2) for rows in (1, 16)]
+    tuner = tuning.Tuner(tmp_path / "cache" / "tuning" / "0-triton0" / "NVIDIA_Odd")
+    keys = [tuning.key_of(shape, "d", "bfloat16") for shape in shapes]
+    launches = {
+        key: tuner.choose(shape, key, lambda launch: launch.BN) for shape, key in zip(shapes, keys, strict=True)
+    }
+    path = Path(gpu.write_table(tmp_path / "cache"))
+    assert path == tmp_path / "NVIDIA_Odd.json"
+    assert dict(tuning._records(path.read_text())) == launches
+
+
+def test_no_table_is_written_where_nothing_was_measured(gpu: ModuleType, tmp_path: Path) -> None:
+    assert gpu.write_table(tmp_path / "cache") == "no launch was measured"
+    assert not any(tmp_path.iterdir())
 
 
 def test_without_a_gpu_it_ends_with_one_line() -> None:
