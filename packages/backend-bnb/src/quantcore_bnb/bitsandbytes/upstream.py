@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-import torch
 from torch import nn
 
 from quantcore.errors import MissingExtraError
@@ -30,10 +29,9 @@ def linear(dense: nn.Linear, config: BitsAndBytesConfig) -> nn.Module:
         options: dict[str, Any] = {
             "quant_type": config.bnb_4bit_quant_type,
             "compress_statistics": config.bnb_4bit_use_double_quant,
-            "quant_storage": config.bnb_4bit_quant_storage or torch.uint8,
+            "quant_storage": config.bnb_4bit_quant_storage,
         }
-        compute = config.bnb_4bit_compute_dtype or torch.float32
-        layer = modules.Linear4bit(*shape, bias=False, compute_dtype=compute, **options)
+        layer = modules.Linear4bit(*shape, bias=False, compute_dtype=config.bnb_4bit_compute_dtype, **options)
         layer.weight = modules.Params4bit(weight, requires_grad=False, **options)
     moved: nn.Module = layer.to(device)  # which quantizes
     return moved

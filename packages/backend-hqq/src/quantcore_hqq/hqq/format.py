@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec, WeightFormat, float_dtype
+from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
 from quantcore.formats.families import Affine, Family, Grouping
 from quantcore.quantization_config import matches_type
 from quantcore_hqq.hqq.config import BITS
@@ -115,9 +115,7 @@ class Hqq(WeightFormat):
             bits=bits,
             group_size=_read_int(tensors, "group_size", 1, 1 << 31),
             axis=_read_int(tensors, "axis", 0, 1),
-            compute_dtype=str(float_dtype(_read_text(tensors, "compute_dtype"), "compute_dtype")).removeprefix(
-                "torch."
-            ),
+            compute_dtype=dtype_name(float_dtype(_read_text(tensors, "compute_dtype"), "compute_dtype")),
             **flags,
         )
         _expect("shape", tensors["shape"].tolist(), list(shape))
