@@ -17,6 +17,14 @@ from quantcore.nn import QuantizedLinear, grouped
 
 pytestmark = pytest.mark.gpu
 
+
+def quark(weight: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"quant_method": "quark", "global_quant_config": {"weight": weight, "input_tensors": inputs}}
+
+
+INT8 = {"dtype": "int8", "qscheme": "per_channel", "ch_axis": 0}
+UINT2 = {"dtype": "uint2", "qscheme": "per_group", "group_size": 128, "symmetric": False}
+TOKENS = {"ch_axis": 1, "is_dynamic": True}
 CONFIGS: dict[str, dict[str, Any]] = {
     "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "fp4-double": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True},
@@ -35,6 +43,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "fp8-dynamic": {"quant_method": "compressed-tensors", "scheme": "FP8_DYNAMIC"},
     "nvfp4": {"quant_method": "compressed-tensors", "scheme": "NVFP4"},
     "mxfp4": {"quant_method": "compressed-tensors", "scheme": "MXFP4"},
+    "quark-int8": quark(INT8, {**INT8, **TOKENS}),
+    "quark-fp8": quark({**INT8, "dtype": "fp8_e4m3"}, {**INT8, "dtype": "fp8_e4m3", **TOKENS}),
+    "quark-int3": quark({**INT8, "dtype": "int3"}),
+    "quark-uint2": quark(UINT2),
 }
 # Sums of 1024 products in another order; half precision then rounds to a neighbour.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
