@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_int8 import TinyInt8, TinyInt8Config, TinyInt8Quantizer
 from torch import nn
+from torch.nn.utils import prune
 
 import quantcore
 from quantcore.nn import QuantizedLinear
@@ -110,6 +111,25 @@ def test_modules_the_model_keeps_in_float32_are_skipped() -> None:
     assert default_skips(model) == ["wo", "norm"]
 
 
+def test_weight_that_is_computed_anew_in_each_forward_stays_float() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    x = torch.randn(3, 4)
+    expected = model[0](x)
+    quantizer().quantize_model(model)
+    assert names(model) == ["1"]
+    assert torch.equal(model[0](x), expected)
+
+
+def test_encoder_layer_of_torch_keeps_what_its_fused_function_multiplies() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(layer, nn.Linear(8, 8)).eval()
+    quantizer([]).quantize_model(model)
+    assert names(model) == ["1"]
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, 8)).isfinite().all()
+
+
 # The plan
 
 
@@ -192,6 +212,31 @@ def test_quantized_layer_equals_the_layer_on_its_own(build_model: Callable[[], n
     alone = QuantizedLinear.from_linear(model.first, TinyInt8())  # type: ignore[arg-type]
     quantcore.quantize(model, TinyInt8Config())
     assert torch.equal(model.first.dequantize(), alone.dequantize())  # type: ignore[union-attr, operator]
+
+
+def test_hooks_run_with_the_layer_that_takes_the_place_of_theirs(build_model: Callable[[], nn.Module]) -> None:
+    model, seen = build_model(), []
+    handle = model.first.register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    x = torch.randn(1, 16)
+    quantcore.quantize(model, "tiny-int8")
+    model(x)
+    quantcore.dequantize(model)
+    model(x)
+    handle.remove()
+    model(x)
+    assert seen == [QuantizedLinear, nn.Linear]
+
+
+@pytest.mark.parametrize("thing", [None, "folder", {}], ids=repr)
+@pytest.mark.parametrize("verb", [lambda it: quantcore.quantize(it, "tiny-int8"), quantcore.dequantize])
+def test_what_is_no_module_is_refused(verb: Callable[[Any], Any], thing: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got"):
+        verb(thing)
+
+
+def test_class_of_a_config_is_refused(build_model: Callable[[], nn.Module]) -> None:
+    with pytest.raises(TypeError, match="got the class TinyInt8Config; call it"):
+        quantcore.quantize(build_model(), TinyInt8Config)
 
 
 def test_layers_know_their_names(build_model: Callable[[], nn.Module]) -> None:

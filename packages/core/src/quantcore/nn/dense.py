@@ -29,8 +29,11 @@ class DenseLinear:
 def view_dense(module: nn.Module) -> DenseLinear | None:
     """The layer as [N, K] weight and bias, or None for a module of another kind.
 
-    nn.Linear exactly (a subclass may compute something else), and transformers' Conv1D, whose weight is [K, N].
+    nn.Linear exactly (a subclass may compute something else), and transformers' Conv1D, whose weight is [K, N]. One
+    whose weight is computed anew in each forward, as weight and spectral norm and pruning do, is of another kind.
     """
+    if "weight" not in module._parameters:
+        return None
     if type(module) is nn.Linear:
         return DenseLinear(module.weight.detach(), _detached(module.bias), nn.Linear)
     if _is_conv1d(module):

@@ -152,8 +152,9 @@ class QuantizedEmbedding(QuantizedModule):
 def view_embedding(module: nn.Module) -> DenseLinear | None:
     """The weight of an embedding as [num_embeddings, embedding_dim], or None for a module of another kind.
 
-    nn.Embedding exactly (a subclass may compute something else), without max_norm, which changes the weight in use.
+    nn.Embedding exactly (a subclass may compute something else), without max_norm, which changes the weight in use,
+    and with a weight of its own, not one that weight norm computes.
     """
-    if type(module) is not nn.Embedding or module.max_norm is not None:
+    if type(module) is not nn.Embedding or module.max_norm is not None or "weight" not in module._parameters:
         return None
     return DenseLinear(module.weight.detach(), None, nn.Embedding)

@@ -10,15 +10,35 @@ from torch import nn
 
 from quantcore.nn.module import QuantizedModule
 
+# What hooks of forward and backward passes a module has, and how each is called.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module in the place that a dotted name gives."""
+    """Put a module in the place that a dotted name gives, with the hooks of the one that stands there.
+
+    The two share their hooks, so that a handle still removes what it registered.
+    """
     parent, _, attribute = name.rpartition(".")
+    old = model.get_submodule(name)
+    if any(getattr(old, hooks) for hooks in _HOOKS):
+        vars(new).update({hooks: getattr(old, hooks) for hooks in _HOOKS})
     setattr(model.get_submodule(parent), attribute, new)
 
 
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantizedModule]]:
-    """Every module with a quantized weight, by name."""
+    """Every module with a quantized weight, by name. Raises TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}: {model!r:.80}; load a folder first")
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             yield name, module

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+from collections.abc import Collection
 
 from torch import nn
 
@@ -71,14 +72,21 @@ def kept_by_architecture(model: nn.Module) -> list[str]:
 def multiplied_in_place(model: nn.Module) -> list[str]:
     """Names of linear layers whose weight the model's own code multiplies (`self.dt_proj.weight @ x`, as Mamba does).
 
-    Such code would multiply packed bytes.
+    Such code would multiply packed bytes. torch's encoder layer hands the weights of its linear layers to a fused
+    function.
     """
     return [
         f"{name}.{child}" if name else child
         for name, module in model.named_modules()
-        for child in _multiplied(type(module))  # type: ignore[arg-type]  # classes of modules are hashable
+        for child in _multiplied_children(module)
         if child in module._modules
     ]
+
+
+def _multiplied_children(module: nn.Module) -> Collection[str]:
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return ("linear1", "linear2")
+    return _multiplied(type(module))  # type: ignore[arg-type]  # classes of modules are hashable
 
 
 @functools.lru_cache(maxsize=1024)
