@@ -201,6 +201,23 @@ def test_missing_transformers_is_told_with_the_pip_line(monkeypatch: pytest.Monk
     assert result.err.endswith("Error: this needs transformers; pip install 'quantcore[transformers]'\n")
 
 
+def test_a_damaged_tokenizer_is_told(tmp_path: Path) -> None:
+    folder = shutil.copytree(MODEL, tmp_path / "model")
+    (folder / "tokenizer.json").write_text('{"added_tokens": [{"id": 0}]}')
+    result = cli("eval", folder, "--text", TEXT)
+    assert result.code == 1
+    assert result.err.endswith("holds no tokenizer that loads; copy the model's tokenizer there\n")
+
+
+def test_a_dtype_that_torch_does_not_have_is_told(tmp_path: Path) -> None:
+    folder = shutil.copytree(MODEL, tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "dtype": "foo16"}))
+    result = cli("eval", folder, "--text", TEXT)
+    assert result.code == 1
+    assert "config.json: dtype: 'foo16' is no torch dtype" in result.err
+
+
 def test_a_checkpoint_without_tokenizer_is_told(made: Made, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(made.folder / name)

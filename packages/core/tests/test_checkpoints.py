@@ -351,6 +351,13 @@ def test_missing_shard_is_named(sharded: Path, build_model: Build) -> None:
         quantcore.load(sharded, build_model)
 
 
+def test_file_that_cannot_be_read_is_named(saved: Path, build_model: Build) -> None:
+    (saved / SINGLE_NAME).unlink()
+    (saved / SINGLE_NAME).symlink_to(saved / "gone")
+    with pytest.raises(CheckpointError, match=f"{SINGLE_NAME}: no such file; download it again"):
+        quantcore.load(saved, build_model)
+
+
 @pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "."], ids=repr)
 def test_index_that_leaves_its_folder_is_refused(sharded: Path, build_model: Build, file: str) -> None:
     change_index(sharded, lambda index: index["weight_map"].update({"norm.weight": file}))
@@ -563,6 +570,25 @@ def test_every_misfit_is_in_one_error(saved: Path, build_model: Build, fault: st
     assert fault in str(caught.value)
 
 
+def test_quantized_files_without_a_config_say_so(saved: Path, build_model: Build) -> None:
+    (saved / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="it looks quantized, but no quantization_config says how"):
+        quantcore.load(saved, build_model)
+
+
+def test_stray_tensor_does_not_look_quantized(tmp_path: Path, build_model: Build) -> None:
+    quantcore.save(build_model(), tmp_path / "float")
+    change_tensors(tmp_path / "float", lambda tensors: tensors.update(stray=torch.zeros(2)))
+    with pytest.raises(CheckpointError, match="1 tensors do not fit the model\n"):
+        quantcore.load(tmp_path / "float", build_model)
+
+
+@pytest.mark.parametrize("model", ["llama", lambda: None], ids=["name", "nothing"])
+def test_model_that_is_none_is_refused(saved: Path, model: Any) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module or a function that builds one"):
+        quantcore.load(saved, model)
+
+
 def test_missing_part_of_a_quantized_weight_is_named(saved: Path, build_model: Build) -> None:
     change_tensors(saved, lambda tensors: tensors.pop("first.weight.scale"))
     with pytest.raises(CheckpointError, match=r"first: weight.scale: missing, expected float32 \[32, 1\]"):
@@ -732,6 +758,17 @@ def test_layers_put_in_by_hand_are_not_saved_without_a_config(build_model: Build
 def test_missing_parent_folders_are_made(build_model: Build, tmp_path: Path) -> None:
     quantcore.save(build_model(), tmp_path / "a" / "b" / "out")
     assert (tmp_path / "a" / "b" / "out" / SINGLE_NAME).exists()
+
+
+def test_folder_that_cannot_be_made_is_named(build_model: Build) -> None:
+    with pytest.raises(OSError, match=r"cannot be made: .*choose another folder: '/proc/none/out'"):
+        quantcore.save(build_model(), "/proc/none/out")
+
+
+def test_companions_that_are_not_there_stop_a_save(build_model: Build, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"companions_from: .*gone is no folder"):
+        quantcore.save(build_model(), tmp_path / "out", companions_from=tmp_path / "gone")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_relative_path_is_that_of_the_working_folder(

@@ -132,6 +132,21 @@ def test_known_method_without_backend_names_the_pip_line() -> None:
         plugins().backend("gptq")
 
 
+def test_known_method_that_an_installed_backend_lacks_says_so(site: Any, plugin: Callable[..., str]) -> None:
+    site.install("made-up", {"awq": "made_up"}, {"made_up": plugin("awq")}, version="2.5")
+    with pytest.raises(BackendNotInstalledError, match=r"once a release has it: made-up 2\.5 lacks it"):
+        plugins().backend("gptq")
+
+
+def test_disabled_method_is_not_said_to_be_lacking(
+    site: Any, plugin: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.install("made-up", {"awq": "made_up", "gptq": "made_up"}, {"made_up": plugin("awq")})
+    monkeypatch.setenv("QUANTCORE_DISABLE_PLUGINS", "gptq")
+    with pytest.raises(BackendNotInstalledError, match=r"pip install 'quantcore\[gptq\]'\. Installed: awq"):
+        plugins().backend("gptq")
+
+
 def test_absent_backend_error_is_an_import_error() -> None:
     with pytest.raises(ImportError, match="Installed: none"):
         plugins().backend("awq")

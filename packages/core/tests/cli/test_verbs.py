@@ -93,6 +93,13 @@ def test_list_names_what_provides_an_installed_method(cli: Cli, site: Any, plugi
     assert f"{METHOD}  made-up 2.5" in cli("list").out
 
 
+def test_list_does_not_send_for_a_package_that_is_here(cli: Cli, site: Any, plugin: Callable[..., str]) -> None:
+    site.install("made-up", {"awq": "made_up"}, {"made_up": plugin("awq")}, version="2.5")
+    out = cli("list").out
+    assert "not in made-up 2.5 yet" in out
+    assert "quantcore[gptq]" not in out
+
+
 def test_list_as_json_is_a_list_of_methods(cli: Cli, method: str) -> None:
     rows = {row["method"]: row for row in json.loads(cli("list", "--json").out)}
     assert rows[method]["installed"] is True

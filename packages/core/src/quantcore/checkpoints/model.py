@@ -42,7 +42,7 @@ def save(
     max_shard_size: bytes or a string such as "5GB". companions_from: a folder whose tokenizer and generation files are
     copied along; None for the one that a model of transformers was loaded from. The folder appears under its name only
     when complete; an existing one is kept unless overwrite is true.
-    Raises FileExistsError, and OSError when the disk is full.
+    Raises FileExistsError, FileNotFoundError for companions_from, and OSError when the disk is full.
     """
     quantizer: HfQuantizer | None = getattr(model, "hf_quantizer", None)
     if quantizer is None and next(quantized_modules(model), None) is not None:
@@ -50,6 +50,8 @@ def save(
             f"{type(model).__name__} has quantized layers but no quantization config, which loading needs; "
             "use quantcore.quantize on the whole model, or quantcore.dequantize it before saving"
         )
+    if companions_from is not None and not Path(companions_from).is_dir():
+        raise FileNotFoundError(f"companions_from: {os.fspath(companions_from)} is no folder; give one, or none")
     tensors, config = _tensors_to_save(model, quantizer), _config_to_save(model, quantizer)
     with atomic_directory(path, overwrite) as directory:
         write_tensors(tensors, directory, max_shard_size)
@@ -145,7 +147,10 @@ def build_skeleton(directory: Path, model: nn.Module | Callable[[], nn.Module] |
         return model
     with _empty_parameters():
         if model is not None:
-            return model()
+            built = model() if callable(model) else model
+            if not isinstance(built, nn.Module):
+                raise TypeError(f"model must be a torch.nn.Module or a function that builds one, got {built!r:.80}")
+            return built
         from quantcore.integrations.transformers import build_model
 
         return build_model(directory)

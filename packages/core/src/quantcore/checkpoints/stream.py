@@ -76,7 +76,9 @@ def checked_slots(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Slot]:
     targets = slots(model)
     faults = misfits(model, checkpoint)
     if faults:
-        hint = "; it looks quantized, but no quantization_config says how" if _looks_quantized(targets, checkpoint) else ""
+        hint = (
+            "; it looks quantized, but no quantization_config says how" if _looks_quantized(targets, checkpoint) else ""
+        )
         raise CheckpointError(
             f"{checkpoint.directory}: {len(faults)} tensors do not fit the model{hint}\n" + "\n".join(faults)
         )
@@ -87,8 +89,10 @@ def _looks_quantized(targets: Mapping[str, Slot], checkpoint: Checkpoint) -> boo
     """Whether a checkpoint has tensors beside, or instead of, the weights of a model that is float throughout."""
     if any(slot.exact for slot in targets.values()):
         return False
-    surplus = {name: header for name, header in checkpoint.headers.items() if name not in targets}
-    return any(f"{owner}.weight" in targets for owner in by_owner(surplus))
+    return any(
+        f"{module}.weight" in targets and any(f"{module}.{suffix}" not in targets for suffix in stored)
+        for module, stored in by_owner(checkpoint.headers).items()
+    )
 
 
 def _final_dtype(slot: Slot, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

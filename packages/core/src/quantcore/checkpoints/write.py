@@ -33,7 +33,9 @@ def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) ->
     try:
         working.mkdir(parents=True)
     except OSError as error:
-        raise type(error)(error.errno, f"cannot be made: {error.strerror}; choose another folder", str(final)) from error
+        raise type(error)(
+            error.errno, f"cannot be made: {error.strerror}; choose another folder", str(final)
+        ) from error
     try:
         yield working
         _sync_tree(working)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -45,10 +46,16 @@ def _own_summary(info: MethodInfo) -> str:
 
 def _text(data: list[dict[str, Any]]) -> str:
     installed = [(row["method"], _owner(row["distributions"]), row["summary"]) for row in data if row["installed"]]
-    known = [(row["method"], row["install"], row["summary"]) for row in data if not row["installed"]]
+    here = {row["install"]: row["distributions"][0] for row in data if row["installed"]}
+    known = [(row["method"], _to_install(row["install"], here), row["summary"]) for row in data if not row["installed"]]
     parts = [table(("installed", "provided by", "what it is"), installed)] if installed else ["no method is installed"]
     parts += [table(("known", "to install it", "what it is"), known)] if known else []
     return "\n\n".join(parts)
+
+
+def _to_install(line: str, here: Mapping[str, str]) -> str:
+    """The line that installs a method; where what it installs is here already, that it lacks the method."""
+    return f"not in {here[line]} yet" if line in here else line
 
 
 def _owner(distributions: list[str]) -> str:

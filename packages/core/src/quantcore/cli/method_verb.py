@@ -32,7 +32,8 @@ class MethodVerb(Verb):
         ctx.meta[_FILE] = config = read_config_file(_argument_of(args, "--config"))
         method = _method(args, self.method_flag, config)
         if method is not None:
-            ctx.meta[_METHOD] = chosen_backend(method, self.method_flag).method
+            hint = "--config" if _argument_of(args, self.method_flag) is None else self.method_flag
+            ctx.meta[_METHOD] = chosen_backend(method, hint).method
             taken = {flag.lstrip("-") for parameter in self.params for flag in parameter.opts}
             fields = config_fields(plugins().resolve(method, "config"))
             ctx.meta[_FLAGS] = config_options(fields, taken, ctx.meta[_METHOD])

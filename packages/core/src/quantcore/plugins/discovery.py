@@ -63,6 +63,14 @@ def methods() -> list[MethodInfo]:
     return [_describe(method, installed.get(method, ())) for method in sorted({*installed, *KNOWN_METHODS})]
 
 
+def without(method: str) -> str | None:
+    """The installed distribution that would provide a known method but does not; None where none is, or by wish."""
+    if method in settings.disabled_plugins():
+        return None
+    others = [info for info in methods() if info.installed and info.extra == KNOWN_METHODS[method].extra]
+    return others[0].distributions[0] if others else None
+
+
 def clear_cache() -> None:
     """Forget what is installed, for a process that installs a plugin while it runs."""
     _installed.cache_clear()

@@ -244,8 +244,11 @@ class Plugins:
         installed = ", ".join(sorted({*discovery.claims(), *self._named})) or "none"
         failed = "".join(f"\nplugin {name} failed: {error}" for name, error in self.failures.items())
         if method in KNOWN_METHODS:
+            found = discovery.without(method)
+            hint = f", once a release has it: {found} lacks it" if found else ""
             return BackendNotInstalledError(
-                f"method {method!r} is known but not installed; {install_line(method)}. Installed: {installed}{failed}"
+                f"method {method!r} is known but not installed; {install_line(method)}{hint}. "
+                f"Installed: {installed}{failed}"
             )
         candidates = sorted({*KNOWN_METHODS, *discovery.claims(), *self._named})
         near = difflib.get_close_matches(method, candidates, 1)

@@ -25,7 +25,6 @@ def build_model(directory: Path) -> nn.Module:
     transformers = require("transformers", "transformers")
     if not (directory / "config.json").is_file():
         raise ValueError(f"{directory} has no config.json, which names the architecture; put the model's own there")
-    as_dtype(stored_dtype(read_config(directory)), f"{directory / 'config.json'}: dtype")
     with _config_errors(directory):
         config = transformers.AutoConfig.from_pretrained(directory)
     vars(config).pop("quantization_config", None)
@@ -54,15 +53,19 @@ def load_tokenizer(directory: Path) -> Any:
             return transformers.AutoTokenizer.from_pretrained(directory)
         except StrictDataclassError:
             raise
-        except Exception as error:  # noqa: BLE001  # tokenizers raises nothing narrower for a damaged file
+        except Exception as error:  # tokenizers raises nothing narrower for a damaged file
             raise ValueError(f"{directory} holds no tokenizer that loads; copy the model's tokenizer there") from error
 
 
 @contextlib.contextmanager
 def _config_errors(directory: Path) -> Iterator[None]:
-    """A block in which values that a config class refuses are a CheckpointError that names the file."""
+    """A block in which values that a config class refuses are a CheckpointError that names the file.
+
+    Raises ValueError for a dtype that torch does not have.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
+    as_dtype(stored_dtype(read_config(directory)), f"{directory / 'config.json'}: dtype")
     try:
         yield
     except StrictDataclassError as error:
