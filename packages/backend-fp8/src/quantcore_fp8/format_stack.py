@@ -29,7 +29,7 @@ class Fp8Stack(Fp8):
     def dequantize(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
     ) -> Tensor:
-        return self.dequantize_rows(tensors, shape, torch.arange(shape[0]), dtype)
+        return self.dequantize_rows(tensors, shape, torch.arange(shape[0], device="cpu"), dtype)
 
     def dequantize_rows(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype | None = None

@@ -14,6 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from quantcore.formats.constants import kept
+
 _NF4_LEVELS = (
     -1.0,
     -0.6961928009986877,
@@ -81,7 +83,7 @@ def dynamic_map(device: torch.device | str | None = None) -> Tensor:
     return _shared_dynamic_map().to(device, copy=True)
 
 
-@cache
+@kept
 def dynamic_bins(device: torch.device) -> tuple[Tensor, Tensor]:
     """For every pattern of the high 16 bits of a float32, the number of dynamic-map midpoints below that bin.
 
@@ -98,7 +100,7 @@ def dynamic_bins(device: torch.device) -> tuple[Tensor, Tensor]:
     return counts.to(device), pivots.to(device)
 
 
-@cache
+@kept
 def _shared_dynamic_map() -> Tensor:
     levels = [torch.tensor([0.0, 1.0])]
     for decade in range(_DYNAMIC_DECADES):

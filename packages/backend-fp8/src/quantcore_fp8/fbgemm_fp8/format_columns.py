@@ -48,7 +48,7 @@ class Fp8Columns(WeightFormat):
     def dequantize(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
     ) -> Tensor:
-        return self.dequantize_rows(tensors, shape, torch.arange(shape[0]), dtype)
+        return self.dequantize_rows(tensors, shape, torch.arange(shape[0], device="cpu"), dtype)
 
     def dequantize_rows(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype | None = None

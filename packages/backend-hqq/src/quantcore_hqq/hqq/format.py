@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -208,13 +209,14 @@ class Hqq(WeightFormat):
             "compute_dtype": f"torch.{self.compute_dtype}",
         }
         length = group_length(shape, self.group_size, self.axis)
+        number = partial(torch.tensor, device="cpu")
         return {
-            "shape": torch.tensor(shape, dtype=torch.int64),
-            "nbits": torch.tensor(self.bits, dtype=torch.int32 if isinstance(self.bits, int) else torch.float32),
-            "group_size": torch.tensor(length, dtype=torch.int32),
-            "axis": torch.tensor(self.axis, dtype=torch.int32),
+            "shape": number(shape, dtype=torch.int64),
+            "nbits": number(self.bits, dtype=torch.int32 if isinstance(self.bits, int) else torch.float32),
+            "group_size": number(length, dtype=torch.int32),
+            "axis": number(self.axis, dtype=torch.int32),
             **{name: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for name, text in texts.items()},
-            **{name: torch.tensor(int(flag), dtype=torch.uint8) for name, flag in flags.items()},
+            **{name: number(int(flag), dtype=torch.uint8) for name, flag in flags.items()},
         }
 
 

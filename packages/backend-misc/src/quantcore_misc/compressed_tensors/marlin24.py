@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from quantcore.formats.base import TensorSpec
+from quantcore.formats.constants import kept
 from quantcore.formats.packing import pack_words, stream_layout, unpack_words
 from quantcore_misc.compressed_tensors.sparse import KEPT, RUN, largest_two
 from quantcore_misc.compressed_tensors.weight import CompressedWeight
@@ -119,7 +119,7 @@ def _places(codes: Tensor) -> Tensor:
     return _pairs(codes.device)[(filled * weights).sum(-1)]
 
 
-@cache
+@kept
 def _pairs(device: torch.device) -> Tensor:
     """The two places by the bits of which are filled, [16, 2]."""
     pairs = [
@@ -138,7 +138,7 @@ def _untiled(tiles: Tensor, shape: tuple[int, int]) -> Tensor:
     return tiles.reshape(shape[0] // _TILE, shape[1] // _TILE, _TILE, _TILE).transpose(1, 2).reshape(shape)
 
 
-@cache
+@kept
 def _permutation(bits: int) -> Tensor:
     """Which value of a chunk stands at each place."""
     order = torch.tensor(_INTERLEAVE[bits])

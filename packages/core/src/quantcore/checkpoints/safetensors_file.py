@@ -89,7 +89,7 @@ def read_tensors(path: Path, headers: Mapping[str, Header]) -> Iterator[tuple[st
     """
     with path.open("rb") as stream:
         for name, header in sorted(headers.items(), key=lambda item: item[1].offset):
-            tensor = torch.empty(header.shape, dtype=header.dtype)
+            tensor = torch.empty(header.shape, dtype=header.dtype, device="cpu")
             stream.seek(header.offset)
             if stream.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != header.nbytes:
                 raise CheckpointError(f"{path}: ends within {name}; the file changed or is damaged, download it again")

@@ -6,11 +6,13 @@ Source: OCP Microscaling Formats (MX) v1.0 for E2M1, E2M3, E3M2 and E8M0; FP8 Fo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
+
+from quantcore.formats.constants import kept
 
 TIES = ("even", "away", "zero")
 E8M0_RULES = ("floor", "ceil", "floor_log2", "ceil_log2", "even", "even_fp4", "round_up", "rceil")
@@ -54,7 +56,7 @@ class MiniFloat:
     @property
     def largest_exponent(self) -> int:
         """floor(log2(maximum)): what the scale of a block is lower by than its largest element."""
-        return int(torch.tensor(self.maximum).log2().floor())
+        return math.frexp(self.maximum)[1] - 1
 
 
 E4M3 = MiniFloat("e4m3", 4, 3, 7, 448.0, torch.float8_e4m3fn)
@@ -129,7 +131,7 @@ def decode(codes: Tensor, element: MiniFloat, dtype: torch.dtype = torch.float32
 
 def levels(element: MiniFloat) -> Tensor:
     """The value of every code, float32 [2**bits] on the CPU."""
-    codes = torch.arange(1 << element.bits, dtype=torch.int32)
+    codes = torch.arange(1 << element.bits, dtype=torch.int32, device="cpu")
     if element.dtype is not None:
         return codes.to(torch.uint8).view(element.dtype).float()
     mantissa = (codes & ((1 << element.mantissa_bits) - 1)).float() * 2.0**-element.mantissa_bits
@@ -257,7 +259,7 @@ def _cells(values: Tensor, element: MiniFloat) -> Tensor:
     return cells.add_(2 * int(farthest)).clamp_(0, 4 * int(farthest))
 
 
-@cache
+@kept
 def _nearest(element: MiniFloat, ties: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Code (uint8) and level (float32) of every boundary, level, and open interval between two of them."""
     if ties not in TIES:
@@ -275,19 +277,19 @@ def _nearest(element: MiniFloat, ties: str, device: torch.device) -> tuple[Tenso
     return codes.to(device, torch.uint8), levels(element)[codes].to(device)
 
 
-@cache
+@kept
 def _powers(dtype: torch.dtype, device: torch.device) -> Tensor:
     bits = torch.arange(256, dtype=torch.int32) << _FLOAT32_MANTISSA
     bits[0], bits[E8M0_NAN] = 1 << (_FLOAT32_MANTISSA - 1), 0x7FC00000
     return bits.view(torch.float32).to(device, dtype)
 
 
-@cache
+@kept
 def _levels(element: MiniFloat, dtype: torch.dtype, device: torch.device) -> Tensor:
     return levels(element).to(device, dtype)
 
 
-@cache
+@kept
 def _pairs(element: MiniFloat, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Two values in one integer for every two codes that lie side by side: in one byte, or in two."""
     table, count = levels(element).to(dtype), 1 << element.bits

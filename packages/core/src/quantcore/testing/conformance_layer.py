@@ -66,6 +66,13 @@ def test_forward_is_deterministic(example: Example, dtype: torch.dtype, device: 
     assert same_bytes(layer(x), layer(x))
 
 
+def test_default_device_of_the_caller_plays_no_part(example: Example, device: torch.device) -> None:
+    dense, x = make_linear(device=device), _input((5,), torch.float32, device)
+    expected = example.layer(dense)(x)
+    with torch.device("meta"):
+        assert same_bytes(example.layer(dense)(x), expected)
+
+
 def test_input_of_the_wrong_width_is_refused(example: Example) -> None:
     layer = example.layer(make_linear())
     with pytest.raises((RuntimeError, ValueError)):
