@@ -7,6 +7,7 @@ import torch
 import triton.language as tl
 
 from quantcore.formats.activation import Activation
+from quantcore.formats.minifloat import minifloat
 from quantcore.kernels.triton import launch
 from quantcore.kernels.triton.checks import check_dequantize, check_input_grad, check_kernel, check_linear
 from quantcore_misc.quark import triton_kernels
@@ -38,6 +39,8 @@ FORMATS = {
     "mxfp4": QuarkWeight(element="e2m1", strategy="group", group_size=16, scale="e8m0"),
     "fp4-odd-groups": QuarkWeight(element="e2m1", strategy="group", group_size=40),
     "mxfp6": QuarkWeight(element="e2m3", strategy="group", group_size=16, scale="e8m0"),
+    "mxfp6-e3m2": QuarkWeight(element="e3m2", strategy="group", group_size=16, scale="e8m0"),
+    "fp8-e5m2": QuarkWeight(element="e5m2", strategy="channel"),
     "nvfp4": QuarkWeight(element="e2m1", strategy="group", group_size=16, scale="e4m3"),
     "amdfp4": QuarkWeight(element="e2m1", strategy="group", group_size=16, scale="e5m3"),
 }
@@ -47,6 +50,16 @@ SHAPE = (40, 80)  # a last tile that is not full
 @pytest.mark.parametrize("name", FORMATS)
 def test_decoder_gives_the_formats_own_numbers(name: str) -> None:
     check_dequantize(FORMATS[name], decoder_for(FORMATS[name]), SHAPE, torch.float32)
+
+
+@pytest.mark.parametrize("element", ["e4m3", "e5m2", "e2m3", "e3m2", "e2m1"])
+def test_every_code_of_a_float_is_its_value(element: str) -> None:
+    weight_format, count = QuarkWeight(element=element, strategy="channel"), 1 << minifloat(element).bits
+    codes = torch.arange(count, dtype=torch.uint8)[None].view(minifloat(element).dtype or torch.uint8)
+    tensors = {"weight": weight_format.packing.pack(codes), "weight_scale": torch.ones(1, dtype=torch.bfloat16)}
+    expected = weight_format.dequantize(tensors, (1, count), torch.float32)
+    found = launch.dequantize(list(tensors.values()), decoder_for(weight_format), (1, count), torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_wide_indices_decode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +77,7 @@ def test_gemv_matches_reference(name: str, rows: int) -> None:
     check_linear(launch.gemv, FORMATS[name], decoder_for(FORMATS[name]), x, 24, bias)
 
 
-@pytest.mark.parametrize("name", ["int4", "uint2-channel", "mxfp4", "fp8-tensor"])
+@pytest.mark.parametrize("name", ["int4", "uint2-channel", "mxfp4", "fp8-tensor", "fp8-e5m2"])
 def test_gemm_matches_reference(name: str) -> None:
     check_linear(launch.gemm, FORMATS[name], decoder_for(FORMATS[name]), torch.randn(17, 96), 72)
 

@@ -13,7 +13,10 @@ from quantcore.kernels.triton import launch
 from quantcore.kernels.triton.aot import compile_launches, spilled_bytes
 from quantcore.kernels.triton.checks import quantized, run_in_interpreter
 from quantcore_misc.quark.decode import decoder_for
+from quantcore_misc.quark.interleaved import InterleavedWeight
+from quantcore_misc.quark.layer import QuarkLayer
 from quantcore_misc.quark.plain import FakeWeight, FloatWeight
+from quantcore_misc.quark.progressive import ProgressiveWeight
 from quantcore_misc.quark.weight import QuarkWeight
 
 SHAPE = (128, 256)
@@ -45,13 +48,8 @@ def test_skeletons_compile_without_spills(weight_format: QuarkWeight, target: st
 
 @pytest.mark.parametrize(
     "weight_format",
-    [
-        QuarkWeight(element="e5m2"),
-        QuarkWeight(element="e3m2", strategy="group", group_size=32, scale="e8m0"),
-        FakeWeight(),
-        FloatWeight(),
-    ],
-    ids=["e5m2", "e3m2", "floats with scales", "floats"],
+    [FakeWeight(), FloatWeight(), ProgressiveWeight(element="int4"), InterleavedWeight(element="e2m1")],
+    ids=["floats with scales", "floats", "codes of codes", "blocks after their scales"],
 )
-def test_other_layers_have_no_decoder(weight_format: QuarkWeight) -> None:
+def test_other_layers_have_no_decoder(weight_format: QuarkLayer) -> None:
     assert decoder_for(weight_format) is None
