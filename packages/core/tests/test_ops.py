@@ -80,6 +80,16 @@ def test_bias_of_another_dtype_is_cast() -> None:
     assert torch.equal(y, dense_linear(x, dequantized(torch.bfloat16), bias.to(torch.bfloat16)))
 
 
+def test_weight_on_another_device_is_an_error() -> None:
+    x, away = random(3, K), [operand.to("meta") for operand in operands()]
+    with pytest.raises(RuntimeError, match="the weight is on meta, its input on cpu; move one"):
+        ops._linear(x, away, None, KEY, N)
+    with pytest.raises(RuntimeError, match="the weight is on meta, its input on cpu"):
+        ops._linear_input_grad(random(3, N), away, KEY, K)
+    with pytest.raises(RuntimeError, match="the weight is on meta, its input on cpu"):
+        ops._grouped_linear(x, torch.tensor([3]), away, KEY, N)
+
+
 def test_wrong_number_of_operands_is_an_error() -> None:
     with pytest.raises(ValueError, match="zip"):
         ops.linear(random(1, K), operands()[:1], None, KEY, N)

@@ -33,6 +33,7 @@ _LIBRARY.define("embedding(Tensor ids, Tensor[] tensors, str format, SymInt[] sh
 
 
 def _linear(x: Tensor, tensors: list[Tensor], bias: Tensor | None, format: str, out_features: int) -> Tensor:
+    _check_device(x, tensors)
     weight_format = format_from_key(format)
     rows = math.prod(x.shape[:-1])
     problem = Problem("linear", weight_format, x.device.type, x.dtype, rows, out_features, x.shape[-1])
@@ -42,6 +43,7 @@ def _linear(x: Tensor, tensors: list[Tensor], bias: Tensor | None, format: str, 
 
 
 def _linear_input_grad(grad: Tensor, tensors: list[Tensor], format: str, in_features: int) -> Tensor:
+    _check_device(grad, tensors)
     weight_format = format_from_key(format)
     rows = math.prod(grad.shape[:-1])
     problem = Problem(
@@ -51,6 +53,7 @@ def _linear_input_grad(grad: Tensor, tensors: list[Tensor], format: str, in_feat
 
 
 def _grouped_linear(x: Tensor, ends: Tensor, tensors: list[Tensor], format: str, out_features: int) -> Tensor:
+    _check_device(x, tensors)
     weight_format = format_from_key(format)
     experts = _by_expert(tensors, ends)
     rows = -(-x.shape[0] // len(experts))
@@ -63,6 +66,12 @@ def _grouped_linear_input_grad(
 ) -> Tensor:
     parts = zip(rows_of_experts(grad, ends), _by_expert(tensors, ends), strict=True)
     return torch.cat([_linear_input_grad(rows, operands, format, in_features) for rows, operands in parts])
+
+
+def _check_device(x: Tensor, tensors: list[Tensor]) -> None:
+    """Raises RuntimeError for a weight elsewhere: a kernel that reads it there may end the process's use of the GPU."""
+    if tensors and tensors[0].device != x.device:
+        raise RuntimeError(f"the weight is on {tensors[0].device}, its input on {x.device}; move one to the other")
 
 
 def _by_expert(tensors: list[Tensor], ends: Tensor) -> list[list[Tensor]]:
