@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import quantcore
+from quantcore.checkpoints.read import SINGLE_NAME
 from quantcore.nn.replace import quantized_modules
 
 Make = Callable[[str], Any]
@@ -94,6 +96,16 @@ def test_float_checkpoint_of_transformers_loads(make_model: Make, architecture: 
     model = make_model(architecture)
     model.save_pretrained(tmp_path / "out")
     assert torch.equal(logits(quantcore.load(tmp_path / "out")), logits(model))
+
+
+def test_float32_norms_of_a_half_precision_checkpoint_are_cast(make_model: Make, tmp_path: Path) -> None:
+    quantcore.save(make_model("llama").to(torch.bfloat16), tmp_path / "mixed")
+    tensors = load_file(tmp_path / "mixed" / SINGLE_NAME)
+    mixed = {name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()}
+    save_file(mixed, tmp_path / "mixed" / SINGLE_NAME)
+    loaded = quantcore.load(tmp_path / "mixed")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert logits(loaded).dtype == torch.bfloat16
 
 
 def test_loaded_model_generates_the_same_tokens(make_model: Make, config: dict[str, Any], tmp_path: Path) -> None:

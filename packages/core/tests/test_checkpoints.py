@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import quantcore
 from quantcore.checkpoints.devices import place
 from quantcore.checkpoints.read import INDEX_NAME, SINGLE_NAME, Checkpoint, quantization_dict
-from quantcore.checkpoints.stream import surplus_test
+from quantcore.checkpoints.stream import surplus_test, unify_dtypes
 from quantcore.checkpoints.write import parse_size, write_tensors
 from quantcore.errors import CheckpointError
 from quantcore.nn import QuantizedLinear
@@ -202,6 +202,12 @@ def test_dtype_casts_float_tensors_but_no_quantized_weight(build_model: Build, s
 def test_dtype_that_is_no_float_is_refused(build_model: Build, saved: Path, dtype: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="dtype"):
         quantcore.load(saved, build_model, dtype=dtype)
+
+
+def test_several_dtypes_become_the_usual_one_but_for_what_is_kept() -> None:
+    model = nn.ModuleDict({"norm": nn.LayerNorm(4), "body": nn.Linear(4, 4).bfloat16(), "router": nn.Linear(4, 1)})
+    unify_dtypes(model, ["router"])
+    assert [module.weight.dtype for module in model.values()] == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
 def test_file_s_own_float_dtype_is_kept(build_model: Build, saved: Path) -> None:

@@ -18,7 +18,7 @@ from quantcore.checkpoints.files import copy_companions, source_folder, write_ge
 from quantcore.checkpoints.names import fit_names, name_in_checkpoint, named_as
 from quantcore.checkpoints.offload import derive_operands, dispatch, find_on_disk, offloaded_state_dict
 from quantcore.checkpoints.read import CONFIG_KEYS, Checkpoint, quantization_dict, read_config
-from quantcore.checkpoints.stream import checked_slots, fill, slots
+from quantcore.checkpoints.stream import checked_slots, fill, slots, unify_dtypes
 from quantcore.checkpoints.write import atomic_directory, write_tensors
 from quantcore.formats.base import dtype_name
 from quantcore.nn.experts import fuse_float_experts
@@ -27,6 +27,7 @@ from quantcore.plugins.manager import plugins
 from quantcore.quantization_config import as_dtype
 from quantcore.quantizers.auto import AutoHfQuantizer
 from quantcore.quantizers.base import HfQuantizer
+from quantcore.quantizers.selection import kept_in_float32
 
 
 def save(
@@ -74,8 +75,8 @@ def load(
     path: a folder, or a hub id. model: a module or a function that builds one; it is built without memory for its
     weights. None builds the architecture that config.json names and needs quantcore[transformers]. device_map: None
     (the CPU), a device, "auto", or a dict of module names to devices; what is mapped to "disk" is read from the
-    checkpoint in each forward. dtype: of float tensors outside quantized weights; None keeps the file's. Peak memory is
-    the loaded model plus its largest tensor.
+    checkpoint in each forward. dtype: of float tensors outside quantized weights; None keeps the file's, or the usual
+    one of several in an architecture built from config.json. Peak memory is the loaded model plus its largest tensor.
     Raises CheckpointError listing every tensor that does not fit, before any is read.
     """
     checkpoint = Checkpoint(path)
@@ -98,6 +99,8 @@ def load(
         checked_slots(skeleton, checkpoint)
     # Nothing but a failing disk can stop it now, so the replaced modules of a model that was handed in are let go.
     fill(skeleton, checkpoint, placement.device_of, target_dtype)
+    if model is None and target_dtype is None:
+        unify_dtypes(skeleton, kept_in_float32(skeleton))
     _finish(skeleton, quantizer, placement, checkpoint)
     return skeleton.eval()
 

@@ -14,6 +14,7 @@ from quantcore.checkpoints.safetensors_file import Header
 from quantcore.errors import CheckpointError
 from quantcore.formats.base import describe
 from quantcore.nn.module import QuantizedModule
+from quantcore.nn.replace import usual_dtype
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,26 @@ def fill_empty(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | No
     for name, slot in targets.items():
         if name in checkpoint.headers:
             _assign_empty(twins[id(slot.tensor)], slot, checkpoint.headers[name], dtype)
+
+
+def unify_dtypes(model: nn.Module, kept: Collection[str]) -> None:
+    """Cast the float parameters of a filled model to the usual dtype where they have several.
+
+    Models of transformers are loaded so, and need it: a norm in float32 before a projection in bfloat16 is an error.
+    What belongs to quantized layers stays, and so do modules whose name, or a part of it, is in kept.
+    """
+    plain = [
+        slot.tensor
+        for name, slot in slots(model).items()
+        if isinstance(slot.tensor, nn.Parameter)
+        and slot.tensor.is_floating_point()
+        and not isinstance(slot.module, QuantizedModule)
+        and not any(f".{part}." in f".{name}." for part in kept)
+    ]
+    dtype = usual_dtype(model)
+    if len({parameter.dtype for parameter in plain}) > 1:
+        for parameter in plain:
+            parameter.data = parameter.data.to(dtype)
 
 
 def checked_slots(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Slot]:
