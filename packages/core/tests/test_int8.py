@@ -57,6 +57,15 @@ def test_padding_for_cuda_changes_nothing(M: int, N: int, K: int) -> None:
     assert torch.equal(exact(*padded)[:M, :N], exact(left, right))
 
 
+@pytest.mark.parametrize("columns", [24, 32])
+def test_what_cuda_multiplies_is_row_major(columns: int) -> None:
+    turned = operands(24, 8, 40)[0].t()  # [40, 24]
+    padded = int8._pad(turned, 40, columns)
+    assert padded.is_contiguous()
+    assert torch.equal(padded[:, :24], turned)
+    assert int8._pad(padded, 40, columns) is padded
+
+
 @pytest.mark.parametrize(("M", "N", "K"), [(0, 3, 4), (3, 0, 4), (3, 4, 0)])
 def test_empty_operands_give_zeros(M: int, N: int, K: int) -> None:
     found = int8.int8_matmul(*operands(M, N, K))

@@ -103,6 +103,6 @@ def _round_up(size: int) -> int:
 
 
 def _pad(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    """The matrix with zeros below and to its right; itself where none are needed."""
+    """The matrix with zeros below and to its right, row-major as cuBLAS asks; itself where it is all that."""
     missing = (0, columns - matrix.shape[1], 0, rows - matrix.shape[0])
-    return torch.nn.functional.pad(matrix, missing) if any(missing) else matrix
+    return (torch.nn.functional.pad(matrix, missing) if any(missing) else matrix).contiguous()
