@@ -40,7 +40,7 @@ def test_skeletons_compile_without_spills(name: str, target: str) -> None:
             call(torch.zeros(rows, SHAPE[1], dtype=torch.bfloat16), operands, None, decoder, SHAPE[0])
 
     kernels = compile_launches(target, launch_both)
-    assert {kernel.name for kernel in kernels} >= {"gemv_kernel", "gemm_kernel"}
+    assert len(kernels) == 2
     assert {kernel.name: spilled_bytes(kernel) for kernel in kernels if spilled_bytes(kernel)} == {}
 
 

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton has no build for this platform")
 
 from quantcore.formats.base import WeightFormat
 from quantcore.kernels.triton import launch
-from quantcore.kernels.triton.aot import compile_launches, spilled_bytes
+from quantcore.kernels.triton.aot import compile_launches, instructions_a_weight, spilled_bytes
 from quantcore.kernels.triton.checks import quantized, run_in_interpreter
 from quantcore_gptq.awq.decode import decoder_for
 from quantcore_gptq.awq.format import Awq, AwqMarlin
@@ -35,6 +35,12 @@ def test_every_skeleton_compiles_without_spills(target: str) -> None:
     kernels = compile_launches(target, launch_all)
     assert len(kernels) >= 2
     assert {kernel.name: spilled_bytes(kernel) for kernel in kernels if spilled_bytes(kernel)} == {}
+
+
+@pytest.mark.parametrize(("version", "most"), [("gemm", 7.5), ("gemv", 7)])
+def test_few_instructions_decode_and_multiply_a_weight(version: str, most: float) -> None:
+    weight_format = Awq(version, group_size=128)
+    assert instructions_a_weight(weight_format, decoder_for(weight_format), (256, 1024), 1) <= most
 
 
 @pytest.mark.parametrize("version", ["gemv", "gemv_fast"])

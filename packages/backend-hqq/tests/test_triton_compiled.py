@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,14 @@ pytest.importorskip("triton", reason="triton has no build for this platform")
 
 from quantcore.formats.base import WeightFormat
 from quantcore.kernels.triton import launch
-from quantcore.kernels.triton.aot import GLOBAL_LOADS, TARGETS, compile_launches, count_instructions, spilled_bytes
+from quantcore.kernels.triton.aot import (
+    TARGETS,
+    compile_launches,
+    count_instructions,
+    instructions_a_weight,
+    spilled_bytes,
+)
 from quantcore.kernels.triton.checks import quantized, run_in_interpreter
-from quantcore.kernels.triton.decoder import Decoder
 from quantcore_hqq.hqq.decode import decoder_for
 from quantcore_hqq.hqq.format import Hqq
 
@@ -42,7 +46,7 @@ def test_decoders_pass_in_the_interpreter() -> None:
 @pytest.mark.parametrize(("bits", "axis", "target"), [*((4, 1, target) for target in TARGETS), (3, 0, "sm_90")])
 def test_every_skeleton_compiles_without_spills(bits: float, axis: int, target: str) -> None:
     kernels = compile_launches(target, lambda: launch_all(hqq(bits, axis)))
-    assert {kernel.name for kernel in kernels} >= {"dequantize_kernel", "gemv_kernel", "gemm_kernel"}
+    assert {kernel.name for kernel in kernels} >= {"dequantize_kernel", "gemm_kernel"}
     assert {kernel.name: spilled_bytes(kernel) for kernel in kernels if spilled_bytes(kernel)} == {}
 
 
@@ -62,25 +66,12 @@ def test_every_width_compiles(bits: int, axis: int) -> None:
     assert [spilled_bytes(kernel) for kernel in kernels] == [0]
 
 
-def loads(operands: list[torch.Tensor], decoder: Decoder, N: int, K: int) -> list[int]:
-    """Loads from global memory in the code for sm_90 of gemv of 1 row and of 5, and of gemm."""
-    inputs = {rows: torch.zeros(rows, K, dtype=torch.bfloat16) for _, rows in LINEAR}
-    calls = [partial(call, inputs[rows], operands, None, decoder, N) for call, rows in LINEAR]
-    return [count_instructions(compile_launches("sm_90", call)[0], GLOBAL_LOADS) for call in calls]
-
-
-@pytest.mark.parametrize(
-    ("bits", "most_loads"), [(8, (24, 10, 12)), (4, (24, 8, 14)), (2, (24, 12, 18)), (1, (24, 20, 25))]
-)  # words and input count four times in gemv of 1 row, for the tiles that are read ahead
-def test_tiles_load_less_than_gather(bits: float, most_loads: tuple[int, ...]) -> None:
-    N, K = 256, 1024
-    weight_format = hqq(bits, 1)
-    operands, decoder = list(quantized(weight_format, (N, K)).values()), decoder_for(weight_format)
-    gather = dataclasses.replace(decoder, words=None)
-    tiles = loads(operands, decoder, N, K)
-    gather = loads(operands, dataclasses.replace(decoder, words=None), N, K)
-    assert all(found <= most for found, most in zip(tiles, most_loads, strict=True)), tiles
-    assert all(found < gathered / 2 for found, gathered in zip(tiles, gather, strict=True)), (tiles, gather)
+@pytest.mark.parametrize(("bits", "most"), [(8, (6.5, 8)), (4, (6.3, 8.5)), (2, (6.2, 8.8)), (1, (6.2, 9))])
+def test_few_instructions_decode_and_multiply_a_weight(bits: float, most: tuple[float, float]) -> None:
+    decoder = decoder_for(hqq(bits, 1))
+    found = [instructions_a_weight(hqq(bits, 1), decoder, (256, 1024), rows) for rows in (1, 64)]
+    assert all(cost <= bound for cost, bound in zip(found, most, strict=True)), found
+    assert found[0] < instructions_a_weight(hqq(bits, 1), dataclasses.replace(decoder, words=None), (256, 1024), 1) / 2
 
 
 def test_steps_are_rounded_in_hardware_on_a_gpu() -> None:

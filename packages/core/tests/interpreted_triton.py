@@ -26,7 +26,7 @@ from quantcore.kernels.triton.checks import (
 from quantcore.kernels.triton.decoder import Decoder
 from quantcore.kernels.triton.heuristics import DENSE, Launch
 from quantcore.kernels.triton.minifloats import e2m1_values, e2m3_values, e4m3_values, e8m0_values
-from quantcore.kernels.triton.rounding import rounded
+from quantcore.kernels.triton.rounding import TRITON_DTYPES, rounded
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -108,7 +108,7 @@ def test_rounding_is_torchs_own(dtype: torch.dtype) -> None:
     special = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, 65519.0, 65520.0, 1e-40]
     values = torch.cat([torch.tensor(special), torch.randn(900) * 10 ** torch.randint(-9, 9, (900,)).float()])
     results = torch.full_like(values, torch.nan)
-    round_kernel[(1,)](values, results, values.numel(), DTYPE=launch.TRITON_DTYPES[dtype])
+    round_kernel[(1,)](values, results, values.numel(), DTYPE=TRITON_DTYPES[dtype])
     assert torch.equal(results.nan_to_num(7.0), values.to(dtype).float().nan_to_num(7.0))
 
 
@@ -230,7 +230,7 @@ def test_gemv_refuses_many_rows() -> None:
     [
         (load_as_float16, "decoder plain does not give float32 values"),
         (load_rows_only, "decoder plain does not give a tile of the shape asked for"),
-        (load_absent, "decoder plain does not fit gemv_kernel: .*index out of range"),
+        (load_absent, "decoder plain does not fit gemm_kernel: .*index out of range"),
     ],
 )
 def test_a_decoder_that_does_not_fit_names_itself(decode: Any, reason: str) -> None:

@@ -90,7 +90,7 @@ def launch_plain(N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> None:
 
 
 def launch_layout(layout: str, words: bool = True, dtype: torch.dtype = torch.bfloat16) -> None:
-    N, K = 256, 768
+    N, K = 256, 192  # too short to be split among programs
     operands = list(quantized(Coded(layout), (N, K)).values())
     launch_all(operands, coded_decoder(layout, words), N, K, dtype)
 
@@ -100,7 +100,7 @@ def test_skeletons_pass_in_the_interpreter(name: str) -> None:
     run_in_interpreter(str(Path(__file__).with_name(name)))
 
 
-SKELETONS = ["dequantize_kernel", "gemv_kernel", "gemv_kernel", "sum_splits_kernel", "gemm_kernel", "grouped_kernel"]
+SKELETONS = ["dequantize_kernel", "gemv_kernel", "gemm_kernel", "gemm_kernel", "grouped_kernel"]
 
 
 # Instructions on tensor cores of gemv of 5 rows, gemm and grouped: fewer would leave some products to other units.
@@ -112,32 +112,32 @@ FEWEST_PRODUCTS = {"sm_80": (4, 16, 16), "sm_90": (4, 4, 4), "sm_100": (4, 8, 8)
 def test_skeletons_compile_without_spills_and_multiply_on_tensor_cores(target: str, dtype: torch.dtype) -> None:
     kernels = compile_launches(target, lambda: launch_plain(128, 256, dtype))
     assert [(kernel.name, spilled_bytes(kernel)) for kernel in kernels] == [(name, 0) for name in SKELETONS]
-    several, gemm, grouped = kernels[2], *kernels[-2:]
+    several, gemm, grouped = kernels[2:]
     found = tuple(count_instructions(kernel, TENSOR_CORES) for kernel in (several, gemm, grouped))
     assert all(count >= fewest for count, fewest in zip(found, FEWEST_PRODUCTS[target], strict=True)), found
 
 
-# Loads from global memory in the code for sm_90 of dequantize, gemv of 1 row and of 5, gemm and grouped; those of gemv
-# of 1 row count four times, for the tiles that are read ahead. They are what the compiler of Triton 3.7 makes.
+# Loads from global memory in the code for sm_90 of dequantize, gemv of 1 row and of 5, gemm and grouped. Copies that
+# are made ahead count once for each tile. They are what the compiler of Triton 3.7 makes.
 MOST_LOADS = {
-    "bytes_of_neighbours": (4, 21, 10, 12, 15),
-    "bytes_of_rows_apart": (3, 17, 8, 12, 15),
-    "bits_of_rows_apart": (5, 25, 12, 13, 16),
-    "int32_along_k": (6, 21, 8, 11, 14),
-    "int32_along_k_transposed": (3, 16, 8, 12, 15),
-    "int32_two_bits_transposed": (3, 20, 8, 12, 15),
-    "int32_interleaved_along_n": (4, 18, 10, 16, 19),
-    "one_code_a_byte": (3, 16, 14, 14, 17),
-    "columns_in_any_order": (41, 35, 70, 44, 48),
+    "bytes_of_neighbours": (4, 28, 28, 24, 19),
+    "bytes_of_rows_apart": (3, 22, 22, 21, 17),
+    "bits_of_rows_apart": (5, 31, 31, 27, 21),
+    "int32_along_k": (6, 17, 17, 20, 17),
+    "int32_along_k_transposed": (2, 13, 13, 18, 15),
+    "int32_two_bits_transposed": (2, 10, 10, 18, 15),
+    "int32_of_bytes": (3, 19, 19, 21, 17),
+    "int32_interleaved_along_n": (3, 19, 19, 21, 17),
+    "one_code_a_byte": (3, 40, 40, 30, 23),
+    "columns_in_any_order": (41, 42, 42, 29, 94),
 }
-if triton.__version__.startswith("3.6."):  # whose compiler loads scales one by one where they have no order
-    MOST_LOADS["columns_in_any_order"] = (65, 66, 132, 74, 78)
+if triton.__version__.startswith("3.6."):  # whose compiler loads factors one by one where they have no order
+    MOST_LOADS["columns_in_any_order"] = (41, 87, 87, 50, 94)
 
 
 @pytest.mark.parametrize(("layout", "most"), MOST_LOADS.items(), ids=MOST_LOADS)
 def test_tiles_load_each_word_once(layout: str, most: tuple[int, ...]) -> None:
     kernels = compile_launches("sm_90", lambda: launch_layout(layout))
-    kernels = [kernel for kernel in kernels if kernel.name != "sum_splits_kernel"]
     assert [spilled_bytes(kernel) for kernel in kernels] == [0] * len(most)
     loads = tuple(count_instructions(kernel, GLOBAL_LOADS) for kernel in kernels)
     assert all(found <= bound for found, bound in zip(loads, most, strict=True)), loads
@@ -205,7 +205,7 @@ def test_decoders_of_different_code_are_different_kernels() -> None:
 
     (first,), (second,) = (compile_launches("sm_90", call(decode)) for decode in (load_plain, load_halved))
     assert first.hash != second.hash
-    assert plain().on_device.source != plain(load_halved).on_device.source
+    assert plain().on_device(torch.float32).source != plain(load_halved).on_device(torch.float32).source
 
 
 def test_a_decoder_that_does_not_fit_fails_to_compile_with_its_name() -> None:
@@ -230,8 +230,8 @@ def test_words_that_skeletons_cannot_split_are_refused(words: Words, reason: str
         Decoder("odd", load_plain, Nothing(), (None,), torch.float32, words, load_plain)
 
 
-def test_words_need_a_scale() -> None:
-    with pytest.raises(ValueError, match="decoder odd has words but no scale"):
+def test_words_need_level_and_factor() -> None:
+    with pytest.raises(ValueError, match="decoder odd has words; give the functions level and factor"):
         Decoder("odd", load_plain, Nothing(), (None,), torch.float32, Words(1, 8, "k"))
 
 

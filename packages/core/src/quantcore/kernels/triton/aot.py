@@ -14,11 +14,16 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
 from triton import JITFunction
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from quantcore.kernels.triton import skeletons
+from quantcore.formats.base import WeightFormat
+from quantcore.kernels.triton import launch, skeletons
+from quantcore.kernels.triton.checks import quantized
+from quantcore.kernels.triton.decoder import Decoder
+from quantcore.kernels.triton.heuristics import GEMV_ROWS, Shape, default
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -50,9 +55,12 @@ def compile_launches(target: str, call: Callable[[], Any], module: ModuleType = 
 
 
 def spilled_bytes(kernel: Any) -> int:
-    """Registers that a compiled kernel spills: bytes stored for CUDA, registers for HIP."""
+    """What a compiled kernel spills to memory: bytes stored for CUDA, vector registers for HIP.
+
+    Scalar registers of HIP go to lanes of vector registers, which takes no memory.
+    """
     if "amdgcn" in kernel.asm:
-        return sum(int(count) for count in re.findall(r"[sv]gpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"]))
+        return sum(int(count) for count in re.findall(r"vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"]))
     return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", _ptxas_report(kernel.asm["ptx"])))
 
 
@@ -60,6 +68,45 @@ def count_instructions(kernel: Any, pattern: str) -> int:
     """Number of lines of the generated code that hold a match of the regular expression."""
     code = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
     return sum(1 for line in code.splitlines() if re.search(pattern, line))
+
+
+def loop_instructions(kernel: Any) -> int:
+    """Machine instructions in the longest loop of a kernel compiled for CUDA: each warp issues them once a step."""
+    instructions, labels, longest = 0, dict[str, int](), 0
+    for line in _disassembly(kernel.asm["cubin"]).splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = instructions
+        elif re.match(r"\s+/\*[0-9a-f]+\*/\s", line):
+            instructions += 1
+            branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if branch and branch[1] in labels:
+                longest = max(longest, instructions - labels[branch[1]])
+    return longest
+
+
+def instructions_a_weight(weight_format: WeightFormat, decoder: Decoder, shape: tuple[int, int], rows: int) -> float:
+    """What a thread issues for each value of the weight, in a product with rows of bfloat16 on sm_90.
+
+    An H200 issues at most 33 tera of them a second, and reads 4-bit weights at 8 tera: beyond 4 of them it is these
+    that take the time, and not the memory.
+    """
+    N, K = shape
+    operands, x = list(quantized(weight_format, shape).values()), torch.zeros(rows, K, dtype=torch.bfloat16)
+    skeleton, call = ("gemv", launch.gemv) if rows <= GEMV_ROWS else ("gemm", launch.gemm)
+    words = decoder.words if decoder.fits_tiles(N, K) else None
+    chosen = default(Shape(skeleton, words, rows, N, K, x.itemsize))
+    (kernel,) = compile_launches("sm_90", lambda: call(x, operands, None, decoder, N, launch=chosen))
+    return loop_instructions(kernel) * 32 * chosen.num_warps / (chosen.BN * chosen.BK)
+
+
+def _disassembly(cubin: bytes) -> str:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _ptxas_report(ptx: str) -> str:

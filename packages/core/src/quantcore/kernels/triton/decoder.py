@@ -80,16 +80,16 @@ class Decoder:
     dtype: of the weight itself, what `dequantize` gives where no dtype is asked for.
     words: None, or the layout of the first operand, whose fields D holds as words_codes, words_bits, ...
     level: a @triton.jit function `level(tensors, codes, n, g, N, K, D) -> levels`. codes: [BN, BG, BW] of int32, of
-    float32 where words are numbers, or of the operand's own dtype where a word is one code; n: integers [BN, 1] below N
-    as in decode; g: integers [1, BG] below max(1, K / group), the groups of the columns, BW columns each. Returns
-    float32 of codes' shape. Load what a group needs, a zero point say, at [BN, BG] and widen it by [:, :, None]
-    afterwards: a load of [BN, BG, 1] would be repeated in every register.
+    float32 where words are numbers, or where a word is one code of the operand's own dtype (of uint8: that or int32);
+    n: integers [BN, 1] below N as in decode; g: integers [1, BG] below max(1, K / group), the groups of the columns,
+    BW columns each. Returns float32 of codes' shape. Load what a group needs, a zero point say, at [BN, BG] and widen
+    it by [:, :, None] afterwards: a load of [BN, BG, 1] would be repeated in every register.
     factor: a @triton.jit function `factor(tensors, n, g, N, K, D) -> factors`, float32 [BN, BG].
     rounds: the dtype to which a level times its factor is rounded to be the number that decode gives; None for float32.
 
-    Where the columns of a tile share a factor, a product in bfloat16 or float16 multiplies x by the levels, rounded to
-    that dtype, and then the sums by the factor. Levels that are small integers or small floats are not rounded at all
-    then; others, such as NF4's, are rounded as much as the reference rounds the weight itself.
+    Where the columns of a tile share a factor, a product of few rows in bfloat16 or float16 multiplies x by the levels,
+    rounded to that dtype, and then the sums by the factor. Levels that are small integers or small floats are not
+    rounded at all then; others, such as NF4's, are rounded as much as the reference rounds the weight itself.
     """
 
     name: str

@@ -7,13 +7,14 @@ from typing import NamedTuple
 from quantcore.kernels.triton.decoder import Words
 
 GEMV_ROWS = 16  # the fewest rows that a tensor core takes, and so the most that gemv serves
-_ENOUGH_PROGRAMS = 512  # about four a multiprocessor; fewer rows of programs than this share K among splits
-_MOST_SPLITS = 8
-_FEW_PROGRAMS = 256  # of gemm, which does not split K: with fewer than this, multiprocessors stand idle
+_ENOUGH_PROGRAMS = 512  # about four a multiprocessor; fewer tiles than this share K among splits
+_MOST_SPLITS = 16
+_MOST_SHARED_ROWS = 256  # rows of x times splits: beyond, their sums in memory would cost as much as the weight
+_FEWEST_STEPS = 4  # of a program along K
 _MOST_VALUES = 4096  # of a tile in the registers of four warps: 32 a thread
 _BYTES = 2048  # of words that four warps load at once, 16 a thread
 _GEMM_SIZES = (  # [BM, BN, BK] worth measuring
-    *((16, 64, 128), (32, 32, 128), (32, 64, 64), (32, 128, 64)),
+    *((16, 128, 64), (16, 64, 64), (16, 32, 64), (32, 64, 64), (32, 128, 64)),
     *((64, 32, 64), (64, 64, 64), (64, 128, 64), (128, 64, 64), (128, 128, 64)),
 )
 
@@ -21,8 +22,8 @@ _GEMM_SIZES = (  # [BM, BN, BK] worth measuring
 class Launch(NamedTuple):
     """Tile sizes of a skeleton and how it is launched.
 
-    SPLITS: how many programs share K, of gemv alone. BM = 0 is the whole: the weight is dequantized, and torch
-    multiplies.
+    BM = 1: one row, without tensor cores. SPLITS: how many programs share K, of gemv and gemm. BM = 0 is the whole: the
+    weight is dequantized, and torch multiplies.
     """
 
     BM: int
@@ -57,10 +58,9 @@ def serves(launch: Launch, shape: Shape) -> bool:
         return False
     if launch == DENSE:
         return shape.skeleton == "gemm"
-    sizes = (launch.BM, launch.BN, launch.BK, launch.SPLITS, launch.num_warps)
-    is_one_row = launch.BM == 1
-    if shape.skeleton == "gemv" and (is_one_row != (shape.M == 1) or launch.BM not in (1, GEMV_ROWS)):
+    if launch.BM < GEMV_ROWS and not (launch.BM == 1 and (shape.M == 1 or shape.skeleton == "dequantize")):
         return False
+    sizes = (launch.BM, launch.BN, launch.BK, launch.SPLITS, launch.num_warps)
     return all(size > 0 and size & (size - 1) == 0 for size in sizes) and _holds_words(launch, shape.words)
 
 
@@ -87,22 +87,27 @@ def _dequantize(shape: Shape) -> Launch:
 
 
 def _gemv(shape: Shape) -> Launch:
-    BN, BK = _one_row_tile(shape.words) if shape.M == 1 else _several_rows_tile(shape)
-    splits = _splits(shape, BN, BK)
-    return Launch(1, BN, BK, splits, num_stages=4) if shape.M == 1 else Launch(GEMV_ROWS, BN, BK, splits)
+    if shape.M == 1 and (shape.words is None or shape.itemsize > 2):
+        BN, BK = _one_row_tile(shape.words)
+        return Launch(1, BN, BK, _splits(shape, -(-shape.N // BN), BK), num_stages=4)
+    return _gemm(shape)
 
 
 def _gemm(shape: Shape) -> Launch:
-    return DENSE if shape.M > DENSE_ROWS else _grouped(shape)
+    if shape.M > DENSE_ROWS:
+        return DENSE
+    launch = _grouped(shape)
+    tiles = -(-shape.M // launch.BM) * -(-shape.N // launch.BN)
+    return launch._replace(SPLITS=_splits(shape, tiles, launch.BK), num_stages=3)
 
 
 def _grouped(shape: Shape) -> Launch:
     if shape.itemsize > 2:  # float32 tiles hold twice the registers: larger ones spill
         return Launch(32, 32, 32)
     BM = min(64, max(GEMV_ROWS, _next_power_of_2(shape.M)))
-    programs = -(-shape.M // BM) * -(-shape.N // 64)
-    is_narrow = programs < _FEW_PROGRAMS and not (shape.words and shape.words.along == "n")  # whose words lie across N
-    return Launch(BM, 32 if is_narrow else 64, 64)
+    if shape.words is None:
+        return Launch(BM, 32, 64)
+    return Launch(BM, 64 if BM == 64 else 128, 64)
 
 
 def _one_row_tile(words: Words | None) -> tuple[int, int]:
@@ -117,17 +122,11 @@ def _one_row_tile(words: Words | None) -> tuple[int, int]:
     return max(8, words.codes), values // max(8, words.codes)
 
 
-def _several_rows_tile(shape: Shape) -> tuple[int, int]:
-    if shape.itemsize > 2:
-        return 32, 32
-    return (32, 64) if shape.words is None else (64, 64)
-
-
-def _splits(shape: Shape, BN: int, BK: int) -> int:
-    programs = -(-shape.N // BN)
-    wanted = _next_power_of_2(max(1, _ENOUGH_PROGRAMS // max(1, programs)))
-    possible = _next_power_of_2(max(1, shape.K // BK))
-    return min(wanted, possible, _MOST_SPLITS)
+def _splits(shape: Shape, tiles: int, BK: int) -> int:
+    wanted = _next_power_of_2(max(1, _ENOUGH_PROGRAMS // max(1, tiles)))
+    most = max(1, _MOST_SHARED_ROWS // shape.M)
+    possible = _next_power_of_2(max(1, shape.K // (_FEWEST_STEPS * BK)))
+    return min(wanted, possible, most, _MOST_SPLITS)
 
 
 def _next_power_of_2(number: int) -> int:
@@ -141,22 +140,29 @@ def _more_dequantize(shape: Shape) -> list[Launch]:
 
 
 def _more_gemv(shape: Shape) -> list[Launch]:
-    first = _gemv(shape)
-    sizes = ((first.BN, first.BK), (2 * first.BN, first.BK // 2), (first.BN // 2, first.BK), (first.BN, first.BK // 2))
-    stages = (1, 4) if first.BM == 1 else (2, 4)
-    splits = sorted({1, first.SPLITS, max(1, first.SPLITS // 2)})
-    return [Launch(first.BM, *size, split, 4, stage) for size in sizes for split in splits for stage in stages]
+    found = _more_gemm(shape)
+    if shape.M == 1:
+        BN, BK = _one_row_tile(shape.words)
+        sizes = ((BN, BK), (2 * BN, BK // 2), (BN // 2, BK))
+        found += [Launch(1, *size, split, 4, 4) for size in sizes for split in (1, 4)]
+    return found
 
 
 def _more_gemm(shape: Shape) -> list[Launch]:
-    return [*([DENSE] if shape.M >= 64 else []), *_more_grouped(shape)]
+    first = _gemm(shape)
+    splits = sorted({1, first.SPLITS, min(_MOST_SPLITS, 2 * max(1, first.SPLITS))})
+    if shape.M > _MOST_SHARED_ROWS:
+        splits = [1]
+    launches = [launch._replace(SPLITS=split) for launch in _more_grouped(shape) for split in splits]
+    return [*([DENSE] if shape.M >= 64 else []), *launches]
 
 
 def _more_grouped(shape: Shape) -> list[Launch]:
     if shape.itemsize > 2:
         return [Launch(32, 64, 32), Launch(64, 32, 32), Launch(64, 64, 32, num_warps=8)]
     fitting = [size for size in _GEMM_SIZES if size[0] <= max(16, 2 * shape.M)]
-    return [Launch(*size, 1, 8 if size[0] == 128 else 4, stages) for size in fitting for stages in (3, 4)]
+    stages = (3, 4) if len(fitting) > 4 else (2, 3, 4)
+    return [Launch(*size, 1, 8 if min(size[:2]) >= 64 else 4, stage) for size in fitting for stage in stages]
 
 
 _DEFAULTS = {"dequantize": _dequantize, "gemv": _gemv, "gemm": _gemm, "grouped": _grouped}

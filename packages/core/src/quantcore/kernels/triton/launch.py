@@ -22,10 +22,9 @@ from quantcore.formats.base import dtype_name
 from quantcore.kernels.triton import skeletons
 from quantcore.kernels.triton.decoder import Decoder, Words
 from quantcore.kernels.triton.heuristics import DENSE, GEMV_ROWS, Launch, Shape
-from quantcore.kernels.triton.rounding import TRITON_DTYPES
 from quantcore.kernels.triton.tuning import best_launch
 
-_SUM_COLUMNS = 128
+_FEWEST_TILES = 4096  # that are made room for
 _WIDE = {2: torch.int16, 4: torch.int32}  # by bytes
 _ALIGNMENT = 16  # bytes that one thread loads at once
 
@@ -66,32 +65,9 @@ def gemv(
 ) -> Tensor:
     """x [..., K] of at most 16 rows times the weight, plus bias [N]."""
     rows = _rows(x)
-    (M, K), N, dtype = rows.shape, out_features, compute_dtype or x.dtype
-    if M > GEMV_ROWS:
-        raise ValueError(f"gemv serves at most {GEMV_ROWS} rows, got {M}; use gemm")
-    tensors, bias = decoder.arrange(operands), _contiguous(bias)
-
-    def run(launch: Launch) -> Tensor:
-        y = x.new_empty(M, N)
-        shares, added = y, bias
-        if launch.SPLITS > 1:
-            shares, added = x.new_empty(launch.SPLITS, M, N, dtype=torch.float32), None
-        seen, decoding = _decoding(decoder, tensors, N, K, launch, dtype)
-        arguments = (seen, rows, added, shares, M, N, K, *rows.stride(), *decoding)
-        grid = (triton.cdiv(N, launch.BN), launch.SPLITS)
-        _launch(skeletons.gemv_kernel, grid, decoder, x.device, arguments, launch._asdict())
-        if launch.SPLITS > 1:
-            _sum_splits(shares, bias, y, decoder, launch.BM, dtype)
-        return y
-
-    return _result(x, N, lambda: launch or _choose("gemv", decoder, (M, N, K), dtype, x.device, run), run)
-
-
-def _sum_splits(shares: Tensor, bias: Tensor | None, y: Tensor, decoder: Decoder, BM: int, dtype: torch.dtype) -> None:
-    splits, M, N = shares.shape
-    options = {"BM": BM, "BN": _SUM_COLUMNS, "SPLITS": splits}
-    arguments = (shares, bias, y, M, N, TRITON_DTYPES[dtype])
-    _launch(skeletons.sum_splits_kernel, (triton.cdiv(N, _SUM_COLUMNS),), decoder, y.device, arguments, options)
+    if rows.shape[0] > GEMV_ROWS:
+        raise ValueError(f"gemv serves at most {GEMV_ROWS} rows, got {rows.shape[0]}; use gemm")
+    return _product("gemv", x, rows, operands, bias, decoder, out_features, compute_dtype, launch)
 
 
 def gemm(
@@ -107,22 +83,52 @@ def gemm(
 
     Under DENSE, which many rows take, the weight is dequantized whole for torch's own product.
     """
-    rows = _rows(x)
-    (M, K), N, dtype = rows.shape, out_features, compute_dtype or x.dtype
-    tensors, bias = decoder.arrange(operands), _contiguous(bias)
+    return _product("gemm", x, _rows(x), operands, bias, decoder, out_features, compute_dtype, launch)
+
+
+def _product(
+    skeleton: str,
+    x: Tensor,
+    rows: Tensor,
+    operands: Sequence[Tensor],
+    bias: Tensor | None,
+    decoder: Decoder,
+    N: int,
+    compute_dtype: torch.dtype | None,
+    launch: Launch | None,
+) -> Tensor:
+    (M, K), dtype = rows.shape, compute_dtype or x.dtype
+    tensors, bias = decoder.arrange(operands), None if bias is None else bias.contiguous()
 
     def run(launch: Launch) -> Tensor:
         if launch == DENSE:
             weight, added = dequantize(operands, decoder, (N, K), dtype), None if bias is None else bias.to(dtype)
             return torch.nn.functional.linear(rows.to(dtype), weight, added).to(x.dtype)
-        y = x.new_empty(M, N)
+        y, shares, arrivals = x.new_empty(M, N), None, None
+        grid = (triton.cdiv(M, launch.BM) * triton.cdiv(N, launch.BN), launch.SPLITS)
+        if launch.SPLITS > 1:
+            shares = x.new_empty(launch.SPLITS, M, N, dtype=torch.float32)
+            arrivals = _arrivals(grid[0], x.device)
         seen, decoding = _decoding(decoder, tensors, N, K, launch, dtype)
-        arguments = (seen, rows, bias, y, M, N, K, *rows.stride(), *decoding)
-        grid = (triton.cdiv(M, launch.BM) * triton.cdiv(N, launch.BN),)
-        _launch(skeletons.gemm_kernel, grid, decoder, x.device, arguments, _without_splits(launch))
+        arguments = (seen, rows, bias, y, shares, arrivals, M, N, K, *rows.stride(), *decoding)
+        kernel = skeletons.gemv_kernel if launch.BM == 1 else skeletons.gemm_kernel
+        _launch(kernel, grid, decoder, x.device, arguments, launch._asdict())
         return y
 
-    return _result(x, N, lambda: launch or _choose("gemm", decoder, (M, N, K), dtype, x.device, run), run)
+    return _result(x, N, lambda: launch or _choose(skeleton, decoder, (M, N, K), dtype, x.device, run), run)
+
+
+def _arrivals(tiles: int, device: torch.device) -> Tensor:
+    """int32 zeros for the tiles of a product, which leaves zeros: products in turn on a stream use the same ones."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():  # a graph is replayed on any stream
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return _kept_arrivals(triton.next_power_of_2(max(tiles, _FEWEST_TILES)), device, stream)
+
+
+@lru_cache(maxsize=256)
+def _kept_arrivals(tiles: int, device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(tiles, dtype=torch.int32, device=device)
 
 
 def grouped(
@@ -181,10 +187,6 @@ def _result(x: Tensor, N: int, choose: Callable[[], Launch], run: Callable[[Laun
     return run(choose()).view(shape) if math.prod(shape) else x.new_empty(shape)
 
 
-def _contiguous(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
-
-
 def _without_splits(launch: Launch) -> dict[str, int]:
     return {name: value for name, value in launch._asdict().items() if name != "SPLITS"}
 
@@ -207,8 +209,8 @@ def _spread(words: Words, stored: Tensor, K: int, BK: int) -> int:
     """How many words that are neighbours in a row are loaded as one, of up to 32 bits."""
     codes = words.codes if words.along == "k" else 1
     spread = min(4 // stored.itemsize, BK // codes)
-    can_load = words.codes > 1 and not words.transposed and spread > 1
-    return spread if can_load and K // codes % spread == 0 and stored.data_ptr() % 4 == 0 else 1
+    can_split = (words.codes > 1 or stored.dtype == torch.uint8) and not words.transposed and spread > 1
+    return spread if can_split and K // codes % spread == 0 and stored.data_ptr() % 4 == 0 else 1
 
 
 def _index_type(N: int, K: int) -> Any:

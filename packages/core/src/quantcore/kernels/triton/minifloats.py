@@ -10,32 +10,33 @@ import triton.language as tl
 @triton.jit
 def e4m3_values(code):
     """float32 of E4M3 codes, integers."""
-    code = code.to(tl.int32) & 0xFF
-    magnitude = code & 0x7F
-    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)  # 2**-9, the least subnormal
-    value = tl.where(magnitude == 0x7F, float("nan"), value)
-    return tl.where((code & 0x80) != 0, -value, value)
+    code = code.to(tl.int32)
+    values = small_float(code, 7, 3) * 1.3292279957849159e36  # 2**(127 - 7)
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), values)
 
 
 @triton.jit
 def e2m1_values(code):
     """float32 of E2M1 codes, integers."""
-    code = code.to(tl.int32)
-    magnitude = code & 7
-    normal = ((magnitude << 22) + (126 << 23)).to(tl.float32, bitcast=True)
-    value = tl.where(magnitude < 2, magnitude.to(tl.float32) * 0.5, normal)
-    return tl.where((code & 8) != 0, -value, value)
+    return small_float(code.to(tl.int32), 3, 1) * 8.507059173023462e37  # 2**(127 - 1)
 
 
 @triton.jit
 def e2m3_values(code):
     """float32 of E2M3 codes, integers."""
-    code = code.to(tl.int32)
-    magnitude = code & 31
-    normal = ((magnitude << 20) + (126 << 23)).to(tl.float32, bitcast=True)
-    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.125, normal)
-    return tl.where((code & 32) != 0, -value, value)
+    return small_float(code.to(tl.int32), 5, 3) * 8.507059173023462e37  # 2**(127 - 1)
+
+
+@triton.jit
+def small_float(code, MAGNITUDE: tl.constexpr, MANTISSA: tl.constexpr):
+    """float32 of int32 codes of a sign above MAGNITUDE bits, too small by 2**(127 - the bias of the exponent).
+
+    The bits move to where a float32 has them. Subnormal codes become subnormal numbers, so that one exact product with
+    that power of two gives the values of both kinds.
+    """
+    magnitude = (code & ((1 << MAGNITUDE) - 1)) << (23 - MANTISSA)
+    sign = (code & (1 << MAGNITUDE)) << (31 - MAGNITUDE)
+    return (magnitude | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit

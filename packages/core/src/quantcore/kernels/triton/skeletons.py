@@ -41,7 +41,7 @@ def add_product(
 ):
     """float32 [BM, BN]: sums plus values [BM, BK], which are x in the BK columns from start, times the weight there."""
     BK: tl.constexpr = values.shape[1]
-    if RUN == BK and D.compute != tl.float32:
+    if RUN == BK and sums.shape[0] < BK and D.compute != tl.float32:  # else there are more sums than values to scale
         levels, factors = level_tile(tensors, block, start, n, N, K, D, INDEX, WHOLE, SPREAD, BK, RUN)
         levels = rounded(tl.reshape(levels, (n.shape[0], BK)), D.compute)
         products = tl.dot(values, tl.trans(levels), input_precision="ieee")
@@ -53,13 +53,36 @@ def add_product(
 
 
 @triton.jit
-def store_result(y, bias, sums, m, n, M, N, COMPUTE: tl.constexpr):
-    """Writes sums float32 [BM, BN] plus bias to y [M, N], rounded to COMPUTE and then to y's own dtype."""
+def store_result(y, bias, sums, m, n, M, N, D: tl.constexpr):
+    """Writes sums float32 [BM, BN] plus bias to y [M, N], rounded to D.compute and then to y's own dtype."""
     if bias is not None:
-        added = rounded(tl.load(bias + n, mask=n < N, other=0.0), COMPUTE)
+        added = rounded(tl.load(bias + n, mask=n < N, other=0.0), D.compute)
         sums += added.to(tl.float32)[None, :]
-    result = rounded(rounded(sums, COMPUTE).to(tl.float32), y.dtype.element_ty)
+    result = rounded(rounded(sums, D.compute).to(tl.float32), y.dtype.element_ty)
     tl.store(y + m.to(tl.int64)[:, None] * N + n[None, :], result, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def store_share(shares, arrivals, y, bias, sums, m, n, M, N, D: tl.constexpr, SPLITS: tl.constexpr):
+    """As `store_result`, of sums over one of SPLITS parts of K: the last of the programs of a tile adds up all.
+
+    shares: float32 [SPLITS, M, N]. arrivals: int32, for each tile how many have come; 0 before and afterwards.
+    """
+    if SPLITS == 1:
+        store_result(y, bias, sums, m, n, M, N, D)
+    else:
+        tile, split = tl.program_id(0), tl.program_id(1)
+        place = m.to(tl.int64)[:, None] * N + n[None, :]
+        mask = (m < M)[:, None] & (n < N)[None, :]
+        size = tl.full([], M, tl.int64) * N
+        tl.store(shares + split * size + place, sums, mask=mask, cache_modifier=".cg")
+        tl.debug_barrier()  # every thread has written before one says so
+        if tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(arrivals + tile, 0)
+            total = tl.zeros_like(sums)
+            for i in range(SPLITS):  # in this order, whoever came last: the result is always the same
+                total += tl.load(shares + i * size + place, mask=mask, other=0.0, cache_modifier=".cg")
+            store_result(y, bias, total, m, n, M, N, D)
 
 
 @triton.jit
@@ -90,6 +113,8 @@ def gemv_kernel(
     x,
     bias,
     y,
+    shares,
+    arrivals,
     M,
     N,
     K,
@@ -106,51 +131,20 @@ def gemv_kernel(
     SPLITS: tl.constexpr,
     num_stages: tl.constexpr,
 ):
-    """x [M, K] times the weight, M <= BM. BM = 1 multiplies and adds, a larger BM uses tensor cores.
+    """As gemm_kernel, for one row: BM is 1, and no tensor core is used, which would compute 16.
 
-    SPLITS = 1: y [M, N] is the result. Else program (i, j) writes its share of the sums to y[j] of float32
-    [SPLITS, M, N], and `sum_splits_kernel` finishes.
-
-    With BM = 1 the loop reads num_stages - 1 tiles ahead, which Triton does by itself for tensor cores alone; but not
-    where each value has a scale of its own, which would take as many copies.
+    The loop reads num_stages - 1 tiles ahead, which Triton does by itself for tensor cores alone; but not where each
+    value has a factor of its own, which would take as many copies.
     """
-    AHEAD: tl.constexpr = num_stages if BM == 1 and RUN > 1 else None
-    m = tl.arange(0, BM)
+    AHEAD: tl.constexpr = num_stages if RUN > 1 else None
+    m = tl.arange(0, 1)
     n = tile_rows(tl.program_id(0), N, D, BN, RUN)
-    split = tl.program_id(1)
-    if BM == 1:
-        products = tl.zeros((BN, BK), tl.float32)
-    else:
-        sums = tl.zeros((BM, BN), tl.float32)
-    for start in tl.range(split * BK, K, SPLITS * BK, num_stages=AHEAD):
-        k = start + tl.arange(0, BK)
-        values = x_tile(x, m, k, M, K, stride_xm, stride_xk, D, WHOLE)
-        if BM == 1:
-            weight = weight_tile(tensors, tl.program_id(0), start, n, N, K, D, INDEX, WHOLE, SPREAD, BK, RUN)
-            products = tl.fma(values.to(tl.float32), weight, products)
-        else:
-            sums = add_product(sums, values, tensors, tl.program_id(0), start, n, N, K, D, INDEX, WHOLE, SPREAD, RUN)
-    if BM == 1:
-        sums = tl.sum(products, 1)[None, :]
-    if SPLITS == 1:
-        store_result(y, bias, sums, m, n, M, N, D.compute)
-    else:
-        offsets = (split * M + m)[:, None] * N + n[None, :]
-        tl.store(y + offsets, sums, mask=(m < M)[:, None] & (n < N)[None, :])
-
-
-@triton.jit
-def sum_splits_kernel(
-    shares, bias, y, M, N, COMPUTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr
-):
-    """y [M, N]: the float32 sum over shares [SPLITS, M, N], in order, plus bias."""
-    m = tl.arange(0, BM)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    mask = (m < M)[:, None] & (n < N)[None, :]
-    sums = tl.zeros((BM, BN), tl.float32)
-    for split in range(SPLITS):
-        sums += tl.load(shares + (split * M + m)[:, None] * N + n[None, :], mask=mask, other=0.0)
-    store_result(y, bias, sums, m, n, M, N, COMPUTE)
+    products = tl.zeros((BN, BK), tl.float32)
+    for start in tl.range(tl.program_id(1) * BK, K, SPLITS * BK, num_stages=AHEAD):
+        weight = weight_tile(tensors, tl.program_id(0), start, n, N, K, D, INDEX, WHOLE, SPREAD, BK, RUN)
+        values = x_tile(x, m, start + tl.arange(0, BK), M, K, stride_xm, stride_xk, D, WHOLE)
+        products = tl.fma(values.to(tl.float32), weight, products)
+    store_share(shares, arrivals, y, bias, tl.sum(products, 1)[None, :], m, n, M, N, D, SPLITS)
 
 
 @triton.jit
@@ -159,6 +153,8 @@ def gemm_kernel(
     x,
     bias,
     y,
+    shares,
+    arrivals,
     M,
     N,
     K,
@@ -172,18 +168,21 @@ def gemm_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """y [M, N]: x [M, K] times the weight, plus bias. Programs that run together share rows of the weight in L2."""
+    """y [M, N]: x [M, K] times the weight, plus bias. Programs that run together share rows of the weight in L2.
+
+    SPLITS: how many programs share K; see `store_share`.
+    """
     blocks_m = tl.cdiv(M, BM)
     m = (tl.program_id(0) % blocks_m) * BM + tl.arange(0, BM)
     block = tl.program_id(0) // blocks_m
     n = tile_rows(block, N, D, BN, RUN)
     sums = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, K, BK):
-        k = start + tl.arange(0, BK)
-        values = x_tile(x, m, k, M, K, stride_xm, stride_xk, D, WHOLE)
+    for start in range(tl.program_id(1) * BK, K, SPLITS * BK):
+        values = x_tile(x, m, start + tl.arange(0, BK), M, K, stride_xm, stride_xk, D, WHOLE)
         sums = add_product(sums, values, tensors, block, start, n, N, K, D, INDEX, WHOLE, SPREAD, RUN)
-    store_result(y, bias, sums, m, n, M, N, D.compute)
+    store_share(shares, arrivals, y, bias, sums, m, n, M, N, D, SPLITS)
 
 
 @triton.jit
@@ -226,7 +225,7 @@ def grouped_kernel(
             k = start + tl.arange(0, BK)
             values = x_tile(x, m, k, last, K, stride_xm, stride_xk, D, WHOLE)
             sums = add_product(sums, values, own, block, start, n, N, K, D, INDEX, WHOLE, SPREAD, RUN)
-        store_result(y, None, sums, m, n, last, N, D.compute)
+        store_result(y, None, sums, m, n, last, N, D)
 
 
 @triton.jit

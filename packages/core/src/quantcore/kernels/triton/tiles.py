@@ -130,13 +130,13 @@ def load_codes(
     else:
         offsets = row.to(INDEX) * columns + column
     mask = (row < word_rows) & (column < columns)
-    if D.words_codes > 1:  # before the load, so that the threads that load words split them
+    if D.words_codes * SPREAD > 1:  # before the load, so that the threads that load words split them
         offsets, mask = offsets[:, None, :, None, None], mask[:, None, :, None, None]
     if WHOLE:
         loaded = tl.load(words + offsets)
     else:
         loaded = tl.load(words + offsets, mask=mask, other=0)
-    if D.words_codes == 1:
+    if D.words_codes * SPREAD == 1:
         codes = loaded
     else:
         codes = split_words(loaded.to(tl.int32), D, SPREAD, DOWN)
