@@ -143,7 +143,7 @@ def test_disabled_method_is_not_said_to_be_lacking(
 ) -> None:
     site.install("made-up", {"awq": "made_up", "gptq": "made_up"}, {"made_up": plugin("awq")})
     monkeypatch.setenv("QUANTCORE_DISABLE_PLUGINS", "gptq")
-    with pytest.raises(BackendNotInstalledError, match=r"pip install 'quantcore\[gptq\]'\. Installed: awq"):
+    with pytest.raises(BackendNotInstalledError, match=r"pip install 'quantcore\[gptq\]'\. Installed"):
         plugins().backend("gptq")
 
 
