@@ -186,7 +186,7 @@ def test_products_leave_other_layers_with_a_reason(kernel: str, weight_format: W
 )
 def test_products_leave_other_problems_with_a_reason(name: str, changes: dict[str, object], reason: str) -> None:
     problem = Problem("linear", FORMATS[name], "cuda", torch.bfloat16, 4, 64, 128)
-    assert reason in str(kernel_of(name).refuse(replace(problem, **changes)))
+    assert reason in str(kernel_of(name).refuse(problem._replace(**changes)))
 
 
 def test_a_gpu_without_the_units_leaves_floats_to_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,6 @@ floats, so the sum over each group of columns is promoted to float32 registers, 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from quantcore.formats.activation import QuantizedInput
 from quantcore.formats.blocks import Block
+from quantcore.kernels.triton.launch import on_device
 from quantcore.kernels.triton.minifloats import e4m3_values
 from quantcore.kernels.triton.rounding import INTERPRETED, rounded
 
@@ -79,7 +78,7 @@ def block_matmul(x: QuantizedInput, weight: Tensor, scale: Tensor, block: Block,
     bm = FEW_ROWS if M <= FEW_ROWS else BM
     grid = (triton.cdiv(M, bm) * triton.cdiv(N, BN),)
     tensors = (x.codes.view(torch.uint8).contiguous(), x.scale.contiguous(), weight.view(torch.uint8).contiguous())
-    with torch.cuda.device(y.device) if y.device.type == "cuda" else nullcontext():
+    with on_device(y.device):
         block_matmul_kernel[grid](
             *tensors, scale.contiguous(), y, M, N, K, ROWS=rows, G=group, BM=bm, BN=BN, num_warps=4, num_stages=3
         )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantcore.kernels.triton.launch import on_device
 from quantcore_bnb.bitsandbytes.tables import code_midpoints, code_order
 
 _PROGRAM = 2048  # weights of one program, or one block: sixteen a thread
@@ -29,7 +28,7 @@ def quantize_blocks(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Te
     packed = flat.new_empty(triton.cdiv(numel, 2), 1, dtype=torch.uint8)
     absmax = flat.new_empty(triton.cdiv(numel, blocksize), dtype=torch.float32)
     blocks = max(1, _PROGRAM // blocksize)
-    with _on(flat.device):
+    with on_device(flat.device):
         _quantize_blocks_kernel[(triton.cdiv(absmax.numel(), blocks),)](
             flat, packed, absmax, numel, code_midpoints(quant_type), _codes_by_rank(quant_type),
             WHOLE=numel % blocksize == 0, B=blocksize, BLOCKS=blocks,
@@ -92,7 +91,3 @@ def _rank(values, limits):  # type: ignore[no-untyped-def]
     high = tl.where(b, tl.where(c, limits[8], limits[10]), tl.where(c, limits[12], limits[14]))
     d = values <= tl.where(a, low, high)
     return tl.where(a, 0, 8) + tl.where(b, 0, 4) + tl.where(c, 0, 2) + tl.where(d, 0, 1)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

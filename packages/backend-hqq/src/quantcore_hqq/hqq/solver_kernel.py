@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantcore.kernels.triton.launch import on_device
 from quantcore_hqq.hqq.solver import BETA, LP_NORM, SHRINK_FROM
 
 _PROGRAM = 2048  # values of one program, or one group: sixteen a thread
@@ -33,7 +31,7 @@ def step(part: Tensor, inv_scale: Tensor, zero: Tensor, top: int, axis: int) -> 
     width = triton.next_power_of_2(length)
     rows = max(1, _PROGRAM // width)
     strides = (part.stride(1 - axis), part.stride(axis))
-    with _on(part.device):
+    with on_device(part.device):
         _step_kernel[(triton.cdiv(groups, rows),)](
             part, inv_scale.contiguous(), zero.contiguous(), new_zero, error, groups, *strides,
             float(top), LP_NORM - 1, 1 / BETA, SHRINK_FROM,
@@ -90,7 +88,3 @@ def round_even(values):
     """Nearest integers of magnitudes below 2**22, ties to even: the sum's own rounding does it."""
     shift = 12582912.0  # 1.5 * 2**23
     return (values + shift) - shift
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +20,7 @@ from quantcore.plugins.manager import Plugins, plugins
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What a kernel is asked for: op on a weight [N, K] and M rows of input.
 
     op: "linear", "linear_input_grad" or "grouped_linear", where M is the mean of the experts.
@@ -57,10 +56,14 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel that serves a problem, and each candidate that was asked with its answer (None: yes)."""
+    """The kernel that serves a problem, and each candidate that was asked with its answer (None: yes).
+
+    proven: the devices on which the kernel has passed its trial for this problem.
+    """
 
     kernel: Kernel
     trace: tuple[tuple[str, str | None], ...]
+    proven: set[torch.device] = field(default_factory=set, compare=False)
 
 
 REFERENCE = Kernel(
@@ -81,16 +84,16 @@ def compute(problem: Problem, *arguments: Any) -> Tensor:
         result: Tensor = getattr(kernel, problem.op)(*arguments)
         return result
 
-    chosen = choose(problem).kernel
-    if not chosen.on_trial:
+    choice, device = choose(problem), arguments[0].device
+    chosen = choice.kernel
+    if not chosen.on_trial or device in choice.proven:
         return result_of(chosen)
-    return trial.run(
-        _tried(chosen, problem),
-        ((problem.M - 1).bit_length(), problem.N, problem.K),  # rows as launches tell them apart
-        arguments[0].device,
-        lambda: result_of(chosen),
-        lambda: result_of(REFERENCE),
-    )
+    tried = _tried(chosen, problem)
+    kind = ((problem.M - 1).bit_length(), problem.N, problem.K)  # rows as launches tell them apart
+    result = trial.run(tried, kind, device, lambda: result_of(chosen), lambda: result_of(REFERENCE))
+    if trial.has_passed(tried, kind, device):
+        choice.proven.add(device)
+    return result
 
 
 class _Tried(NamedTuple):
@@ -115,11 +118,11 @@ def choose(problem: Problem) -> Choice:
 
     Raises KernelUnavailableError when QUANTCORE_KERNEL forces a group in which none accepts, with every reason.
     """
-    return _choose(problem, settings.forced_kernel(), plugins(), plugins().generation, trial.failures())
+    return _choose(problem, settings.forced_kernel(), plugins(), plugins().generation, trial.generation())
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(problem: Problem, forced: str | None, loaded: Plugins, generation: int, failures: int) -> Choice:
+def _choose(problem: Problem, forced: str | None, loaded: Plugins, generation: int, trials: int) -> Choice:
     trace: list[tuple[str, str | None]] = []
     for kernel in _candidates(loaded, generation):
         reason = _refusal(kernel, problem, forced)

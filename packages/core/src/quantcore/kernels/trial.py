@@ -26,6 +26,7 @@ _MOST_ERROR = 0.02
 
 _passed: set[Hashable] = set()
 _failed: dict[Hashable, str] = {}
+_generation = 0
 
 Result = TypeVar("Result", bound=Tensor | tuple[Tensor, ...])
 
@@ -42,8 +43,18 @@ def fault(kernel: Hashable) -> str | None:
 
 
 def failures() -> int:
-    """How many kernels are not relied on any more: a choice made at another number may be outdated."""
+    """How many kernels are not relied on any more."""
     return len(_failed)
+
+
+def generation() -> int:
+    """Changes whenever a kernel that was relied on may no longer be: a choice made at another one may be outdated."""
+    return _generation
+
+
+def has_passed(kernel: Hashable, kind: Hashable, device: torch.device) -> bool:
+    """Whether `run` needs to compare nothing any more."""
+    return (kernel, kind, device) in _passed
 
 
 def run(
@@ -65,7 +76,7 @@ def run(
         return fast()
     if kernel in _failed:
         return slow()
-    if (kernel, kind, device) in _passed or _is_captured(device):
+    if has_passed(kernel, kind, device) or _is_captured(device):
         return fast()
     found, failure = _attempt(fast)
     if found is None:
@@ -101,11 +112,18 @@ def forget() -> None:
     """Try every kernel anew."""
     _passed.clear()
     _failed.clear()
+    _change()
+
+
+def _change() -> None:
+    global _generation
+    _generation += 1
 
 
 def _fail(kernel: Hashable, device: torch.device, reason: str) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     _failed[kernel] = f"failed on {name}: {reason}"
+    _change()
     logger.warning(
         "kernel %s %s. The reference serves instead, which is right and slower. Please report this; "
         "QUANTCORE_KERNEL=torch tries no kernel",

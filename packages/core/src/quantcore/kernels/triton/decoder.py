@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ def places(*order: int) -> int:
     return digits - (1 << 64) if digits >> 63 else digits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # told apart by identity, which costs a launch less than to hash all fields
 class Decoder:
     """How the operands of one weight format become float32 values inside a skeleton.
 
@@ -113,6 +113,7 @@ class Decoder:
         """Whether the contract `tile` serves a weight of this shape."""
         return self.words is not None and self.words.fits(N, K)
 
+    @lru_cache(maxsize=8192)  # noqa: B019 - decoders are as few as formats, and kept as long
     def on_device(self, compute: torch.dtype) -> Any:
         """The NamedTuple constexpr that skeletons take as D: the fields named in `_FIELDS`, the constants, the words.
 
@@ -136,8 +137,12 @@ class Decoder:
         """
         if len(operands) != len(self.views):
             raise ValueError(f"decoder {self.name} reads {len(self.views)} tensors, got {len(operands)}")
-        contiguous = (operand.contiguous() for operand in operands)
-        return tuple(t if view is None else t.view(view) for t, view in zip(contiguous, self.views, strict=True))
+        pairs = zip(operands, self.views, strict=True)
+        return tuple(_seen_as(operand.contiguous(), view) for operand, view in pairs)
+
+
+def _seen_as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or dtype == tensor.dtype else tensor.view(dtype)
 
 
 @cache

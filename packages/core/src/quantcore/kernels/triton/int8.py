@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from quantcore.kernels.int8 import Scaled
 from quantcore.kernels.triton.heuristics import GEMV_ROWS, Launch
+from quantcore.kernels.triton.launch import on_device
 from quantcore.kernels.triton.rounding import rounded
 
 # Few rows are bound by reading `right`: narrow tiles give every multiprocessor a program, long ones whole cache lines.
@@ -74,7 +73,7 @@ def int8_matmul(left: Tensor, right: Tensor, scaled: Scaled | None = None) -> Te
     grid = (triton.cdiv(M, launch.BM) * triton.cdiv(N, launch.BN),)
     factor = 1.0 if scaled is None else float(scaled.factor)
     arguments = (left.contiguous(), right.contiguous(), *_floats(scaled), y, M, N, K, factor)
-    with torch.cuda.device(y.device) if y.device.type == "cuda" else nullcontext():
+    with on_device(y.device):
         int8_matmul_kernel[grid](*arguments, **options, enable_fp_fusion=False)
     return y
 

@@ -8,24 +8,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import InterpreterError
 
+from quantcore import settings
 from quantcore.formats.base import dtype_name
+from quantcore.formats.constants import kept
 from quantcore.kernels.triton import skeletons
 from quantcore.kernels.triton.decoder import Decoder, Words
 from quantcore.kernels.triton.heuristics import DENSE, GEMV_ROWS, Launch, Shape
 from quantcore.kernels.triton.tuning import best_launch
 
 _FEWEST_TILES = 4096  # that are made room for
-_WIDE = {2: torch.int16, 4: torch.int32}  # by bytes
+_WIDEST = 4  # bytes of words that are loaded as one
 _ALIGNMENT = 16  # bytes that one thread loads at once
 
 
@@ -42,8 +43,8 @@ def dequantize(
 
     def run(launch: Launch) -> Tensor:
         y = tensors[0].new_empty(shape, dtype=dtype)
-        grid = (triton.cdiv(N, launch.BN), triton.cdiv(K, launch.BK))
-        seen, decoding = _decoding(decoder, tensors, N, K, launch, torch.float32)
+        grid = (_ceil_div(N, launch.BN), _ceil_div(K, launch.BK))
+        seen, decoding = _seen(decoder, tensors, N, K, launch, torch.float32)
         arguments = (seen, y, N, K, *decoding)
         options = {name: getattr(launch, name) for name in ("BN", "BK", "num_warps")}
         _launch(skeletons.dequantize_kernel, grid, decoder, y.device, arguments, options)
@@ -105,11 +106,11 @@ def _product(
             weight, added = dequantize(operands, decoder, (N, K), dtype), None if bias is None else bias.to(dtype)
             return torch.nn.functional.linear(rows.to(dtype), weight, added).to(x.dtype)
         y, shares, arrivals = x.new_empty(M, N), None, None
-        grid = (triton.cdiv(M, launch.BM) * triton.cdiv(N, launch.BN), launch.SPLITS)
+        grid = (_ceil_div(M, launch.BM) * _ceil_div(N, launch.BN), launch.SPLITS)
         if launch.SPLITS > 1:
             shares = x.new_empty(launch.SPLITS, M, N, dtype=torch.float32)
             arrivals = _arrivals(grid[0], x.device)
-        seen, decoding = _decoding(decoder, tensors, N, K, launch, dtype)
+        seen, decoding = _seen(decoder, tensors, N, K, launch, dtype)
         arguments = (seen, rows, bias, y, shares, arrivals, M, N, K, *rows.stride(), *decoding)
         kernel = skeletons.gemv_kernel if launch.BM == 1 else skeletons.gemm_kernel
         _launch(kernel, grid, decoder, x.device, arguments, launch._asdict())
@@ -120,15 +121,16 @@ def _product(
 
 def _arrivals(tiles: int, device: torch.device) -> Tensor:
     """int32 zeros for the tiles of a product, which leaves zeros: products in turn on a stream use the same ones."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():  # a graph is replayed on any stream
-        return torch.zeros(tiles, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    return _kept_arrivals(triton.next_power_of_2(max(tiles, _FEWEST_TILES)), device, stream)
+    with on_device(device):
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():  # a graph is replayed on any stream
+            return torch.zeros(tiles, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream().cuda_stream
+    return _kept_arrivals(_next_power_of_2(max(tiles, _FEWEST_TILES)), device, stream)
 
 
-@lru_cache(maxsize=256)
+@partial(kept, most=256)
 def _kept_arrivals(tiles: int, device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(tiles, dtype=torch.int32, device=device)
+    return torch.zeros(tiles, dtype=torch.int32, device="cpu").to(device)
 
 
 def grouped(
@@ -152,22 +154,25 @@ def grouped(
 
     def run(launch: Launch) -> Tensor:
         y = x.new_empty(M, N)
-        most_blocks = min(M, triton.cdiv(M, launch.BM) + len(experts))
-        seen, decoding = _decoding(decoder, tensors, N, K, launch, dtype)
-        decoding += (is_aligned, triton.next_power_of_2(len(experts)))
+        most_blocks = min(M, _ceil_div(M, launch.BM) + len(experts))
+        seen, decoding = _seen(decoder, tensors, N, K, launch, dtype, is_aligned)
+        decoding += (is_aligned, _next_power_of_2(len(experts)))
         arguments = (seen, table, x, ends, y, len(experts), N, K, *x.stride(), *decoding)
-        grid = (most_blocks * triton.cdiv(N, launch.BN),)
+        grid = (most_blocks * _ceil_div(N, launch.BN),)
         _launch(skeletons.grouped_kernel, grid, decoder, x.device, arguments, _without_splits(launch))
         return y
 
-    shape = (triton.cdiv(M, len(experts)), N, K)
+    shape = (_ceil_div(M, len(experts)), N, K)
     return _result(x, N, lambda: launch or _choose("grouped", decoder, shape, dtype, x.device, run), run)
 
 
-@lru_cache(maxsize=4096)
+@partial(kept, most=4096)
 def _table(pointers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Addresses as int64 on a device. Kept, since copying them there anew would take longer than small products."""
-    return torch.tensor(pointers, dtype=torch.int64, device=device)
+    """Addresses as int64 on a device. Kept, since copying them there anew would take longer than small products.
+
+    The copy is why experts must run once before a CUDA graph of them is captured, as torch asks of all modules.
+    """
+    return torch.tensor(pointers, dtype=torch.int64, device="cpu").to(device)
 
 
 def linear_input_grad(grad: Tensor, operands: Sequence[Tensor], decoder: Decoder, in_features: int) -> Tensor:
@@ -176,41 +181,75 @@ def linear_input_grad(grad: Tensor, operands: Sequence[Tensor], decoder: Decoder
     return grad @ weight.to(grad.dtype)
 
 
+# Triton's own of these two, which are made for kernels too, take a few microseconds.
+def _ceil_div(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
 def _rows(x: Tensor) -> Tensor:
     """x as [M, K], under its own strides where it can be."""
+    if x.ndim == 2:
+        return x
     return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
 
 
 def _result(x: Tensor, N: int, choose: Callable[[], Launch], run: Callable[[Launch], Tensor]) -> Tensor:
     """What run gives, with the leading dimensions of x [..., K]."""
     shape = (*x.shape[:-1], N)
-    return run(choose()).view(shape) if math.prod(shape) else x.new_empty(shape)
+    if not math.prod(shape):
+        return x.new_empty(shape)
+    y = run(choose())
+    return y if y.shape == shape else y.view(shape)
 
 
 def _without_splits(launch: Launch) -> dict[str, int]:
     return {name: value for name, value in launch._asdict().items() if name != "SPLITS"}
 
 
-def _decoding(
-    decoder: Decoder, tensors: tuple[Tensor, ...], N: int, K: int, launch: Launch, compute: torch.dtype
+def _seen(
+    decoder: Decoder,
+    tensors: tuple[Tensor, ...],
+    N: int,
+    K: int,
+    launch: Launch,
+    compute: torch.dtype,
+    is_aligned: bool = True,
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """The tensors as a launch reads them, and D, INDEX, WHOLE, SPREAD and RUN of the skeletons."""
-    run, spread, words = 0, 1, decoder.words
-    if words is not None and words.fits(N, K):
-        run = math.gcd(words.group, launch.BK)  # of 0, all columns, it is BK
-        spread = _spread(words, tensors[0], K, launch.BK)
-    if spread > 1:
-        tensors = (tensors[0].flatten().view(_WIDE[spread * tensors[0].itemsize]), *tensors[1:])
+    words = tensors[0]
+    can_widen = is_aligned and words.data_ptr() % _WIDEST == 0
+    wide, decoding = _decoding(decoder, N, K, launch, compute, words.dtype if can_widen else None)
+    return tensors if wide is None else (words.flatten().view(wide), *tensors[1:]), decoding
+
+
+@lru_cache(maxsize=4096)
+def _decoding(
+    decoder: Decoder, N: int, K: int, launch: Launch, compute: torch.dtype, stored: torch.dtype | None
+) -> tuple[torch.dtype | None, tuple[Any, ...]]:
+    """The dtype under which several words are loaded as one, None for none, and D, INDEX, WHOLE, SPREAD and RUN.
+
+    stored: the words' own dtype, None for those that may not be loaded so.
+    """
+    run, spread, wide = 0, 1, None
+    if decoder.words is not None and decoder.words.fits(N, K):
+        run = math.gcd(decoder.words.group, launch.BK)  # of 0, all columns, it is BK
+        spread = 1 if stored is None else _spread(decoder.words, stored, K, launch.BK)
+    if spread > 1 and stored is not None:
+        wide = torch.int32 if spread * stored.itemsize == _WIDEST else torch.int16
     is_whole = N % launch.BN == 0 and K % launch.BK == 0
-    return tensors, (decoder.on_device(compute), _index_type(N, K), is_whole, spread, run)
+    return wide, (decoder.on_device(compute), _index_type(N, K), is_whole, spread, run)
 
 
-def _spread(words: Words, stored: Tensor, K: int, BK: int) -> int:
-    """How many words that are neighbours in a row are loaded as one, of up to 32 bits."""
+def _spread(words: Words, stored: torch.dtype, K: int, BK: int) -> int:
+    """How many words that are neighbours in a row are loaded as one."""
     codes = words.codes if words.along == "k" else 1
-    spread = min(4 // stored.itemsize, BK // codes)
-    can_split = (words.codes > 1 or stored.dtype == torch.uint8) and not words.transposed and spread > 1
-    return spread if can_split and K // codes % spread == 0 and stored.data_ptr() % 4 == 0 else 1
+    spread = min(_WIDEST // stored.itemsize, BK // codes)
+    can_split = (words.codes > 1 or stored == torch.uint8) and not words.transposed and spread > 1
+    return spread if can_split and K // codes % spread == 0 else 1
 
 
 def _index_type(N: int, K: int) -> Any:
@@ -224,6 +263,26 @@ def _choose(
     dtype: torch.dtype,
     device: torch.device,
     run: Callable[[Launch], Tensor],
+) -> Launch:
+    if settings.autotune():
+        return _best(skeleton, decoder, shape, dtype, device, run)
+    return _known(skeleton, decoder, shape, dtype, device)
+
+
+@lru_cache(maxsize=4096)
+def _known(
+    skeleton: str, decoder: Decoder, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> Launch:
+    return _best(skeleton, decoder, shape, dtype, device, None)
+
+
+def _best(
+    skeleton: str,
+    decoder: Decoder,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    run: Callable[[Launch], Tensor] | None,
 ) -> Launch:
     M, N, K = shape
     words = decoder.words if decoder.fits_tiles(N, K) else None
@@ -241,7 +300,7 @@ def _launch(
 ) -> None:
     """Runs a kernel. Without fused multiply-add: it would round once where formats say twice."""
     try:
-        with _on(device):
+        with on_device(device):
             kernel[grid](*arguments, **options, enable_fp_fusion=False)
     except (CompilationError, InterpreterError) as error:
         raise TypeError(f"decoder {decoder.name} does not fit {kernel.__name__}: {_root(error)}") from error
@@ -254,5 +313,8 @@ def _root(error: BaseException) -> str:
     return str(getattr(error, "error_message", None) or error)
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Within, kernels are launched on a device; the CPU's are the interpreter's."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -80,13 +80,15 @@ class Tuner:
 
 
 def best_launch(
-    shape: Shape, decoder: str, dtype: str, device: torch.device, run: Callable[[Launch], object]
+    shape: Shape, decoder: str, dtype: str, device: torch.device, run: Callable[[Launch], object] | None
 ) -> Launch:
-    """The launch of a shape on a device. run: carries one out there, which QUANTCORE_AUTOTUNE=1 measures."""
+    """The launch of a shape on a device. run: carries one out there, which QUANTCORE_AUTOTUNE=1 measures; or None."""
     if device.type != "cuda":  # the interpreter's
         return default(shape)
     tuner = _tuner(device)
-    measure = partial(_milliseconds, run, device) if settings.autotune() and not _is_captured() else None
+    measure = None
+    if run is not None and settings.autotune() and not _is_captured():
+        measure = partial(_milliseconds, run, device)
     return tuner.choose(shape, key_of(shape, decoder, dtype), measure)
 
 
