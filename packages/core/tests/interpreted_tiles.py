@@ -71,6 +71,24 @@ def test_wide_indices_decode_the_same(layout: str, monkeypatch: pytest.MonkeyPat
     check_dequantize(Coded(layout), coded_decoder(layout), SHAPES[layout][1], torch.float32)
 
 
+def at_odd_address(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+
+@pytest.mark.parametrize("layout", ["bytes_of_neighbours", "bytes_of_rows_apart"])
+def test_bytes_at_odd_addresses_are_read_one_by_one(layout: str) -> None:
+    shape, decoder, x = (74, 560), coded_decoder(layout), torch.randn(5, 560).bfloat16()
+    words, *others = quantized(Coded(layout), shape).values()
+    odd = at_odd_address(words)
+    assert odd.data_ptr() % 2 == 1
+    assert launch._seen(decoder, (odd,), *shape, Launch(16, 64, 64), x.dtype)[0][0] is odd
+    expected, found = (launch.gemv(x, [seen, *others], None, decoder, shape[0]) for seen in (words, odd))
+    assert torch.equal(found, expected)
+    ends = torch.tensor([2, 5])
+    experts = [[words, *others], [odd, *others]]
+    assert torch.allclose(launch.grouped(x, ends, experts, decoder, shape[0]), expected, rtol=2**-7, atol=1e-2)
+
+
 @LAYOUT
 def test_tiles_smaller_than_a_group_and_larger_agree(layout: str) -> None:
     shape = SHAPES[layout][0]
