@@ -134,6 +134,12 @@ def test_gemv_adds_up_its_splits(rows: int, BM: int, K: int, splits: int) -> Non
     check_linear(partial(launch.gemv, launch=Launch(BM, 8, 64, splits)), Plain(), plain(), x, 33, bias)
 
 
+def test_k_is_not_split_where_a_barrier_does_not_order_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(launch, "_arrivals", None)
+    check_linear(partial(launch.gemm, launch=Launch(16, 16, 64, SPLITS=4)), Plain(), plain(), torch.randn(3, 700), 33)
+
+
 @DTYPES
 @pytest.mark.parametrize("compute", [None, "bfloat16"])
 def test_a_weight_dequantized_whole_computes_in_the_formats_dtype(compute: str | None, dtype: torch.dtype) -> None:
