@@ -32,7 +32,7 @@ def view_dense(module: nn.Module) -> DenseLinear | None:
     nn.Linear exactly (a subclass may compute something else), and transformers' Conv1D, whose weight is [K, N]. One
     whose weight is computed anew in each forward, as weight and spectral norm and pruning do, is of another kind.
     """
-    if "weight" not in module._parameters:
+    if not isinstance(module, nn.Module) or "weight" not in module._parameters:
         return None
     if type(module) is nn.Linear:
         return DenseLinear(module.weight.detach(), _detached(module.bias), nn.Linear)

@@ -131,11 +131,7 @@ def gemv_kernel(
     SPLITS: tl.constexpr,
     num_stages: tl.constexpr,
 ):
-    """As gemm_kernel, for one row: BM is 1, and no tensor core is used, which would compute 16.
-
-    The loop reads num_stages - 1 tiles ahead, which Triton does by itself for tensor cores alone; but not where each
-    value has a factor of its own, which would take as many copies.
-    """
+    """As gemm_kernel, for one row: BM is 1, and no tensor core is used, which would compute 16."""
     AHEAD: tl.constexpr = num_stages if RUN > 1 else None
     m = tl.arange(0, 1)
     n = tile_rows(tl.program_id(0), N, D, BN, RUN)
@@ -169,17 +165,20 @@ def gemm_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
+    num_stages: tl.constexpr,
 ):
     """y [M, N]: x [M, K] times the weight, plus bias. Programs that run together share rows of the weight in L2.
 
-    SPLITS: how many programs share K; see `store_share`.
+    SPLITS: how many programs share K; see `store_share`. What tensor cores multiply is read num_stages - 1 tiles ahead,
+    as Triton does by itself; with few rows factors too, unless each value has its own, which would take as many copies.
     """
+    AHEAD: tl.constexpr = num_stages if BM == 16 and RUN > 1 else None
     blocks_m = tl.cdiv(M, BM)
     m = (tl.program_id(0) % blocks_m) * BM + tl.arange(0, BM)
     block = tl.program_id(0) // blocks_m
     n = tile_rows(block, N, D, BN, RUN)
     sums = tl.zeros((BM, BN), tl.float32)
-    for start in range(tl.program_id(1) * BK, K, SPLITS * BK):
+    for start in tl.range(tl.program_id(1) * BK, K, SPLITS * BK, num_stages=AHEAD):
         values = x_tile(x, m, start + tl.arange(0, BK), M, K, stride_xm, stride_xk, D, WHOLE)
         sums = add_product(sums, values, tensors, block, start, n, N, K, D, INDEX, WHOLE, SPREAD, RUN)
     store_share(shares, arrivals, y, bias, sums, m, n, M, N, D, SPLITS)
