@@ -118,7 +118,7 @@ def test_tiles_of_gemm_are_no_taller_than_needed(rows: int, BM: int) -> None:
 
 
 def test_few_tiles_share_k() -> None:
-    few, many = (default(Shape("gemv", INT4, 1, N, 8192, 2)) for N in (128, 65536))
+    few, many = (default(Shape("gemv", INT4, 1, N, 8192, 2)) for N in (128, 131072))
     assert (few.SPLITS, many.SPLITS) == (16, 1)
 
 

@@ -21,6 +21,7 @@ from quantcore.checkpoints.read import CONFIG_KEYS, Checkpoint, quantization_dic
 from quantcore.checkpoints.stream import checked_slots, fill, slots, unify_dtypes
 from quantcore.checkpoints.write import atomic_directory, write_tensors
 from quantcore.formats.base import dtype_name
+from quantcore.nn import kv_cache
 from quantcore.nn.experts import fuse_float_experts
 from quantcore.nn.replace import quantized_modules, replace_module
 from quantcore.plugins.manager import plugins
@@ -100,7 +101,7 @@ def load(
     # Nothing but a failing disk can stop it now, so the replaced modules of a model that was handed in are let go.
     fill(skeleton, checkpoint, placement.device_of, target_dtype)
     if model is None and target_dtype is None:
-        unify_dtypes(skeleton, kept_in_float32(skeleton))
+        unify_dtypes(skeleton, [*kept_in_float32(skeleton), *kv_cache.SUFFIXES])
     _finish(skeleton, quantizer, placement, checkpoint)
     return skeleton.eval()
 

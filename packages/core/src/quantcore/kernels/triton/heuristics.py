@@ -7,7 +7,7 @@ from typing import NamedTuple
 from quantcore.kernels.triton.decoder import Words
 
 GEMV_ROWS = 16  # the fewest rows that a tensor core takes, and so the most that gemv serves
-_ENOUGH_PROGRAMS = 512  # about four a multiprocessor; fewer tiles than this share K among splits
+_ENOUGH_PROGRAMS = 1024  # about eight a multiprocessor, two rounds, so that none waits long; fewer tiles share K
 _MOST_SPLITS = 16
 _MOST_SHARED_ROWS = 256  # rows of x times splits: beyond, their sums in memory would cost as much as the weight
 _FEWEST_STEPS = 4  # of a program along K
@@ -123,7 +123,7 @@ def _one_row_tile(words: Words | None) -> tuple[int, int]:
 
 
 def _splits(shape: Shape, tiles: int, BK: int) -> int:
-    wanted = _next_power_of_2(max(1, _ENOUGH_PROGRAMS // max(1, tiles)))
+    wanted = 1 << (max(1, _ENOUGH_PROGRAMS // max(1, tiles)).bit_length() - 1)
     most = max(1, _MOST_SHARED_ROWS // shape.M)
     possible = _next_power_of_2(max(1, shape.K // (_FEWEST_STEPS * BK)))
     return min(wanted, possible, most, _MOST_SPLITS)

@@ -138,14 +138,19 @@ class _Served:
         return launch.linear_input_grad(grad, operands, self._decoder(weight_format), in_features)
 
     def _find(self, weight_format: WeightFormat) -> Decoder | None:
-        decoder_for: Callable[[WeightFormat], Decoder | None] = import_string(self.target)
-        return decoder_for(_alone(weight_format))
+        return _decoder_for(self.target, weight_format)
 
     def _decoder(self, weight_format: WeightFormat) -> Decoder:
         decoder = self._find(weight_format)
         if decoder is None:
             raise ValueError(f"{self.target} has no decoder for {weight_format!r}; use the reference kernel")
         return decoder
+
+
+@lru_cache(maxsize=1024)
+def _decoder_for(target: str, weight_format: WeightFormat) -> Decoder | None:
+    find: Callable[[WeightFormat], Decoder | None] = import_string(target)
+    return find(_alone(weight_format))
 
 
 @lru_cache(maxsize=1024)
