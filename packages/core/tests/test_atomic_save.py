@@ -297,6 +297,22 @@ def test_one_of_two_saves_at_once_wins(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_that_appears_at_the_last_moment_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_then_lose(final: Path, overwrite: bool) -> None:
+        if list(tmp_path.glob(".out.*.partial")):
+            final.mkdir()
+            (final / "file").write_text("theirs")
+
+    monkeypatch.setattr(write, "_check_free", check_then_lose)
+    with (
+        pytest.raises(FileExistsError, match="another program saves there too"),
+        atomic_directory(tmp_path / "out") as ours,
+    ):
+        (ours / "file").write_text("ours")
+    assert content(tmp_path / "out") == {"file": b"theirs"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_model_can_be_saved_over_the_checkpoint_it_came_from(build_model: Build, tmp_path: Path) -> None:
     quantcore.save(quantcore.quantize(build_model(), TinyInt8Config()), tmp_path / "out")
     model = quantcore.load(tmp_path / "out", build_model)

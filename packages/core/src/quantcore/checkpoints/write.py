@@ -40,7 +40,7 @@ def atomic_directory(target: str | os.PathLike[str], overwrite: bool = False) ->
         yield working
         _sync_tree(working)
         _check_free(final, overwrite)
-        _take_name(working, final)
+        _take_name(working, final, overwrite)
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
         raise
@@ -91,10 +91,10 @@ def _check_free(final: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{final} exists; choose another folder, or allow it to be overwritten")
 
 
-def _take_name(working: Path, final: Path) -> None:
-    if final.exists():
+def _take_name(working: Path, final: Path, overwrite: bool) -> None:
+    if overwrite and final.exists():
         _replace(working, final)
-    else:
+    else:  # by one system call: what another program puts there meanwhile is not replaced
         try:
             os.rename(working, final)
         except OSError as error:
