@@ -87,8 +87,8 @@ def loop_instructions(kernel: Any) -> int:
 def instructions_a_weight(weight_format: WeightFormat, decoder: Decoder, shape: tuple[int, int], rows: int) -> float:
     """What a thread issues for each value of the weight, in a product with rows of bfloat16 on sm_90.
 
-    An H200 issues at most 33 tera of them a second, and reads 4-bit weights at 8 tera: beyond 4 of them it is these
-    that take the time, and not the memory.
+    While the memory delivers a 4-bit weight, a GPU has time to issue four or five: beyond, it is these that take the
+    time, and not the memory. (Data sheets: bytes a second beside multiprocessors, times 128 lanes, times clock.)
     """
     N, K = shape
     operands, x = list(quantized(weight_format, shape).values()), torch.zeros(rows, K, dtype=torch.bfloat16)
