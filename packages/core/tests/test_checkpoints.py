@@ -204,10 +204,13 @@ def test_dtype_that_is_no_float_is_refused(build_model: Build, saved: Path, dtyp
         quantcore.load(saved, build_model, dtype=dtype)
 
 
-def test_several_dtypes_become_the_usual_one_but_for_what_is_kept() -> None:
+def test_several_dtypes_become_the_usual_one_but_for_what_is_kept_or_added() -> None:
     model = nn.ModuleDict({"norm": nn.LayerNorm(4), "body": nn.Linear(4, 4).bfloat16(), "router": nn.Linear(4, 1)})
-    unify_dtypes(model, ["router"])
+    own = {name for name, _ in model.named_parameters()}
+    model["body"].register_parameter("k_scale", nn.Parameter(torch.ones(1)))
+    unify_dtypes(model, own, ["router"])
     assert [module.weight.dtype for module in model.values()] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert model["body"].k_scale.dtype == torch.float32
 
 
 def test_file_s_own_float_dtype_is_kept(build_model: Build, saved: Path) -> None:

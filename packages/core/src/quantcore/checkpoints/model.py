@@ -21,7 +21,6 @@ from quantcore.checkpoints.read import CONFIG_KEYS, Checkpoint, quantization_dic
 from quantcore.checkpoints.stream import checked_slots, fill, slots, unify_dtypes
 from quantcore.checkpoints.write import atomic_directory, write_tensors
 from quantcore.formats.base import dtype_name
-from quantcore.nn import kv_cache
 from quantcore.nn.experts import fuse_float_experts
 from quantcore.nn.replace import quantized_modules, replace_module
 from quantcore.plugins.manager import plugins
@@ -88,6 +87,7 @@ def load(
     if target_dtype is not None and not target_dtype.is_floating_point:
         raise ValueError(f"dtype must be a float dtype, got {target_dtype}; packed weights keep theirs in any case")
     skeleton = build_skeleton(checkpoint.directory, model)
+    own = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
     with _modules_kept_on_failure(skeleton):
         checkpoint = (fit_names if quantizer is None else named_as)(skeleton, checkpoint)
         if quantizer is not None:
@@ -101,7 +101,7 @@ def load(
     # Nothing but a failing disk can stop it now, so the replaced modules of a model that was handed in are let go.
     fill(skeleton, checkpoint, placement.device_of, target_dtype)
     if model is None and target_dtype is None:
-        unify_dtypes(skeleton, [*kept_in_float32(skeleton), *kv_cache.SUFFIXES])
+        unify_dtypes(skeleton, own, kept_in_float32(skeleton))
     _finish(skeleton, quantizer, placement, checkpoint)
     return skeleton.eval()
 

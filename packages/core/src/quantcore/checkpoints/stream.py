@@ -72,16 +72,18 @@ def fill_empty(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | No
             _assign_empty(twins[id(slot.tensor)], slot, checkpoint.headers[name], dtype)
 
 
-def unify_dtypes(model: nn.Module, kept: Collection[str]) -> None:
+def unify_dtypes(model: nn.Module, own: Collection[str], kept: Collection[str]) -> None:
     """Cast the float parameters of a filled model to the usual dtype where they have several.
 
     Models of transformers are loaded so, and need it: a norm in float32 before a projection in bfloat16 is an error.
-    What belongs to quantized layers stays, and so do modules whose name, or a part of it, is in kept.
+    own: the parameters that the architecture has by itself. What a method added stays, such as rotations and scales of
+    a cache, what belongs to quantized layers, and modules whose name, or a part of it, is in kept.
     """
     plain = [
         slot.tensor
         for name, slot in slots(model).items()
-        if isinstance(slot.tensor, nn.Parameter)
+        if name in own
+        and isinstance(slot.tensor, nn.Parameter)
         and slot.tensor.is_floating_point()
         and not isinstance(slot.module, QuantizedModule)
         and not any(f".{part}." in f".{name}." for part in kept)
