@@ -20,6 +20,7 @@ LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 SHAPES = {  # the smallest of whole words and groups; several tiles each way, none full
     "bytes_of_neighbours": [(1, 16), (73, 560)],
     "bytes_of_rows_apart": [(2, 16), (74, 560)],
+    "bytes_that_are_not_full": [(1, 16), (73, 560)],
     "bits_of_rows_apart": [(8, 8), (152, 520)],
     "int32_along_k": [(1, 8), (73, 568)],
     "int32_along_k_transposed": [(1, 16), (73, 560)],

@@ -121,6 +121,7 @@ def test_skeletons_compile_without_spills_and_multiply_on_tensor_cores(target: s
 # are made ahead count once for each tile. They are what the compiler of Triton 3.7 makes.
 MOST_LOADS = {
     "bytes_of_neighbours": (4, 28, 28, 24, 19),
+    "bytes_that_are_not_full": (4, 28, 28, 24, 19),
     "bytes_of_rows_apart": (3, 22, 22, 21, 17),
     "bits_of_rows_apart": (5, 31, 31, 27, 21),
     "int32_along_k": (6, 17, 17, 20, 17),

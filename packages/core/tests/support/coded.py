@@ -19,6 +19,7 @@ _IN_ORDER = places(*range(8))
 LAYOUTS = {
     "bytes_of_neighbours": Words(2, 4, "k", places(1, 0), group=16),
     "bytes_of_rows_apart": Words(2, 4, "apart", places(1, 0), group=16, numbers=True),
+    "bytes_that_are_not_full": Words(2, 3, "k", places(0, 1), group=16, numbers=True),
     "bits_of_rows_apart": Words(8, 1, "apart", places(*reversed(range(8))), group=8),
     "int32_along_k": Words(8, 4, "k", _IN_ORDER, group=0, numbers=True),
     "int32_along_k_transposed": Words(8, 4, "k", _IN_ORDER, transposed=True, group=16),
@@ -84,7 +85,7 @@ def pack(codes: Tensor, words: Words) -> Tensor:
     }[words.along]()
     place = torch.tensor([words.order >> (4 * i) & 0xF for i in range(C)])
     packed = (split.long() << (place * words.bits)).sum(-1)
-    dtype = torch.uint8 if words.bits * C == 8 else torch.int32
+    dtype = torch.uint8 if words.bits * C <= 8 else torch.int32
     packed = packed.to(dtype)
     return packed.T.contiguous() if words.transposed else packed.contiguous()
 

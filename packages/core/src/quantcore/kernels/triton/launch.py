@@ -254,7 +254,8 @@ def _spread(words: Words, stored: torch.dtype, K: int, BK: int) -> int:
     """How many words that are neighbours in a row are loaded as one."""
     codes = words.codes if words.along == "k" else 1
     spread = min(_WIDEST // stored.itemsize, BK // codes)
-    can_split = (words.codes > 1 or stored == torch.uint8) and not words.transposed and spread > 1
+    is_full = words.codes * words.bits == 8 * stored.itemsize  # else codes of neighbours do not follow each other
+    can_split = is_full and (words.codes > 1 or stored == torch.uint8) and not words.transposed and spread > 1
     return spread if can_split and K // codes % spread == 0 else 1
 
 

@@ -163,7 +163,7 @@ def split_words(words, D: tl.constexpr, SPREAD: tl.constexpr, DOWN: tl.constexpr
     if D.words_numbers:
         half = shift // 16 * 16
         shift -= half
-        # Grids have no third axis, but the compiler does not know: an operation takes one constant only.
+        # An operation takes one constant only. Grids have no third axis, but the compiler does not know that this is 0.
         power = (150 - shift + tl.program_id(2)) << 23
         number = ((words >> half) & (MASK << shift)) | power
         codes = number.to(tl.float32, bitcast=True) - ((150 - shift) << 23).to(tl.float32, bitcast=True)
