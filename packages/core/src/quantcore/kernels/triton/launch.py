@@ -23,6 +23,7 @@ from quantcore.formats.constants import kept
 from quantcore.kernels.triton import skeletons
 from quantcore.kernels.triton.decoder import Decoder, Words
 from quantcore.kernels.triton.heuristics import DENSE, GEMV_ROWS, Launch, Shape
+from quantcore.kernels.triton.tiles import Tiling
 from quantcore.kernels.triton.tuning import best_launch
 
 _FEWEST_TILES = 4096  # that are made room for
@@ -225,7 +226,7 @@ def _seen(
     compute: torch.dtype,
     is_aligned: bool = True,
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """The tensors as a launch reads them, and D, INDEX, WHOLE, SPREAD and RUN of the skeletons."""
+    """The tensors as a launch reads them, and D and T of the skeletons."""
     words = tensors[0]
     can_widen = is_aligned and words.data_ptr() % _WIDEST == 0
     wide, decoding = _decoding(decoder, N, K, launch, compute, words.dtype if can_widen else None)
@@ -236,7 +237,7 @@ def _seen(
 def _decoding(
     decoder: Decoder, N: int, K: int, launch: Launch, compute: torch.dtype, stored: torch.dtype | None
 ) -> tuple[torch.dtype | None, tuple[Any, ...]]:
-    """The dtype under which several words are loaded as one, None for none, and D, INDEX, WHOLE, SPREAD and RUN.
+    """The dtype under which several words are loaded as one, None for none, and D and T of the skeletons.
 
     stored: the words' own dtype, None for those that may not be loaded so.
     """
@@ -247,7 +248,7 @@ def _decoding(
     if spread > 1 and stored is not None:
         wide = torch.int32 if spread * stored.itemsize == _WIDEST else torch.int16
     is_whole = N % launch.BN == 0 and K % launch.BK == 0
-    return wide, (decoder.on_device(compute), _index_type(N, K), is_whole, spread, run)
+    return wide, (decoder.on_device(compute), Tiling(_index_type(N, K), is_whole, spread, run))
 
 
 def _spread(words: Words, stored: torch.dtype, K: int, BK: int) -> int:

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="assignment, no-untyped-def, untyped-decorator"
 """The kernels whose decoder is a parameter. Decoders see only indices inside the weight; edges are masked here.
 
-D: what `Decoder.on_device` gives. RUN, INDEX, WHOLE, SPREAD: see `tiles`. Sums are float32.
+D and T: see `tiles`. Sums are float32.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from quantcore.kernels.triton.tiles import level_tile, tile_rows, weight_tile
 
 
 @triton.jit
-def x_tile(x, m, k, M, K, stride_xm, stride_xk, D: tl.constexpr, WHOLE: tl.constexpr):
+def x_tile(x, m, k, M, K, stride_xm, stride_xk, D: tl.constexpr, T: tl.constexpr):
     """[BM, BK] of x rounded to D.compute, zero outside."""
     offsets = m.to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
     mask = (m < M)[:, None]
-    if not WHOLE:
+    if not T.whole:
         mask &= (k < K)[None, :]
     return rounded(tl.load(x + offsets, mask=mask, other=0.0), D.compute)
 
@@ -34,20 +34,17 @@ def add_product(
     N,
     K,
     D: tl.constexpr,
-    INDEX: tl.constexpr,
-    WHOLE: tl.constexpr,
-    SPREAD: tl.constexpr,
-    RUN: tl.constexpr,
+    T: tl.constexpr,
 ):
     """float32 [BM, BN]: sums plus values [BM, BK], which are x in the BK columns from start, times the weight there."""
     BK: tl.constexpr = values.shape[1]
-    if RUN == BK and sums.shape[0] < BK and D.compute != tl.float32:  # else there are more sums than values to scale
-        levels, factors = level_tile(tensors, block, start, n, N, K, D, INDEX, WHOLE, SPREAD, BK, RUN)
+    if T.run == BK and sums.shape[0] < BK and D.compute != tl.float32:  # else there are more sums than values to scale
+        levels, factors = level_tile(tensors, block, start, n, N, K, D, T, BK)
         levels = rounded(tl.reshape(levels, (n.shape[0], BK)), D.compute)
         products = tl.dot(values, tl.trans(levels), input_precision="ieee")
         sums = tl.fma(products, tl.reshape(factors, (1, n.shape[0])), sums)
     else:
-        weight = rounded(weight_tile(tensors, block, start, n, N, K, D, INDEX, WHOLE, SPREAD, BK, RUN), D.compute)
+        weight = rounded(weight_tile(tensors, block, start, n, N, K, D, T, BK), D.compute)
         sums = tl.dot(values, tl.trans(weight), sums, input_precision="ieee")
     return sums
 
@@ -92,19 +89,16 @@ def dequantize_kernel(
     N,
     K,
     D: tl.constexpr,
-    INDEX: tl.constexpr,
-    WHOLE: tl.constexpr,
-    SPREAD: tl.constexpr,
-    RUN: tl.constexpr,
+    T: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
     """y [N, K], row-major: the weight, rounded once to y's dtype."""
-    n = tile_rows(tl.program_id(0), N, D, BN, RUN)
+    n = tile_rows(tl.program_id(0), N, D, T, BN)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
-    values = weight_tile(tensors, tl.program_id(0), tl.program_id(1) * BK, n, N, K, D, INDEX, WHOLE, SPREAD, BK, RUN)
+    values = weight_tile(tensors, tl.program_id(0), tl.program_id(1) * BK, n, N, K, D, T, BK)
     values = rounded(values, y.dtype.element_ty)
-    tl.store(y + n.to(INDEX)[:, None] * K + k[None, :], values, mask=(n < N)[:, None] & (k < K)[None, :])
+    tl.store(y + n.to(T.index)[:, None] * K + k[None, :], values, mask=(n < N)[:, None] & (k < K)[None, :])
 
 
 @triton.jit
@@ -121,10 +115,7 @@ def gemv_kernel(
     stride_xm,
     stride_xk,
     D: tl.constexpr,
-    INDEX: tl.constexpr,
-    WHOLE: tl.constexpr,
-    SPREAD: tl.constexpr,
-    RUN: tl.constexpr,
+    T: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -132,13 +123,13 @@ def gemv_kernel(
     num_stages: tl.constexpr,
 ):
     """As gemm_kernel, for one row: BM is 1, and no tensor core is used, which would compute 16."""
-    AHEAD: tl.constexpr = num_stages if RUN > 1 else None
+    AHEAD: tl.constexpr = num_stages if T.run > 1 else None
     m = tl.arange(0, 1)
-    n = tile_rows(tl.program_id(0), N, D, BN, RUN)
+    n = tile_rows(tl.program_id(0), N, D, T, BN)
     products = tl.zeros((BN, BK), tl.float32)
     for start in tl.range(tl.program_id(1) * BK, K, SPLITS * BK, num_stages=AHEAD):
-        weight = weight_tile(tensors, tl.program_id(0), start, n, N, K, D, INDEX, WHOLE, SPREAD, BK, RUN)
-        values = x_tile(x, m, start + tl.arange(0, BK), M, K, stride_xm, stride_xk, D, WHOLE)
+        weight = weight_tile(tensors, tl.program_id(0), start, n, N, K, D, T, BK)
+        values = x_tile(x, m, start + tl.arange(0, BK), M, K, stride_xm, stride_xk, D, T)
         products = tl.fma(values.to(tl.float32), weight, products)
     store_share(shares, arrivals, y, bias, tl.sum(products, 1)[None, :], m, n, M, N, D, SPLITS)
 
@@ -157,10 +148,7 @@ def gemm_kernel(
     stride_xm,
     stride_xk,
     D: tl.constexpr,
-    INDEX: tl.constexpr,
-    WHOLE: tl.constexpr,
-    SPREAD: tl.constexpr,
-    RUN: tl.constexpr,
+    T: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -172,15 +160,15 @@ def gemm_kernel(
     SPLITS: how many programs share K; see `store_share`. What tensor cores multiply is read num_stages - 1 tiles ahead,
     as Triton does by itself; with few rows factors too, unless each value has its own, which would take as many copies.
     """
-    AHEAD: tl.constexpr = num_stages if BM == 16 and RUN > 1 else None
+    AHEAD: tl.constexpr = num_stages if BM == 16 and T.run > 1 else None
     blocks_m = tl.cdiv(M, BM)
     m = (tl.program_id(0) % blocks_m) * BM + tl.arange(0, BM)
     block = tl.program_id(0) // blocks_m
-    n = tile_rows(block, N, D, BN, RUN)
+    n = tile_rows(block, N, D, T, BN)
     sums = tl.zeros((BM, BN), tl.float32)
     for start in tl.range(tl.program_id(1) * BK, K, SPLITS * BK, num_stages=AHEAD):
-        values = x_tile(x, m, start + tl.arange(0, BK), M, K, stride_xm, stride_xk, D, WHOLE)
-        sums = add_product(sums, values, tensors, block, start, n, N, K, D, INDEX, WHOLE, SPREAD, RUN)
+        values = x_tile(x, m, start + tl.arange(0, BK), M, K, stride_xm, stride_xk, D, T)
+        sums = add_product(sums, values, tensors, block, start, n, N, K, D, T)
     store_share(shares, arrivals, y, bias, sums, m, n, M, N, D, SPLITS)
 
 
@@ -197,10 +185,7 @@ def grouped_kernel(
     stride_xm,
     stride_xk,
     D: tl.constexpr,
-    INDEX: tl.constexpr,
-    WHOLE: tl.constexpr,
-    SPREAD: tl.constexpr,
-    RUN: tl.constexpr,
+    T: tl.constexpr,
     ALIGNED: tl.constexpr,
     BE: tl.constexpr,
     BM: tl.constexpr,
@@ -217,13 +202,13 @@ def grouped_kernel(
     expert, first, last = rows_of_block(ends, block_m, E, BE, BM)
     if expert < E:
         m = first + tl.arange(0, BM)
-        n = tile_rows(block, N, D, BN, RUN)
+        n = tile_rows(block, N, D, T, BN)
         own = expert_tensors(tensors, table, expert, ALIGNED)
         sums = tl.zeros((BM, BN), tl.float32)
         for start in range(0, K, BK):
             k = start + tl.arange(0, BK)
-            values = x_tile(x, m, k, last, K, stride_xm, stride_xk, D, WHOLE)
-            sums = add_product(sums, values, own, block, start, n, N, K, D, INDEX, WHOLE, SPREAD, RUN)
+            values = x_tile(x, m, k, last, K, stride_xm, stride_xk, D, T)
+            sums = add_product(sums, values, own, block, start, n, N, K, D, T)
         store_result(y, None, sums, m, n, last, N, D)
 
 

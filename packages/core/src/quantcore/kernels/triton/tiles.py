@@ -1,13 +1,12 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Tiles of the weight: from a decoder that gathers, or from words that are loaded once each and split here.
 
-RUN says which: 0 where D gathers, else how many neighbouring columns of a tile share a factor, a divisor of
-BK. Values outside the weight are zero beyond column K, any beyond row N. INDEX: the integer type that holds N * K.
-WHOLE: whether no tile reaches beyond the weight, which saves the masks. SPREAD: how many words that are neighbours in a
-row are loaded as one: tensors[0] is seen so.
+Values outside the weight are zero beyond column K, any beyond row N. D: what `Decoder.on_device` gives. T: a `Tiling`.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -15,12 +14,26 @@ import triton.language as tl
 from quantcore.kernels.triton.rounding import rounded
 
 
+class Tiling(NamedTuple):
+    """How tiles of a launch are read, a constant of kernels.
+
+    index: the integer type that holds N * K. whole: whether no tile reaches beyond the weight, which saves the masks.
+    spread: how many words that are neighbours in a row are loaded as one; tensors[0] is seen so. run: 0 where the
+    decoder gathers, else how many neighbouring columns of a tile share a factor, a divisor of BK.
+    """
+
+    index: Any
+    whole: bool
+    spread: int
+    run: int
+
+
 @triton.jit
-def tile_rows(block, N, D: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr):
+def tile_rows(block, N, D: tl.constexpr, T: tl.constexpr, BN: tl.constexpr):
     """[BN]: the rows that tile `block` holds, N for none. Neighbours, except where words hold rows apart."""
     i = tl.arange(0, BN)
     n = block * BN + i
-    if RUN > 0 and D.words_along == "apart":
+    if T.run > 0 and D.words_along == "apart":
         WORDS: tl.constexpr = BN // D.words_codes
         word_row = block * WORDS + i // D.words_codes
         step = N // D.words_codes
@@ -37,24 +50,21 @@ def weight_tile(
     N,
     K,
     D: tl.constexpr,
-    INDEX: tl.constexpr,
-    WHOLE: tl.constexpr,
-    SPREAD: tl.constexpr,
+    T: tl.constexpr,
     BK: tl.constexpr,
-    RUN: tl.constexpr,
 ):
     """float32 [BN, BK]: the weight at rows n [BN], which are `tile_rows` of block, and the BK columns from start."""
     k = start + tl.arange(0, BK)
-    if RUN == 0:
-        inside = k if WHOLE else tl.minimum(k, K - 1)
-        values = D.decode(tensors, inside[None, :], tile_index(n, N, INDEX, WHOLE), N, K, D)
+    if T.run == 0:
+        inside = k if T.whole else tl.minimum(k, K - 1)
+        values = D.decode(tensors, inside[None, :], tile_index(n, N, T), N, K, D)
         check_values(values, (n.shape[0], BK), D)
     else:
-        levels, factors = level_tile(tensors, block, start, n, N, K, D, INDEX, WHOLE, SPREAD, BK, RUN)
+        levels, factors = level_tile(tensors, block, start, n, N, K, D, T, BK)
         values = tl.reshape(levels * factors[:, :, None], (n.shape[0], BK))
         if D.rounds is not None:
             values = rounded(values, D.rounds).to(tl.float32)
-    if not WHOLE:
+    if not T.whole:
         values = tl.where((k < K)[None, :], values, 0.0)
     return values
 
@@ -68,19 +78,17 @@ def level_tile(
     N,
     K,
     D: tl.constexpr,
-    INDEX: tl.constexpr,
-    WHOLE: tl.constexpr,
-    SPREAD: tl.constexpr,
+    T: tl.constexpr,
     BK: tl.constexpr,
-    RUN: tl.constexpr,
 ):
-    """float32 [BN, BK / RUN, RUN] and [BN, BK / RUN]: levels and factors, whose products are the weight's values.
+    """float32 [BN, BK / T.run, T.run] and [BN, BK / T.run]: levels and factors, whose products are the weight's values.
 
     Beyond column K the levels are those of code 0.
     """
     BN: tl.constexpr = n.shape[0]
-    rows, groups = tile_index(n, N, INDEX, WHOLE), tile_groups(start, K, D, BK // RUN, RUN)[None, :]
-    codes = load_codes(tensors[0], block, start, N, K, D, INDEX, WHOLE, SPREAD, BN, BK)
+    RUN: tl.constexpr = T.run  # what functions are given must be a constexpr, not an int
+    rows, groups = tile_index(n, N, T), tile_groups(start, K, D, T, BK // RUN)[None, :]
+    codes = load_codes(tensors[0], block, start, N, K, D, T, BN, BK)
     levels = D.level(tensors, tl.reshape(codes, (BN, BK // RUN, RUN)), rows, groups, N, K, D)
     check_values(levels, (BN, BK // RUN, RUN), D)
     factors = D.factor(tensors, rows, groups, N, K, D)
@@ -89,15 +97,15 @@ def level_tile(
 
 
 @triton.jit
-def tile_index(n, N, INDEX: tl.constexpr, WHOLE: tl.constexpr):
+def tile_index(n, N, T: tl.constexpr):
     """[BN, 1]: rows below N."""
-    return (n if WHOLE else tl.minimum(n, N - 1)).to(INDEX)[:, None]
+    return (n if T.whole else tl.minimum(n, N - 1)).to(T.index)[:, None]
 
 
 @triton.jit
-def tile_groups(start, K, D: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr):
+def tile_groups(start, K, D: tl.constexpr, T: tl.constexpr, RUNS: tl.constexpr):
     """[RUNS]: the group of each run of columns, the last one for those beyond column K."""
-    first = start + tl.arange(0, RUNS) * RUN
+    first = start + tl.arange(0, RUNS) * T.run
     groups = tl.zeros_like(first)
     if D.words_group > 0:
         groups = tl.minimum(first, K - 1) // D.words_group
@@ -112,40 +120,38 @@ def load_codes(
     N,
     K,
     D: tl.constexpr,
-    INDEX: tl.constexpr,
-    WHOLE: tl.constexpr,
-    SPREAD: tl.constexpr,
+    T: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
     """[BN, BK] of codes, zero outside the weight: each word is loaded once, neighbours in memory together."""
     ALONG_K: tl.constexpr = D.words_along == "k"
     DOWN: tl.constexpr = 1 if ALONG_K else D.words_codes  # codes of a column in what is loaded at once
-    ACROSS: tl.constexpr = SPREAD * (D.words_codes if ALONG_K else 1)  # and of a row
+    ACROSS: tl.constexpr = T.spread * (D.words_codes if ALONG_K else 1)  # and of a row
     word_rows, columns = N // DOWN, K // ACROSS
     row = (block * (BN // DOWN) + tl.arange(0, BN // DOWN))[:, None]
     column = (start // ACROSS + tl.arange(0, BK // ACROSS))[None, :]
     if D.words_transposed:
-        offsets = column.to(INDEX) * word_rows + row
+        offsets = column.to(T.index) * word_rows + row
     else:
-        offsets = row.to(INDEX) * columns + column
+        offsets = row.to(T.index) * columns + column
     mask = (row < word_rows) & (column < columns)
-    if D.words_codes * SPREAD > 1:  # before the load, so that the threads that load words split them
+    if D.words_codes * T.spread > 1:  # before the load, so that the threads that load words split them
         offsets, mask = offsets[:, None, :, None, None], mask[:, None, :, None, None]
-    if WHOLE:
+    if T.whole:
         loaded = tl.load(words + offsets)
     else:
         loaded = tl.load(words + offsets, mask=mask, other=0)
-    if D.words_codes * SPREAD == 1:
+    if D.words_codes * T.spread == 1:
         codes = loaded
     else:
-        codes = split_words(loaded.to(tl.int32), D, SPREAD, DOWN)
+        codes = split_words(loaded.to(tl.int32), D, T, DOWN)
     return tl.reshape(codes, (BN, BK))
 
 
 @triton.jit
-def split_words(words, D: tl.constexpr, SPREAD: tl.constexpr, DOWN: tl.constexpr):
-    """int32 or float32 [R, DOWN, C, SPREAD, ...]: codes of words [R, 1, C, 1, 1]; a code stays in its word's thread.
+def split_words(words, D: tl.constexpr, T: tl.constexpr, DOWN: tl.constexpr):
+    """int32 or float32 [R, DOWN, C, T.spread, ...]: codes of words [R, 1, C, 1, 1]; a code stays in its word's thread.
 
     A float32 between 2**(23 - i) and twice that counts in units of its bit i. So the bits of a code at place i, set in
     such a number, are the code above a power of two: one logical operation and a sum for each code, where a shift, a
@@ -159,7 +165,7 @@ def split_words(words, D: tl.constexpr, SPREAD: tl.constexpr, DOWN: tl.constexpr
         shift = shift[None, :, None, None, None]
     else:
         shift = shift[None, None, None, None, :]
-    shift += (tl.arange(0, SPREAD) * (CODES * D.words_bits))[None, None, None, :, None]
+    shift += (tl.arange(0, T.spread) * (CODES * D.words_bits))[None, None, None, :, None]
     if D.words_numbers:
         half = shift // 16 * 16
         shift -= half
