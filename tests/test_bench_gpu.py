@@ -121,7 +121,7 @@ def test_launches_are_measured_in_a_folder_of_the_output(gpu: ModuleType, tmp_pa
 
 
 def test_measured_launches_become_a_table_that_ships(gpu: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="triton is not made for this platform")
+    pytest.importorskip("triton", reason="triton has no build for this platform")
     from quantcore.kernels.triton import tuning
     from quantcore.kernels.triton.heuristics import Shape
 

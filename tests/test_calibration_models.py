@@ -17,7 +17,7 @@ from quantcore.formats.base import WeightFormat
 from quantcore.nn.replace import quantized_modules
 from quantcore.quantizers.calibrated import CalibratedQuantizer
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
 
 COMMON = {
     "vocab_size": 60,

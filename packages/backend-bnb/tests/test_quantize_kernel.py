@@ -11,7 +11,7 @@ import torch
 from quantcore.kernels import trial
 from quantcore_bnb.bitsandbytes import blockwise
 
-pytest.importorskip("triton", reason="triton is not made for this platform")
+pytest.importorskip("triton", reason="triton has no build for this platform")
 
 
 def test_kernel_in_the_interpreter() -> None:

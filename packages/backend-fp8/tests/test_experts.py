@@ -34,7 +34,7 @@ def test_quantizing_gives_the_golden_bytes(name: str) -> None:
 
 
 def llama4() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
     config = transformers.Llama4TextConfig(
         vocab_size=32,
         hidden_size=64,

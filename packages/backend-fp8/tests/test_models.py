@@ -106,7 +106,7 @@ def test_scales_of_keys_are_kept(owner: str, tmp_path: Path) -> None:
 def test_stored_scales_of_keys_and_values_round_the_cache(
     method: str, suffixes: tuple[str, str], tmp_path: Path
 ) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
     from quantcore.integrations.transformers import use
 
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -148,7 +148,7 @@ def test_embedding_that_the_config_names_is_stored_under_one_scale(tmp_path: Pat
 
 @pytest.mark.parametrize(("method", "dtype"), [("mxfp8", torch.uint8), ("fp8", torch.float32)])
 def test_command_line_quantizes_by_the_method_it_names(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
     config = transformers.LlamaConfig(vocab_size=32, num_key_value_heads=2, head_dim=32, **sizes)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "float")
@@ -185,7 +185,7 @@ def test_dequantized_on_load_is_the_dequantized_model(dtype: torch.dtype | None,
 
 
 def mixture() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
     config = transformers.Qwen3MoeConfig(
         vocab_size=32,
         hidden_size=64,

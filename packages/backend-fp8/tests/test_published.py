@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import quantcore
 from quantcore.testing.compare import differences
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
 
 DEEPSEEK = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 MISTRAL = {"activation_scheme": "static", "dequantize": False, "quant_method": "fp8", "weight_block_size": None}

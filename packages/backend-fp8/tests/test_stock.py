@@ -13,7 +13,9 @@ from quantcore.testing.compare import differences
 from quantcore_fp8.format import TENSOR, Fp8
 from quantcore_fp8.format_fp4 import Fp4Expert
 
-stock = pytest.importorskip("transformers.integrations.finegrained_fp8")
+stock = pytest.importorskip(
+    "transformers.integrations.finegrained_fp8", reason="the extra `transformers` is not installed, or old"
+)
 if not hasattr(stock, "Fp8Dequantize"):
     pytest.skip("this transformers has no such operations", allow_module_level=True)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not made for this platform")
+pytest.importorskip("triton", reason="triton has no build for this platform")
 
 
 def test_decoders_in_the_interpreter() -> None:

@@ -192,7 +192,7 @@ def test_marlin_is_not_written() -> None:
 
 
 def test_conv1d_is_stored_as_its_linear_form(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
     transposed, plain = model(), model()
     for layer in transposed.layers:
         conv = transformers.pytorch_utils.Conv1D(INNER, HIDDEN)
@@ -205,7 +205,7 @@ def test_conv1d_is_stored_as_its_linear_form(tmp_path: Path) -> None:
 
 
 def test_golden_checkpoints_give_upstreams_logits_and_the_same_tensors(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
     for folder in sorted(GOLDEN.glob("checkpoint-*")):
         loaded = quantcore.load(folder, dtype=torch.float16)
         expected = load_file(folder / "expected.safetensors")

@@ -13,7 +13,14 @@ import triton.language as tl
 from quantcore.formats.base import WeightFormat, float_dtype
 from quantcore.formats.minifloat import minifloat
 from quantcore.kernels.triton.decoder import Decoder, Words, places
-from quantcore.kernels.triton.minifloats import block_index, e4m3_values, e8m0_values, element_values, load_codes
+from quantcore.kernels.triton.minifloats import (
+    block_index,
+    e4m3_values,
+    e8m0_values,
+    element_values,
+    load_codes,
+    small_float,
+)
 from quantcore_misc.quark.codes import INTEGERS, layout_of
 from quantcore_misc.quark.weight import QuarkWeight
 
@@ -158,11 +165,7 @@ def e5m2_values(code):
 @triton.jit
 def e3m2_values(code):
     """float32 of E3M2 codes, integers."""
-    code = code.to(tl.int32)
-    magnitude = code & 31
-    normal = ((magnitude << 21) + (124 << 23)).to(tl.float32, bitcast=True)
-    value = tl.where(magnitude < 4, magnitude.to(tl.float32) * 0.0625, normal)
-    return tl.where((code & 32) != 0, -value, value)
+    return small_float(code.to(tl.int32), 5, 2) * 2.1267647932558654e37  # 2**(127 - 3)
 
 
 @triton.jit
