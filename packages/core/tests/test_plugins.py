@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -476,6 +477,36 @@ def test_backend_kernels_that_fail_leave_other_methods_alone(site: Any) -> None:
     plugins().backend("rows")
     assert dispatch.choose(problem()).kernel.name == "reference"
     assert "made_up_rows" in str(plugins().failures["made_up_rows:absent"])
+
+
+def test_format_brings_the_kernels_of_its_package(site: Any) -> None:
+    """As in a process that was handed a pickled layer, and asked for no method."""
+    source = (
+        KERNEL_SOURCE.replace("@hookimpl\n    def quantcore_kernels", "def kernels")
+        + """
+    from quantcore.plugins import Backend
+    from tiny_int8 import TinyInt8
+
+    class Rows(TinyInt8):
+        pass
+
+    @hookimpl
+    def quantcore_backends():
+        return [Backend("rows", "nowhere:Config", "nowhere:Quantizer", kernels=("made_up_rows:kernels",))]
+"""
+    )
+    site.install("made-up", {"rows": "made_up_rows"}, {"made_up_rows": source})
+    site.install("other", {"other": "made_up_other"}, {"made_up_other": "raise RuntimeError('not asked for')"})
+    rows = importlib.import_module("made_up_rows").Rows()
+    assert dispatch.choose(problem()._replace(weight_format=rows)).kernel.name == "made_up"
+    assert plugins().failures == {}
+
+
+def test_package_of_a_format_that_fails_leaves_the_reference(site: Any, caplog: pytest.LogCaptureFixture) -> None:
+    site.install("made-up", {"rows": "tiny_int8"})
+    assert [dispatch.choose(problem()).kernel.name for _ in range(2)] == ["reference"] * 2
+    assert [record.getMessage() for record in caplog.records] == [str(plugins().failures["rows"])]
+    assert "claims method 'rows'" in caplog.text
 
 
 # Life-cycle observers

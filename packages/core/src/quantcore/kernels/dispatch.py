@@ -123,8 +123,9 @@ def choose(problem: Problem) -> Choice:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: Problem, forced: str | None, loaded: Plugins, generation: int, trials: int) -> Choice:
+    loaded.load_package(type(problem.weight_format).__module__.partition(".")[0])
     trace: list[tuple[str, str | None]] = []
-    for kernel in _candidates(loaded, generation):
+    for kernel in _candidates(loaded, loaded.generation):
         reason = _refusal(kernel, problem, forced)
         trace.append((kernel.name, reason))
         if reason is None:

@@ -45,6 +45,7 @@ class Plugins:
         self._owners: dict[str, Claim] = {}  # of a method
         self._claims: dict[str, Claim] = {}  # of a module
         self._groups_loaded: set[str] = set()
+        self._packages_loaded: set[str] = set()
         self.failures: dict[str, QuantcoreError] = {}
         self.generation = 0
         for module in settings.plugin_modules():
@@ -96,6 +97,21 @@ class Plugins:
             self.failures[method] = error
             raise
         return self._backends[method]
+
+    def load_package(self, package: str) -> None:
+        """Load the backends that a Python package provides and that are not loaded yet, such as those of a format.
+
+        A layer that was unpickled brings its format along, but not the kernels. Failures are kept in `failures`.
+        """
+        if package in self._packages_loaded:
+            return
+        self._packages_loaded.add(package)
+        for method, claims in discovery.claims().items():
+            if claims[0].module.partition(".")[0] == package and not {method} & {*self._backends, *self.failures}:
+                try:
+                    self.backend(method)
+                except QuantcoreError as error:
+                    self._fail(method, error)
 
     def resolve(self, method: str, field: str) -> Any:
         """The object that a field of a method's backend names as "module:attribute".
