@@ -307,7 +307,7 @@ def test_forced_kernel_that_cannot_serve_is_an_error_with_every_reason(monkeypat
 
 def test_forced_kernel_that_nobody_has_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANTCORE_KERNEL", "tritn")
-    with pytest.raises(RuntimeError, match="QUANTCORE_KERNEL=tritn cannot serve"):
+    with pytest.raises(RuntimeError, match="QUANTCORE_KERNEL=tritn names no kernel that is loaded; groups: torch"):
         choose(problem())
 
 

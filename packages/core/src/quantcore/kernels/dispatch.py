@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,8 +15,6 @@ from quantcore.errors import KernelUnavailableError
 from quantcore.formats.base import WeightFormat, dtype_name
 from quantcore.kernels import reference, trial
 from quantcore.plugins.manager import Plugins, plugins
-
-logger = logging.getLogger(__name__)
 
 
 class Problem(NamedTuple):
@@ -116,7 +113,7 @@ def _tried(kernel: Kernel, problem: Problem) -> _Tried:
 def choose(problem: Problem) -> Choice:
     """The first kernel that accepts a problem, in order of priority, with the trace of the choice.
 
-    Raises KernelUnavailableError when QUANTCORE_KERNEL forces a group in which none accepts, with every reason.
+    Raises KernelUnavailableError when QUANTCORE_KERNEL names no kernel, or none that accepts, with every reason.
     """
     return _choose(problem, settings.forced_kernel(), plugins(), plugins().generation, trial.generation())
 
@@ -125,11 +122,15 @@ def choose(problem: Problem) -> Choice:
 def _choose(problem: Problem, forced: str | None, loaded: Plugins, generation: int, trials: int) -> Choice:
     loaded.load_package(type(problem.weight_format).__module__.partition(".")[0])
     trace: list[tuple[str, str | None]] = []
-    for kernel in _candidates(loaded, loaded.generation):
+    known = _candidates(loaded, loaded.generation)
+    for kernel in known:
         reason = _refusal(kernel, problem, forced)
         trace.append((kernel.name, reason))
         if reason is None:
             return Choice(kernel, tuple(trace))
+    if forced not in {name for kernel in known for name in (kernel.group, kernel.name)}:
+        groups = ", ".join(sorted({kernel.group for kernel in known}))
+        raise KernelUnavailableError(f"QUANTCORE_KERNEL={forced} names no kernel that is loaded; groups: {groups}")
     reasons = "; ".join(f"{name}: {reason}" for name, reason in trace)
     raise KernelUnavailableError(
         f"QUANTCORE_KERNEL={forced} cannot serve {problem}: {reasons}. Unset it, or use QUANTCORE_KERNEL=torch"
