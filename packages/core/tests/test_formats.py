@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -143,6 +145,52 @@ def test_operands_are_the_stored_tensors_themselves_without_metadata() -> None:
     operands = Described().operands(tensors, (4, 6))
     assert list(operands) == ["weight", "weight.scale"]
     assert all(operands[name] is tensors[name] for name in operands)
+
+
+# Products, a few rows of the weight at a time
+
+
+@dataclass(frozen=True)
+class Apart(TinyInt8):
+    """TinyInt8 whose rows can be read alone. asked: the shapes that were dequantized."""
+
+    rows_apart = True
+    rows_elements = 40
+    asked: ClassVar[list[tuple[int, ...]]] = []
+
+    def dequantize(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        self.asked.append(shape)
+        return super().dequantize(tensors, shape, dtype)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_product_never_has_the_whole_weight_as_floats(
+    monkeypatch: pytest.MonkeyPatch, leading: tuple[int, ...], dtype: torch.dtype, has_bias: bool
+) -> None:
+    shape = (11, 16)
+    tensors, bias = Apart().quantize(weight(shape)), torch.linspace(-1, 1, 11) if has_bias else None
+    x = torch.linspace(-1, 1, math.prod(leading) * 16).view(*leading, 16).to(dtype)
+    monkeypatch.setattr(Apart, "asked", [])
+    y = Apart().linear(x, tensors, bias, shape)
+    assert Apart.asked == [(2, 16)] * 5 + [(1, 16)]
+    expected = TinyInt8().linear(x, tensors, bias, shape)
+    assert (y.shape, y.dtype) == (expected.shape, expected.dtype)
+    torch.testing.assert_close(y, expected)
+
+
+def test_product_with_a_small_weight_or_of_rows_that_are_not_apart_takes_it_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Apart, "asked", [])
+    x, small, large = torch.ones(1, 10), (4, 10), (5, 10)
+    Apart().linear(x, Apart().quantize(weight(small)), None, small)
+    monkeypatch.setattr(Apart, "rows_apart", False)
+    Apart().linear(x, Apart().quantize(weight(large)), None, large)
+    assert Apart.asked == [small, large]
 
 
 # A quantized weight

@@ -17,8 +17,9 @@ from quantcore.formats.activation import Activation
 from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
 from quantcore.formats.blocks import Block, block_abs_max, dequantize_blocks, grid, quantize_blocks, scale_rows_
 from quantcore.formats.minifloat import E4M3, decode, e8m0_values
+from quantcore.formats.pieces import linear_rows
 from quantcore_fp8.format_fp4 import Fp4Expert
-from quantcore_fp8.matmul import linear_codes, linear_rows
+from quantcore_fp8.matmul import linear_codes
 from quantcore_fp8.names import CACHE_SCALE_NAMES, INPUT_SCALE_NAMES, SCALE_NAMES
 from quantcore_fp8.writers import WRITERS
 
@@ -118,6 +119,9 @@ class Fp8(WeightFormat):
         dtype = dtype or float_dtype(self.dtype, "dtype")
         return dequantize_blocks(codes, scale, (1, block_columns), E4M3, dtype)
 
+    def reads_rows_alone(self, shape: tuple[int, ...]) -> bool:
+        return True
+
     def linear(self, x: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
         """y = rounded(x) @ W.T in float32, rounded once to x's dtype; then the bias, or before where bias_first."""
         early, late = (bias, None) if self.bias_first else (None, bias)
@@ -142,7 +146,7 @@ class Fp8(WeightFormat):
             return linear_codes(quantized, codes, scale.flatten(), bias, x.dtype)
         inputs = rounding.dequantize(quantized, torch.float32)
         return linear_rows(
-            inputs, lambda rows: scale_rows_(decode(codes[rows], E4M3), scale, block, rows), shape, bias, x.dtype
+            inputs, lambda rows: scale_rows_(decode(codes[rows], E4M3), scale, block, rows), shape, bias, x
         )
 
     def _is_exact(self, dtype: torch.dtype) -> bool:

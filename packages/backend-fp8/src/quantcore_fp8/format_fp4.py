@@ -11,9 +11,9 @@ from torch import Tensor
 
 from quantcore.formats.activation import Activation
 from quantcore.formats.base import TensorSpec, WeightFormat, float_dtype
-from quantcore.formats.blocks import block_abs_max, quantize_blocks, row_pieces, scale_rows_
+from quantcore.formats.blocks import block_abs_max, quantize_blocks, scale_rows_
 from quantcore.formats.minifloat import E2M1, decode_fp4, e8m0_values, pack_fp4, power_of_two_above
-from quantcore_fp8.matmul import linear_rows
+from quantcore.formats.pieces import linear_rows, row_pieces
 from quantcore_fp8.names import SCALE_NAMES
 
 GROUP = 32
@@ -69,7 +69,7 @@ class Fp4Expert(WeightFormat):
         if rounding is None:
             return super().linear(x, operands, bias, shape)
         inputs = rounding.dequantize(rounding.quantize(x), torch.float32)
-        y = linear_rows(inputs, lambda rows: _values(operands["weight"], scale, rows), shape, None, x.dtype)
+        y = linear_rows(inputs, lambda rows: _values(operands["weight"], scale, rows), shape, None, x)
         return y if bias is None else y.add_(bias)
 
     def round_activation(self, side: str, x: Tensor, operands: Mapping[str, Tensor]) -> Tensor:

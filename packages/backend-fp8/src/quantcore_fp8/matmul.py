@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from quantcore.formats.activation import QuantizedInput
-from quantcore.formats.blocks import row_pieces
 from quantcore.formats.minifloat import E4M3, decode
-
-
-def linear_rows(
-    x: Tensor, weight_of: Callable[[slice], Tensor], shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """x [..., K] times a weight [N, K], plus bias, summed in float32 and rounded once to dtype.
-
-    weight_of: gives rows of the weight, float32 [n, K].
-    """
-    rows = x.reshape(-1, x.shape[-1]).float()
-    y = torch.empty(rows.shape[0], shape[0], dtype=dtype, device=x.device)
-    for part in row_pieces(shape):
-        y[:, part] = functional.linear(rows, weight_of(part), None if bias is None else bias[part].float())
-    return y.view(*x.shape[:-1], shape[0])
+from quantcore.formats.pieces import row_pieces
 
 
 def linear_codes(x: QuantizedInput, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

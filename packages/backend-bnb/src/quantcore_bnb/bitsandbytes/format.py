@@ -43,6 +43,7 @@ class Bnb4Bit(WeightFormat):
     """
 
     family: ClassVar[str | None] = "lookup"
+    rows_elements: ClassVar[int] = 1 << 23  # `dequantize_blocks` shares them out among threads
 
     quant_type: str = "nf4"
     blocksize: int = 64
@@ -111,13 +112,12 @@ class Bnb4Bit(WeightFormat):
     def dequantize_rows(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype | None = None
     ) -> Tensor:
-        columns = math.prod(shape[1:])
-        if columns % self.blocksize:  # a block may hold two rows
+        if not self.reads_rows_alone(shape):
             return super().dequantize_rows(tensors, shape, rows, dtype)
         packed = tensors["weight"].view(torch.uint8).view(shape[0], -1).index_select(0, rows)
         absmax = tensors["weight.absmax"].view(shape[0], -1).index_select(0, rows).view(-1)
         if self.double_quant:
-            blocks = columns // self.blocksize
+            blocks = math.prod(shape[1:]) // self.blocksize
             block = rows[:, None] * blocks + torch.arange(blocks, device=rows.device)
             outer = tensors["weight.nested_absmax"].index_select(0, block.view(-1) // self.nested_blocksize)
             absmax = dequantize_absmax(
@@ -126,6 +126,9 @@ class Bnb4Bit(WeightFormat):
         dtype = dtype or float_dtype(self.dtype, "dtype")
         found = (len(rows), *shape[1:])
         return dequantize_blocks(packed, absmax, tensors["weight.quant_map"], self.blocksize, found, dtype)
+
+    def reads_rows_alone(self, shape: tuple[int, ...]) -> bool:
+        return math.prod(shape[1:]) % self.blocksize == 0  # else a block may hold two rows
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Bnb4Bit:
         key = _state_key(tensors)

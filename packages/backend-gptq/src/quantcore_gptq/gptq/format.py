@@ -92,6 +92,15 @@ class Gptq(WeightFormat):
                 part.sub_(zeros[:, first:last, None]).mul_(scales[:, first:last, None])
         return values if dtype is None else values.to(dtype)
 
+    def dequantize_rows(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        parts = {name: tensor.t().index_select(0, rows).t() for name, tensor in tensors.items() if name != "groups"}
+        return self.dequantize({**tensors, **parts}, (len(rows), *shape[1:]), dtype)
+
+    def reads_rows_alone(self, shape: tuple[int, ...]) -> bool:
+        return True
+
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
         changes = {}
         if "scales" in tensors:
@@ -171,7 +180,9 @@ class Gptq(WeightFormat):
 
     def _codes(self, qweight: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Codes [N, K] uint8, contiguous."""
-        return unpack_words(qweight, self.layout, shape[1]).t().contiguous()
+        return unpack_words(
+            qweight.t().contiguous(), self.layout, shape[1], dim=1
+        )  # words are fewer to turn than codes
 
     def _as_words(self, words: Tensor) -> Tensor:
         return words.view(getattr(torch, self.word))

@@ -93,14 +93,17 @@ class Hqq(WeightFormat):
     def dequantize_rows(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype | None = None
     ) -> Tensor:
+        if not self.reads_rows_alone(shape):
+            return super().dequantize_rows(tensors, shape, rows, dtype)
         grouped = self._grouped(shape)[0]
         each = grouped // shape[0]  # rows of the code matrix for one of the weight
-        if self.axis == 0 or not self.channel_wise or each * shape[0] != grouped:
-            return super().dequantize_rows(tensors, shape, rows, dtype)
         own = (rows[:, None] * each + torch.arange(each, device=rows.device)).view(-1)
         values = unpack_rows(self._words(tensors["W_q"]), self.packing, grouped, own).to(tensors["scale"].dtype)
         values = values.sub_(tensors["zero"].index_select(0, own)).mul_(tensors["scale"].index_select(0, own))
         return values.view(len(rows), *shape[1:]).to(dtype or values.dtype)
+
+    def reads_rows_alone(self, shape: tuple[int, ...]) -> bool:
+        return self.axis == 1 and self.channel_wise and self._grouped(shape)[0] % shape[0] == 0
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
         if "nbits" not in tensors and any(name.startswith("meta.") for name in tensors):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantcore.formats.activation import abs_max
 from quantcore.formats.base import Description
-from quantcore.formats.blocks import block_abs_max, grid, row_pieces
+from quantcore.formats.blocks import block_abs_max, grid
 from quantcore.formats.minifloat import (
     E4M3,
     MiniFloat,
@@ -26,6 +26,7 @@ from quantcore.formats.minifloat import (
     minifloat,
     pack_fp4,
 )
+from quantcore.formats.pieces import row_pieces
 from quantcore.threads import share_out
 
 NVFP4_RANGE = 6.0 * E4M3.maximum

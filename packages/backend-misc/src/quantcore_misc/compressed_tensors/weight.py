@@ -209,9 +209,7 @@ class CompressedWeight(WeightFormat):
         dtype = x.dtype
         if self.is_optimized:  # products in float32, of codes that are not rounded to the weight's dtype before
             dtype, operands = torch.float32, {**operands, "weight_scale": operands["weight_scale"].float()}
-        weight = self.dequantize(operands, shape, dtype)
-        bias = None if bias is None else bias.to(dtype)
-        y = torch.nn.functional.linear(rounded.to(dtype), weight, bias).to(x.dtype)
+        y = self.product(rounded.to(dtype), operands, bias, shape, dtype).to(x.dtype)
         return self.round_activation("output", y, operands)
 
     @property

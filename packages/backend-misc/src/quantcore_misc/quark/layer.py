@@ -71,8 +71,7 @@ class QuarkLayer(WeightFormat):
 
     def linear(self, x: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
         rounded = self.round_activation("input", x, operands)
-        weight = self.dequantize(operands, shape, x.dtype)
-        y = torch.nn.functional.linear(rounded, weight, None if bias is None else bias.to(x.dtype))
+        y = self.product(rounded, operands, bias, shape, x.dtype)
         return self.round_activation("output", y, operands)
 
     def activation(self, side: str) -> Activation | None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from quantcore.formats.activation import Activation, abs_max
-from quantcore.formats.blocks import block_abs_max, row_pieces
+from quantcore.formats.blocks import block_abs_max
 from quantcore.formats.minifloat import E5M3, MiniFloat, decode, e4m3_scale, e8m0_codes, e8m0_values, encode, minifloat
+from quantcore.formats.pieces import row_pieces
 from quantcore_misc.quark.codes import INTEGERS
 
 if TYPE_CHECKING:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from quantcore.formats.pieces import linear_rows
+
 if TYPE_CHECKING:
     from quantcore.formats.families import Family
 
@@ -74,6 +76,7 @@ class WeightFormat:
     rows_apart: ClassVar[bool] = (
         False  # row n of every operand with N rows belongs to row n alone; others serve all rows
     )
+    rows_elements: ClassVar[int] = 1 << 21  # of a weight, that `product` dequantizes at a time on a CPU
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -102,7 +105,7 @@ class WeightFormat:
         """The rows [R, K] of the weight that rows, int64 [R], number, in dtype (None: as for `dequantize`).
 
         Reads the stored parts of those rows alone where `rows_apart`; otherwise the whole weight is dequantized, unless
-        a format overrides this. Raises IndexError for a row that does not exist.
+        a format overrides this, and with it `reads_rows_alone`. Raises IndexError for a row that does not exist.
         """
         if not self.rows_apart:
             return self.dequantize(tensors, shape, dtype).index_select(0, rows)
@@ -111,6 +114,10 @@ class WeightFormat:
             for name, tensor in tensors.items()
         }
         return self.dequantize(parts, (len(rows), *shape[1:]), dtype)
+
+    def reads_rows_alone(self, shape: tuple[int, ...]) -> bool:
+        """Whether `dequantize_rows` of a weight of this shape reads the stored parts of those rows alone."""
+        return self.rows_apart
 
     def expert(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], index: int, transposed: bool
@@ -126,7 +133,29 @@ class WeightFormat:
 
         In `compute_torch_dtype`, cast back to x's dtype. A format whose layer quantizes its input overrides this.
         """
-        return multiply(x, self.dequantize(operands, shape, self.compute_torch_dtype or x.dtype), bias)
+        return self.product(x, operands, bias, shape, self.compute_torch_dtype or x.dtype)
+
+    def product(
+        self,
+        x: Tensor,
+        operands: Mapping[str, Tensor],
+        bias: Tensor | None,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """x [..., K] times the weight [N, K], plus bias [N], in dtype and cast back to x's.
+
+        On a CPU a large weight whose rows can be read alone is dequantized a few rows at a time: it never exists whole,
+        and parts that stay in the processor's caches take less time.
+        """
+        if x.device.type != "cpu" or math.prod(shape) <= self.rows_elements or not self.reads_rows_alone(shape):
+            return multiply(x, self.dequantize(operands, shape, dtype), bias)
+
+        def weight_of(part: slice) -> Tensor:
+            rows = torch.arange(part.start, part.stop, device="cpu")
+            return self.dequantize_rows(operands, shape, rows, dtype)
+
+        return linear_rows(x.to(dtype), weight_of, shape, bias, like=x, elements=self.rows_elements)
 
     def weight_alone(self) -> WeightFormat:
         """The format of the same stored weight in a layer that rounds no activations; self where this one rounds none.

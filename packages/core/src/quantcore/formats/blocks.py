@@ -12,8 +12,7 @@ from torch import Tensor
 
 from quantcore.formats.activation import abs_max
 from quantcore.formats.minifloat import MiniFloat, decode, encode
-
-PIECE = 1 << 20  # elements that are held in float32 at a time; with fewer, calls cost more than their work
+from quantcore.formats.pieces import row_pieces
 
 Block = tuple[int, int]
 
@@ -58,13 +57,6 @@ def dequantize_blocks(codes: Tensor, scale: Tensor, block: Block, element: MiniF
     for rows in row_pieces(codes.shape):
         weight[rows] = scale_rows_(decode(codes[rows], element), scale, block, rows)
     return weight
-
-
-def row_pieces(shape: tuple[int, ...], elements: int = PIECE) -> Iterator[slice]:
-    """The rows of a matrix in pieces of about so many elements."""
-    count = max(1, elements // max(1, shape[1]))
-    for start in range(0, shape[0], count):
-        yield slice(start, min(start + count, shape[0]))
 
 
 def scale_rows_(part: Tensor, factor: Tensor, block: Block, rows: slice, *, divide: bool = False) -> Tensor:

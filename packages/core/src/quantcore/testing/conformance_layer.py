@@ -24,6 +24,14 @@ def test_forward_is_that_of_the_dequantized_weight(example: Example, dtype: torc
     assert _forward_error(layer, x) <= forward_tolerance(layer.format, dtype)
 
 
+def test_forward_a_few_rows_at_a_time_is_that_of_the_dequantized_weight(
+    example: Example, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = example.layer(make_linear(dtype=dtype)), _input((5,), dtype)
+    monkeypatch.setattr(type(layer.format), "rows_elements", 3 * K)
+    assert _forward_error(layer, x) <= forward_tolerance(layer.format, dtype)
+
+
 def test_forward_without_bias(example: Example, dtype: torch.dtype, device: torch.device) -> None:
     layer = example.layer(make_linear(dtype=dtype, device=device, bias=False))
     x = _input((5,), dtype, device)

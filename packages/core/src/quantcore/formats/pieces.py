@@ -1,0 +1,36 @@
+"""Work on a weight a few rows at a time: what is made of them stays in a processor's caches, and never exists whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+from torch.nn import functional
+
+PIECE = 1 << 20  # elements that are held as floats at a time; with fewer, calls cost more than their work
+
+
+def row_pieces(shape: tuple[int, ...], elements: int = PIECE) -> Iterator[slice]:
+    """The rows of a matrix in pieces of about so many elements."""
+    count = max(1, elements // max(1, shape[1]))
+    for start in range(0, shape[0], count):
+        yield slice(start, min(start + count, shape[0]))
+
+
+def linear_rows(
+    x: Tensor,
+    weight_of: Callable[[slice], Tensor],
+    shape: tuple[int, int],
+    bias: Tensor | None,
+    like: Tensor,
+    elements: int = PIECE,
+) -> Tensor:
+    """x [..., K] times a weight [N, K], plus bias, in x's dtype, and rounded once to that of `like`.
+
+    weight_of: gives rows of the weight, [n, K] in x's dtype. elements: how many it is asked for at a time, about.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = like.new_empty(rows.shape[0], shape[0])
+    for part in row_pieces(shape, elements):
+        y[:, part] = functional.linear(rows, weight_of(part), None if bias is None else bias[part].to(x.dtype))
+    return y.view(*x.shape[:-1], shape[0])
