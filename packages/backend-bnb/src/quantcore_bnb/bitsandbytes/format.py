@@ -43,7 +43,7 @@ class Bnb4Bit(WeightFormat):
     """
 
     family: ClassVar[str | None] = "lookup"
-    rows_elements: ClassVar[int] = 1 << 23  # `dequantize_blocks` shares them out among threads
+    piece_bytes: ClassVar[int] = 1 << 24  # `dequantize_blocks` shares a piece out among threads
 
     quant_type: str = "nf4"
     blocksize: int = 64

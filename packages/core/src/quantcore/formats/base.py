@@ -76,7 +76,7 @@ class WeightFormat:
     rows_apart: ClassVar[bool] = (
         False  # row n of every operand with N rows belongs to row n alone; others serve all rows
     )
-    rows_elements: ClassVar[int] = 1 << 21  # of a weight, that `product` dequantizes at a time on a CPU
+    piece_bytes: ClassVar[int] = 1 << 23  # of floats, that `product` makes of a weight at a time on a CPU
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -148,14 +148,15 @@ class WeightFormat:
         On a CPU a large weight whose rows can be read alone is dequantized a few rows at a time: it never exists whole,
         and parts that stay in the processor's caches take less time.
         """
-        if x.device.type != "cpu" or math.prod(shape) <= self.rows_elements or not self.reads_rows_alone(shape):
+        most = self.piece_bytes // dtype.itemsize
+        if x.device.type != "cpu" or math.prod(shape) <= most or not self.reads_rows_alone(shape):
             return multiply(x, self.dequantize(operands, shape, dtype), bias)
 
         def weight_of(part: slice) -> Tensor:
             rows = torch.arange(part.start, part.stop, device="cpu")
             return self.dequantize_rows(operands, shape, rows, dtype)
 
-        return linear_rows(x.to(dtype), weight_of, shape, bias, like=x, elements=self.rows_elements)
+        return linear_rows(x.to(dtype), weight_of, shape, bias, like=x, elements=most)
 
     def weight_alone(self) -> WeightFormat:
         """The format of the same stored weight in a layer that rounds no activations; self where this one rounds none.

@@ -28,7 +28,7 @@ def test_forward_a_few_rows_at_a_time_is_that_of_the_dequantized_weight(
     example: Example, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, x = example.layer(make_linear(dtype=dtype)), _input((5,), dtype)
-    monkeypatch.setattr(type(layer.format), "rows_elements", 3 * K)
+    monkeypatch.setattr(type(layer.format), "piece_bytes", 12 * K)
     assert _forward_error(layer, x) <= forward_tolerance(layer.format, dtype)
 
 
