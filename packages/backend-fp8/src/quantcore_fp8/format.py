@@ -146,7 +146,7 @@ class Fp8(WeightFormat):
             return linear_codes(quantized, codes, scale.flatten(), bias, x.dtype)
         inputs = rounding.dequantize(quantized, torch.float32)
         return linear_rows(
-            inputs, lambda rows: scale_rows_(decode(codes[rows], E4M3), scale, block, rows), shape, bias, x
+            inputs, lambda rows: scale_rows_(decode(codes[rows], E4M3), scale, block, rows), shape, bias, x.dtype
         )
 
     def _is_exact(self, dtype: torch.dtype) -> bool:

@@ -69,7 +69,7 @@ class Fp4Expert(WeightFormat):
         if rounding is None:
             return super().linear(x, operands, bias, shape)
         inputs = rounding.dequantize(rounding.quantize(x), torch.float32)
-        y = linear_rows(inputs, lambda rows: _values(operands["weight"], scale, rows), shape, None, x)
+        y = linear_rows(inputs, lambda rows: _values(operands["weight"], scale, rows), shape, None, x.dtype)
         return y if bias is None else y.add_(bias)
 
     def round_activation(self, side: str, x: Tensor, operands: Mapping[str, Tensor]) -> Tensor:

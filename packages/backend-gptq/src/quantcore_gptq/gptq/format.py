@@ -180,9 +180,8 @@ class Gptq(WeightFormat):
 
     def _codes(self, qweight: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Codes [N, K] uint8, contiguous."""
-        return unpack_words(
-            qweight.t().contiguous(), self.layout, shape[1], dim=1
-        )  # words are fewer to turn than codes
+        rows = qweight.t().contiguous()  # there are fewer words to turn than codes
+        return unpack_words(rows, self.layout, shape[1], dim=1)
 
     def _as_words(self, words: Tensor) -> Tensor:
         return words.view(getattr(torch, self.word))

@@ -156,7 +156,7 @@ class WeightFormat:
             rows = torch.arange(part.start, part.stop, device="cpu")
             return self.dequantize_rows(operands, shape, rows, dtype)
 
-        return linear_rows(x.to(dtype), weight_of, shape, bias, like=x, elements=most)
+        return linear_rows(x.to(dtype), weight_of, shape, bias, x.dtype, most)
 
     def weight_alone(self) -> WeightFormat:
         """The format of the same stored weight in a layer that rounds no activations; self where this one rounds none.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,15 +23,15 @@ def linear_rows(
     weight_of: Callable[[slice], Tensor],
     shape: tuple[int, int],
     bias: Tensor | None,
-    like: Tensor,
+    dtype: torch.dtype,
     elements: int = PIECE,
 ) -> Tensor:
-    """x [..., K] times a weight [N, K], plus bias, in x's dtype, and rounded once to that of `like`.
+    """x [..., K] times a weight [N, K], plus bias, in x's dtype, and rounded once to dtype.
 
     weight_of: gives rows of the weight, [n, K] in x's dtype. elements: how many it is asked for at a time, about.
     """
     rows = x.reshape(-1, x.shape[-1])
-    y = like.new_empty(rows.shape[0], shape[0])
+    y = x.new_empty(rows.shape[0], shape[0], dtype=dtype)
     for part in row_pieces(shape, elements):
         y[:, part] = functional.linear(rows, weight_of(part), None if bias is None else bias[part].to(x.dtype))
     return y.view(*x.shape[:-1], shape[0])

@@ -107,11 +107,13 @@ class Plugins:
             return
         self._packages_loaded.add(package)
         for method, claims in discovery.claims().items():
-            if claims[0].module.partition(".")[0] == package and not {method} & {*self._backends, *self.failures}:
-                try:
-                    self.backend(method)
-                except QuantcoreError as error:
-                    self._fail(method, error)
+            is_settled = method in self._backends or method in self.failures
+            if is_settled or all(claim.module.partition(".")[0] != package for claim in claims):
+                continue
+            try:
+                self.backend(method)
+            except QuantcoreError as error:
+                self._fail(method, error)
 
     def resolve(self, method: str, field: str) -> Any:
         """The object that a field of a method's backend names as "module:attribute".
