@@ -45,9 +45,9 @@ def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     manager.reset()
 
 
-def _groups() -> Iterator[tuple[discovery.Claim, ...]]:
-    for group in ("quantcore", "quantcore.match", "quantcore.kernels"):
-        yield from discovery.claims(group).values()
+def _groups() -> Iterator[tuple[discovery.Provider, ...]]:
+    for group in ("quantcore", "quantcore.match", "quantcore.kernels", "quantcore.containers"):
+        yield from discovery.providers(group).values()
 
 
 @pytest.fixture
@@ -132,11 +132,13 @@ class Site:
         version: str = "1.0",
         requires: tuple[str, ...] = (),
         group: str = "quantcore",
+        summary: str = "",
     ) -> None:
         """Put a distribution in place. entry_points: name -> module; modules: name -> source."""
         info = self.folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
         needs = "".join(f"Requires-Dist: {line}\n" for line in requires)
+        needs += f"Summary: {summary}\n" if summary else ""
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n{needs}")
         lines = "".join(f"{name} = {module}\n" for name, module in entry_points.items())
         (info / "entry_points.txt").write_text(f"[{group}]\n{lines}")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcore.kernels.int8 import Scaled
+from quantcore.kernels.int8_product import Scaled
 from quantcore.kernels.triton.checks import poisoned_buffers
-from quantcore.kernels.triton.int8 import int8_matmul
+from quantcore.kernels.triton.int8_gemm import int8_matmul
 
 SHAPES = pytest.mark.parametrize(
     ("M", "N", "K"), [(1, 1, 1), (1, 37, 300), (16, 33, 257), (17, 65, 129), (65, 130, 64), (129, 1, 31)]

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from coded import LAYOUTS, Coded, coded_decoder
+from vectored import LAYOUTS as VECTORS, Vectored, vector_decoder
 
 from quantcore.kernels.triton import launch
 from quantcore.kernels.triton.checks import check_dequantize, check_grouped, check_linear, quantized
@@ -29,6 +30,17 @@ SHAPES = {  # the smallest of whole words and groups; several tiles each way, no
     "int32_interleaved_along_n": [(8, 16), (136, 560)],
     "one_code_a_byte": [(1, 24), (73, 552)],
     "columns_in_any_order": [(1, 8), (73, 568)],
+    "uint32_along_k": [(1, 16), (73, 560)],
+    "stream_of_3_bits_in_int32": [(1, 32), (73, 544)],
+    "stream_of_3_bits_in_bytes": [(1, 16), (73, 560)],
+    "stream_of_5_bits_in_uint32": [(1, 64), (73, 576)],
+    "stream_of_6_bits_transposed": [(1, 16), (73, 560)],
+    "blocks_of_nibbles": [(1, 32), (73, 544)],
+    "blocks_of_bytes": [(1, 32), (73, 544)],
+    "blocks_of_nibbles_and_bits": [(1, 32), (73, 544)],
+    "super_blocks_of_6_bits": [(1, 256), (73, 768)],
+    "super_blocks_of_3_bits": [(1, 256), (73, 768)],
+    "planes_of_3_bits_transposed": [(1, 32), (73, 544)],
 }
 CASES = pytest.mark.parametrize(
     ("layout", "shape"),
@@ -92,8 +104,8 @@ def test_bytes_at_odd_addresses_are_read_one_by_one(layout: str) -> None:
 
 @LAYOUT
 def test_tiles_smaller_than_a_group_and_larger_agree(layout: str) -> None:
-    shape = SHAPES[layout][0]
-    for BK in (16, 128):
+    shape, words = SHAPES[layout][0], LAYOUTS[layout]
+    for BK in (max(16, words.fewest_columns), 128, 512):
         call = partial(launch.gemv, launch=Launch(16, 64, BK, SPLITS=2))
         check_linear(call, Coded(layout), coded_decoder(layout), torch.randn(3, shape[1]), shape[0])
 
@@ -136,3 +148,47 @@ def test_functions_that_do_not_fit_name_their_decoder(wrong: dict[str, Any], rea
     operands = list(quantized(Coded("int32_along_k_transposed"), (5, 32)).values())
     with pytest.raises(TypeError, match=reason):
         launch.gemv(torch.randn(1, 32), operands, None, decoder, 5, launch=Launch(1, 8, 32))
+
+
+VECTOR = pytest.mark.parametrize("layout", VECTORS)
+VECTOR_SHAPES = {
+    "one_book": (9, 264),
+    "two_books_side_by_side": (9, 264),
+    "three_books_in_groups": (9, 272),
+    "book_of_11_bits": (9, 288),
+    "pairs_in_packed_words": (9, 288),
+    "stream_of_6_bits": (9, 320),
+}
+
+
+@VECTOR
+@pytest.mark.parametrize("words", [True, False], ids=["tiles", "gathered"])
+def test_vectors_are_those_of_their_family(layout: str, words: bool) -> None:
+    shape, decoder = VECTOR_SHAPES[layout], vector_decoder(layout, words)
+    assert decoder.fits_tiles(*shape) == words
+    check_dequantize(Vectored(layout), decoder, shape, torch.float32)
+
+
+@VECTOR
+@pytest.mark.parametrize("rows", [1, 5])
+def test_gemv_of_vectors_matches_reference(layout: str, rows: int) -> None:
+    N, K = VECTOR_SHAPES[layout]
+    x, bias = torch.randn(rows, K).bfloat16(), torch.randn(N)
+    check_linear(launch.gemv, Vectored(layout), vector_decoder(layout), x, N, bias)
+
+
+@VECTOR
+def test_gemm_of_vectors_matches_reference(layout: str) -> None:
+    N, K = VECTOR_SHAPES[layout]
+    check_linear(launch.gemm, Vectored(layout), vector_decoder(layout), torch.randn(37, K), N)
+
+
+@VECTOR
+def test_grouped_vectors_give_each_row_its_expert(layout: str) -> None:
+    check_grouped(Vectored(layout), vector_decoder(layout), [2, 0, 19], VECTOR_SHAPES[layout], torch.float32)
+
+
+@VECTOR
+def test_wide_indices_find_the_same_vectors(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_index_type", lambda N, K: tl.int64)
+    check_dequantize(Vectored(layout), vector_decoder(layout), VECTOR_SHAPES[layout], torch.float32)

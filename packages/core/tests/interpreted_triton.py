@@ -25,7 +25,13 @@ from quantcore.kernels.triton.checks import (
 )
 from quantcore.kernels.triton.decoder import Decoder
 from quantcore.kernels.triton.heuristics import DENSE, Launch
-from quantcore.kernels.triton.minifloats import e2m1_values, e2m3_values, e4m3_values, e8m0_values
+from quantcore.kernels.triton.minifloats import (
+    e2m1_values,
+    e2m3_values,
+    e4m3_values,
+    e8m0_values,
+    float16_values,
+)
 from quantcore.kernels.triton.rounding import TRITON_DTYPES, rounded
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -51,6 +57,17 @@ class Plain(WeightFormat):
     @property
     def compute_torch_dtype(self) -> torch.dtype | None:
         return None if self.compute is None else getattr(torch, self.compute)
+
+
+@dataclass(frozen=True)
+class Squared(Plain):
+    """w * w + w, rounded after each step to the dtype that is asked for."""
+
+    def dequantize(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        weight = super().dequantize(tensors, shape, dtype)
+        return weight * weight + weight
 
 
 class Allocating(Tensor):
@@ -82,6 +99,12 @@ def load_rows_only(tensors, k, n, N, K, D: tl.constexpr):
 
 
 @triton.jit
+def square_by_steps(tensors, k, n, N, K, D: tl.constexpr):
+    values = rounded(tl.load(tensors[0] + n * K + k), D.compute).to(tl.float32)
+    return rounded(values * values, D.compute).to(tl.float32) + values
+
+
+@triton.jit
 def load_absent(tensors, k, n, N, K, D: tl.constexpr):
     return tl.load(tensors[5] + n * K + k)
 
@@ -97,10 +120,32 @@ def plain(decode: Any = load_plain) -> Decoder:
     return Decoder("plain", decode, Nothing(), (None,), torch.float32)
 
 
+@triton.jit
+def halves_kernel(data, results, size: tl.constexpr):
+    place = tl.arange(0, size)
+    tl.store(results + place, float16_values(data + 3 * place + 1))
+
+
+def test_float16_numbers_are_read_at_odd_addresses() -> None:
+    values = torch.cat([torch.randn(13), torch.tensor([65504.0, 6e-8, -0.0])]).half()
+    data = torch.full((16, 3), 255, dtype=torch.uint8)
+    data[:, 1:] = values.view(torch.uint8).view(16, 2)
+    results = torch.empty(16)
+    halves_kernel[(1,)](data, results, 16)
+    assert torch.equal(results, values.float())
+
+
 @DTYPES
 @pytest.mark.parametrize("shape", [(1, 1), (9, 1), (1, 300), (13, 257)], ids=str)
 def test_dequantize_rounds_to_nearest(shape: tuple[int, int], dtype: torch.dtype) -> None:
     check_dequantize(Plain(), plain(), shape, dtype)
+
+
+@DTYPES
+def test_decoder_may_round_each_step_to_the_dtype_asked_for(dtype: torch.dtype) -> None:
+    check_dequantize(Squared(), plain(square_by_steps), (13, 257), dtype)
+    check_linear(launch.gemv, Squared(), plain(square_by_steps), torch.randn(3, 77, dtype=dtype), 35)
+    check_input_grad(Squared(), plain(square_by_steps), torch.randn(5, 35, dtype=dtype), 77)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

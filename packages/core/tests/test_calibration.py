@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import quantcore
 from quantcore.calibration import report_of
-from quantcore.calibration.block import Block, Sample, join
+from quantcore.calibration.block import Block, Sample, join_samples
 from quantcore.calibration.statistics import Hessian, MeanAbs
 from quantcore.evaluation.layer_error import output_error
 from quantcore.nn.replace import quantized_modules
@@ -316,7 +316,7 @@ def test_joined_samples_give_what_they_give_apart() -> None:
     def solve(block: Block) -> None:
         if block.name:
             apart = torch.cat([block.output(sample) for sample in block.samples[1:4]])
-            joined = join(block.samples[1:4])
+            joined = join_samples(block.samples[1:4])
             assert joined.kwargs["angles"] is block.samples[0].kwargs["angles"]  # the table that all share
             torch.testing.assert_close(block.output(joined), apart)  # another order of summation
 
@@ -326,7 +326,7 @@ def test_joined_samples_give_what_they_give_apart() -> None:
 def test_join_keeps_masks_and_targets_in_step() -> None:
     first = Sample(0, (torch.zeros(1, 2),), {}, torch.tensor([[True, False]]), torch.zeros(1, 2))
     second = Sample(1, (torch.ones(1, 2),), {}, torch.tensor([[True, True]]), torch.ones(1, 2))
-    joined = join([first, second])
+    joined = join_samples([first, second])
     assert joined.mask.tolist() == [[True, False], [True, True]]
     assert torch.equal(joined.target, joined.args[0])
 
@@ -536,13 +536,6 @@ def test_data_for_a_method_that_takes_none_is_refused() -> None:
         quantcore.quantize(make(Language), {"quant_method": "tiny-int8"}, seqlen=3)
 
 
-def test_quantizing_from_file_to_file_is_refused(tmp_path: Path) -> None:
-    quantcore.save(make(Language), tmp_path / "float")
-    (tmp_path / "float" / "config.json").write_text('{"architectures": ["Language"]}')
-    with pytest.raises(ValueError, match="tiny-calibrated quantizes with calibration data, which takes the whole"):
-        quantcore.quantize_checkpoint(tmp_path / "float", tmp_path / "out", CONFIG, model=lambda: make(Language))
-
-
 # What is not computed twice
 
 
@@ -572,7 +565,7 @@ def test_finished_modules_give_the_same_bits_without_running_again(
 ) -> None:
     results = []
     for most in (0, 1 << 20):
-        monkeypatch.setattr("quantcore.calibration.endings._MOST_BYTES", most)
+        monkeypatch.setattr("quantcore.calibration.reuse._MOST_BYTES", most)
         model, found = make(Language), {}
         calibrate(model, in_stages(found, between), batch_size=2, offload=tmp_path if offload else None)
         results.append({**model.state_dict(), **{f"H.{name}": matrix for name, matrix in found.items()}})
@@ -639,7 +632,7 @@ def test_a_single_layer_is_solved_with_its_inputs(inputs: str) -> None:
 
 
 def test_a_single_layer_of_another_method_takes_no_inputs() -> None:
-    with pytest.raises(ValueError, match="a: TinyInt8 takes no calibration data; leave it out"):
+    with pytest.raises(ValueError, match="a: the format TinyInt8 takes no calibration data; leave it out"):
         quantcore.nn.QuantizedLinear.from_linear(
             make(Language).adapter, TinyInt8(), name="a", calibration=torch.rand(2, WIDTH)
         )

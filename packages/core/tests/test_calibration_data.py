@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -14,7 +15,15 @@ from calibrated_models import TOKENS, Language, Stack, make
 from torch import Tensor, nn
 
 from quantcore import Calibration
-from quantcore.calibration.data import ModelInputs, model_inputs, padding_mask, row_count, shortened, token_count
+from quantcore.calibration.data import (
+    ModelInputs,
+    _items,
+    model_inputs,
+    padding_mask,
+    row_count,
+    shortened,
+    token_count,
+)
 from quantcore.calibration.replay import run_model
 from quantcore.errors import MissingExtraError
 
@@ -242,3 +251,49 @@ def test_settings_beside_a_calibration_are_set_on_it() -> None:
 def test_what_is_open_is_filled_and_what_is_given_stays() -> None:
     filled = Calibration([[1]], samples=3).filled(samples=9, seqlen=9)
     assert (filled.samples, filled.seqlen) == (3, 9)
+
+
+# Files and data sets by name
+
+
+def test_name_of_a_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("some words.txt").write_text("what stands in it")
+    for name in ("some words.txt", str(tmp_path / "some words.txt"), ["some words.txt"]):
+        assert list(_items(name)) == ["what stands in it"]
+
+
+def test_name_of_a_folder_or_a_pipe_is_not_taken_for_text(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="is no regular file; give a text file"):
+            _items(str(place))
+
+
+@pytest.mark.parametrize("name", ["absent.txt", "./absent.md", "folder/absent.jsonl"])
+def test_name_that_can_only_be_of_a_file_is_not_taken_for_text(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        list(_items(name))
+
+
+@pytest.mark.parametrize(
+    "text", ["a sentence that ends in file.txt", "word", "", "a\nb.txt", "x" * 5000 + ".txt", "nul\0.txt"]
+)
+def test_text_that_is_no_name_stays_text(text: str) -> None:
+    assert list(_items(text)) == [text]
+
+
+def test_list_of_one_name_is_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantcore.calibration.data.named_texts", lambda name: iter([f"texts of {name}"]))
+    assert list(_items(["wikitext2"])) == list(_items("wikitext2")) == ["texts of wikitext2"]
+
+
+def test_data_set_that_cannot_be_read_says_where_it_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: Any, **options: Any) -> Any:
+        raise ConnectionError("no route")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=unreachable))
+    with pytest.raises(
+        OSError, match=r"looked for Salesforce/wikitext in the cache .* and on the hub; connect, or give"
+    ):
+        list(_items("wikitext2"))

@@ -30,7 +30,7 @@ if rank == 0:
     children = [subprocess.Popen([sys.executable, "-c", os.environ["CODE"], "1"])]
 torch.set_num_threads(1)
 store = dist.FileStore(os.environ["STORE"], 2)
-dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=600))
 quantcore.register_quantization_config("tiny-calibrated")(TinyCalibratedConfig)
 quantcore.register_quantizer("tiny-calibrated")(TinyCalibratedQuantizer)
 for kind in ("Language", "Mixture"):
@@ -59,17 +59,6 @@ def test_two_processes_give_the_model_that_one_gives(run_python: Callable[..., A
         _assert_equal(results[0][0], results[1][0])
         _assert_close(results[0][0], alone)
         assert results[0][1] == results[1][1] == [line.tokens for line in report_of(alone).layers]
-
-
-def test_solvers_that_train_run_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tiny_calibrated import TinyCalibratedQuantizer
-
-    monkeypatch.setattr(TinyCalibratedQuantizer, "source", "both")
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    with pytest.raises(ValueError, match="run it in a single process, not in 2"):
-        quantcore.quantize(make(Language), {"quant_method": "tiny-calibrated"}, calibration=token_ids())
 
 
 def _assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:

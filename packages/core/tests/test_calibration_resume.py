@@ -144,6 +144,41 @@ def test_a_damaged_block_is_refused(damage: str, tmp_path: Path) -> None:
         quantized(make(Language), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("file", "../other.safetensors"),
+        ("file", 3),
+        ("file", None),
+        ("name", 7),
+        ("layers", []),
+        ("layers", {"a": 1}),
+        ("report", {"a": 1}),
+        ("report", [1]),
+    ],
+)
+def test_an_entry_of_another_type_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+    quantized(make(Language), tmp_path)
+    state = json.loads((tmp_path / "state.json").read_text())
+    state["steps"]["1"][key] = value
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=r"state\.json: is no state of a calibration: steps\['1'\]"):
+        quantized(make(Language), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"format": "Nothing()"}, {"format": "3 +"}, {"tensors": ["absent"]}, {"tensors": 3}]
+)
+def test_a_layer_that_is_described_otherwise_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    quantized(make(Language), tmp_path)
+    state = json.loads((tmp_path / "state.json").read_text())
+    entry = next(entry for entry in state["steps"].values() if entry["layers"])
+    next(iter(entry["layers"].values())).update(change)
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=rf"{entry['file']}: cannot be read: .*; delete"):
+        quantized(make(Language), tmp_path)
+
+
 def test_a_folder_holds_no_partial_files_and_no_activations(tmp_path: Path) -> None:
     quantized(make(Language), tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -151,6 +186,6 @@ def test_a_folder_holds_no_partial_files_and_no_activations(tmp_path: Path) -> N
 
 
 def test_processes_that_see_other_folders_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantcore.distributed.calibration.Team.agrees", lambda self, value: False)
+    monkeypatch.setattr("quantcore.distributed.calibration.CalibrationGroup.agrees", lambda self, value: False)
     with pytest.raises(ValueError, match="must be one folder that all processes see"):
         quantized(make(Language), tmp_path)

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 import quantcore
 from quantcore.checkpoints.devices import place
-from quantcore.checkpoints.read import INDEX_NAME, SINGLE_NAME, Checkpoint, quantization_dict
+from quantcore.checkpoints.read import Checkpoint, quantization_dict
+from quantcore.checkpoints.shards import INDEX_NAME, SINGLE_NAME
 from quantcore.checkpoints.stream import surplus_test, unify_dtypes
 from quantcore.checkpoints.write import parse_size, write_tensors
 from quantcore.errors import CheckpointError
 from quantcore.nn import QuantizedLinear
+from quantcore.workflows.evaluation import evaluate
 
 Build = Callable[[], Any]
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -435,7 +437,7 @@ def test_file_that_shrinks_after_its_headers_were_read_is_named(saved: Path) -> 
     checkpoint = Checkpoint(saved)
     path = saved / SINGLE_NAME
     os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(CheckpointError, match=f"{SINGLE_NAME}: ends within"):
+    with pytest.raises(CheckpointError, match=f"{SINGLE_NAME}: was changed while it was read"):
         list(checkpoint.stream())
 
 
@@ -527,7 +529,7 @@ def test_empty_folder_is_named(tmp_path: Path, build_model: Build) -> None:
         quantcore.load(tmp_path, build_model)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "", "nan"], ids=repr)
+@pytest.mark.parametrize("content", ["{", "[1]", "", "nan", '{"a": ' + "9" * 5000 + "}"], ids="{:.9}".format)
 def test_garbage_config_json_is_named(saved: Path, build_model: Build, content: str) -> None:
     (saved / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config.json: (not valid JSON|expected a JSON object)"):
@@ -739,6 +741,13 @@ def test_device_map_that_makes_no_sense_is_refused(build_model: Build, saved: Pa
 def test_device_that_this_machine_lacks_is_refused(build_model: Build, saved: Path) -> None:
     with pytest.raises(ValueError, match=r"device_map: 'xpu:97' for the model is not available here"):
         quantcore.load(saved, build_model, device_map="xpu:97")
+
+
+def test_a_device_is_named_as_the_argument_that_gave_it(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^device: 'gpu' is no device; use 'cpu' or 'cuda:0'$"):
+        quantcore.quantize_checkpoint(saved, tmp_path / "out", {"quant_method": "tiny-int8"}, device="gpu")
+    with pytest.raises(ValueError, match=r"^device: 'xpu:97' is not available here"):
+        evaluate(saved, "a text", device="xpu:97")
 
 
 # Saving

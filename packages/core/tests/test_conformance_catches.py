@@ -44,8 +44,14 @@ FAULTS = [
     ("wrong-gradient", "layer", "test_gradient_of_the_input_is_that_of_the_dequantized_weight"),
     ("rounds-what-it-loads", "model", "test_loaded_model_gives_the_same_bits"),
     ("mixes-its-rows", "kinds", "test_rows_are_those_of_the_dequantized_weight"),
-    ("changes-with-time", "calibration", "test_calibration_gives_the_same_bits_again_and_from_its_finished_blocks"),
+    (
+        "changes-with-time",
+        "calibration",
+        "test_calibration_from_file_to_file_gives_the_files_of_the_saved_model_and_again_from_its_finished_blocks",
+    ),
     ("checks-no-tensors", "damage", "test_each_tensor_of_wrong_dtype_is_named"),
+    ("decodes-other-numbers", "kernels", "test_decoder_gives_the_numbers_of_the_format"),
+    ("does-not-compile", "kernels", "test_skeletons_compile_with_the_decoder_and_spill_nothing"),
 ]
 
 # Runs the suite on (method, theme) after (method, theme) and prints {method: [status, names of failed tests]}.
@@ -82,6 +88,19 @@ def test_broken_method_fails(outcomes: Mapping[str, tuple[int, list[str]]], meth
     status, failed = outcomes[method]
     assert status == pytest.ExitCode.TESTS_FAILED
     assert expected in failed
+
+
+def test_decoder_that_only_the_interpreter_takes_fails_where_it_is_compiled(
+    outcomes: Mapping[str, tuple[int, list[str]]],
+) -> None:
+    assert outcomes["does-not-compile"][1] == ["test_skeletons_compile_with_the_decoder_and_spill_nothing"]
+
+
+def test_declared_gaps_are_expected_failures() -> None:
+    code = "import sys, quantcore.testing; sys.exit(quantcore.testing.run(sys.argv[1], themes=['kernels']))"
+    result = _python(code, "declares-its-gap", paths=[BROKEN_PLUGINS], plugins="broken_plugins_entry")
+    assert result.returncode == pytest.ExitCode.OK, result.stdout
+    assert "4 xfailed" in result.stdout
 
 
 @pytest.mark.parametrize("method", ["sound", "sound-calibrated"])

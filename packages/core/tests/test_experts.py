@@ -17,8 +17,8 @@ from quantcore.checkpoints.read import Checkpoint
 from quantcore.checkpoints.write import write_tensors
 from quantcore.errors import CheckpointError
 from quantcore.nn import QuantizedExperts, QuantizedLinear
+from quantcore.nn.expert_weights import ExpertWeight, StackedWeight
 from quantcore.nn.experts import fused_weights, linear_layers, split_experts
-from quantcore.nn.standins import ExpertWeight, StackedWeight
 from quantcore.testing.compare import relative_error
 from quantcore.testing.experts import (
     EXPERTS,
@@ -98,7 +98,7 @@ def test_skip_pattern_of_one_expert_is_no_pattern_that_hits_nothing(
 ) -> None:
     config = {"quant_method": "tiny-int8", "modules_to_not_convert": [f"{EXPERTS_NAME}.1", "lm_head"]}
     quantcore.quantize(SmallMixtureModel(), config)
-    assert "no module matches" not in caplog.text
+    assert "no layer matches" not in caplog.text
 
 
 def test_only_experts_with_a_named_layer_are_taken_apart() -> None:

@@ -91,7 +91,7 @@ from torch import nn
 import quantcore
 os.environ["QUANTCORE_PLUGINS"] = "tiny_int8"
 from quantcore import WeightQuantizer  # every import before the limit is set
-from quantcore.checkpoints import quantize
+from quantcore.workflows import quantize
 with torch.device("meta"):
     model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(48)))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -104,7 +104,9 @@ def test_checkpoint_larger_than_memory_is_quantized(tmp_path: Path, child_enviro
     model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(48)))
     quantcore.save(model, tmp_path / "float", max_shard_size="100MB")  # 192 MiB
     (tmp_path / "float" / "config.json").write_text('{"dtype": "float32"}')
-    options: Any = {"cwd": tmp_path, "env": child_environment, "capture_output": True, "text": True}
+    # Each thread would reserve 64 MiB of addresses for what it allocates, more of them on a machine with more cores.
+    environment = {**child_environment, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    options: Any = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, "-c", BOUNDED], check=False, **options)
     assert done.returncode == 0, done.stderr
     assert len(tensors(tmp_path / "out")) == 96
@@ -160,7 +162,7 @@ def test_conversion_that_changes_values_lists_every_layer(
 def test_values_that_differ_are_found_whatever_the_format_claims(
     quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TinyInt8, "raise_", lambda self, family: dict.fromkeys(self.names, family.scale))
+    monkeypatch.setattr(TinyInt8, "raise_", lambda self, family: dict.fromkeys(self.names, family.scales()))
     with pytest.raises(LossyConversionError, match="rounds the same codes and scales to other values"):
         quantcore.convert(quantized, tmp_path / "out", "tiny-int8")
 

@@ -13,15 +13,8 @@ import torch
 from tiny_int8 import TinyInt8
 from torch import Tensor
 
-from quantcore.formats.base import (
-    FLOAT_DTYPES,
-    QuantizedWeight,
-    TensorSpec,
-    WeightFormat,
-    describe,
-    dtype_name,
-    float_dtype,
-)
+from quantcore.formats.base import FLOAT_DTYPES, TensorSpec, WeightFormat, describe, dtype_name, float_dtype
+from quantcore.formats.quantized_weight import QuantizedWeight
 
 SHAPES = [(4, 6), (1, 1), (1, 5), (3, 1)]
 
@@ -155,7 +148,7 @@ class Apart(TinyInt8):
     """TinyInt8 whose rows can be read alone. asked: the shapes that were dequantized."""
 
     rows_apart = True
-    piece_bytes = 160
+    chunk_bytes = 160
     asked: ClassVar[list[tuple[int, ...]]] = []
 
     def dequantize(

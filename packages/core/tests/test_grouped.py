@@ -15,10 +15,11 @@ from torch.nn.functional import linear as dense_linear
 import quantcore
 from quantcore.formats.interning import format_key
 from quantcore.kernels import ops, reference
-from quantcore.kernels.dispatch import Kernel, Problem, choose
+from quantcore.kernels.dispatch import choose
+from quantcore.kernels.kernel import Kernel, Problem
 from quantcore.nn import QuantizedExperts
+from quantcore.nn.expert_weights import StackedWeight
 from quantcore.nn.grouped import sorted_forward
-from quantcore.nn.standins import StackedWeight
 from quantcore.plugins import hookimpl
 from quantcore.plugins.manager import plugins
 from quantcore.testing.experts import (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -12,7 +14,10 @@ import torch
 from tiny_int8 import TinyInt8Config, TinyInt8Quantizer
 from torch import nn
 
+import quantcore
 from quantcore import HfQuantizer
+from quantcore.errors import MissingExtraError
+from quantcore.quantizers.hook_rules import RENAMED, UNCALLED, UncalledHookError
 
 # Hooks of transformers 5.23, then those of 4.38 to 5.20 that are gone there.
 CURRENT = [
@@ -207,23 +212,43 @@ def test_what_only_a_subclass_can_do_names_the_method(call: Callable[[HfQuantize
         call(quantizer())
 
 
-def test_quantized_parameter_has_the_quantized_element_size() -> None:
-    class Half(HfQuantizer):
-        quantized_element_size = 0.5  # type: ignore[assignment]
-
-        def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-            return param_name == "a.weight"
-
-    sizes = [Half(TinyInt8Config()).param_element_size(None, name, torch.zeros(1)) for name in ("a.weight", "b.weight")]
-    assert sizes == [0.5, 4.0]
+@pytest.mark.parametrize("name", UNCALLED)
+def test_override_that_nothing_calls_is_refused_with_what_to_do(name: str) -> None:
+    with pytest.raises(UncalledHookError, match=f"Stranger overrides .*\\n{name}: ") as caught:
+        type("Stranger", (HfQuantizer,), {name: lambda self, *args: None})
+    assert UNCALLED[name] in str(caught.value)
 
 
-def test_checked_parameter_asks_the_current_hook() -> None:
-    class Taker(HfQuantizer):
-        def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-            return param_name == "a.weight"
+def test_override_by_a_class_that_is_mixed_in_is_refused() -> None:
+    class Stranger:
+        def get_quantize_ops(self) -> Any:
+            return None
 
-    assert Taker(TinyInt8Config()).check_quantized_param(nn.Identity(), torch.zeros(1), "a.weight", {}) is True
+    with pytest.raises(UncalledHookError, match="Mixed overrides"):
+        type("Mixed", (Stranger, HfQuantizer), {})
+
+
+def test_every_other_hook_is_called_by_the_core() -> None:
+    """By loading, saving, the adapter of transformers, or another hook: each call is a line of the sources."""
+    sources = "\n".join(path.read_text() for path in Path(quantcore.__file__).parent.rglob("*.py"))
+    hooks = {name for name in vars(HfQuantizer) if not name.startswith("__")} - {*UNCALLED, *RENAMED, "_method"}
+    assert [name for name in hooks if not re.search(rf"\.{name}\b", sources)] == []
+
+
+def test_hook_under_its_old_name_serves() -> None:
+    class Older(HfQuantizer):
+        def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+            return torch.float16
+
+    assert Older(TinyInt8Config()).update_dtype(torch.float32) == torch.float16
+
+
+def test_package_that_a_method_requires_and_lacks_is_named() -> None:
+    class Needy(HfQuantizer):
+        required_packages: ClassVar[list[str]] = ["json", "no_such_package"]
+
+    with pytest.raises(MissingExtraError, match="tiny-int8 needs no_such_package"):
+        Needy(TinyInt8Config()).validate_environment()
 
 
 @pytest.mark.parametrize(

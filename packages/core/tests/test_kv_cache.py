@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
-import logging
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from tiny_int8 import TinyInt8
 from torch import Tensor, nn
 
-from quantcore.checkpoints.safetensors_file import Header
+from quantcore import TensorSpec
+from quantcore.checkpoints.source import Header
+from quantcore.errors import CheckpointError
 from quantcore.formats.activation import Activation
-from quantcore.nn import kv_cache
+from quantcore.nn import QuantizedLinear, kv_cache
+from quantcore.transformers_names import CACHE_ARGUMENTS
 
 ROUNDING = Activation("e4m3", "tensor", is_static=True)
 STATES = torch.tensor([0.3, 1.0, 900.0]).view(1, 1, 1, 3)
@@ -31,6 +35,31 @@ class Attention(nn.Module):
         return found
 
 
+class Renamed(nn.Module):
+    """As Attention under today's name, and translates the old one as a decorator of transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        forward = self.forward
+        self.forward = lambda *args, past_key_values=None, **kwargs: (  # type: ignore[method-assign, misc, assignment]
+            forward(*args, **({} if past_key_values is None else {"cache": past_key_values}), **kwargs)
+        )
+        self.forward.__wrapped__ = forward  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor, cache: Any = None) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = cache.update(x, 2 * x, 0)
+        return found
+
+
+class Crossed(nn.Module):
+    """Attends to another sequence, whose part it takes out of a cache of two."""
+
+    def forward(self, x: Tensor, cache: Any = None) -> tuple[Tensor, Tensor]:
+        part = cache.cross_attention_cache if isinstance(cache, Pair) else cache
+        found: tuple[Tensor, Tensor] = part.update(x, 2 * x, 0)
+        return found
+
+
 class Uncached(nn.Module):
     """An attention module that takes no cache."""
 
@@ -46,6 +75,14 @@ class Cache:
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         self.keys = keys
         return keys, values
+
+
+@dataclass
+class Pair:
+    """The caches of an encoder with a decoder."""
+
+    self_attention_cache: Cache
+    cross_attention_cache: Cache
 
 
 def model(k: Any = None, v: Any = None, attention: type[nn.Module] = Attention) -> nn.Module:
@@ -104,16 +141,102 @@ def test_model_without_its_scales_rounds_nothing() -> None:
     assert not any("scale" in name for name in found.state_dict())
 
 
-def test_module_without_a_cache_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
+def test_scale_of_a_module_without_a_cache_is_an_error() -> None:
+    words = rf"attention\.k_scale: forward of Uncached takes no cache; .* {', '.join(CACHE_ARGUMENTS[:-1])} or"
+    with pytest.raises(CheckpointError, match=words):
         model(1.0, attention=Uncached)
-    assert "Uncached has no argument past_key_values" in caplog.text
+
+
+def test_scales_that_cannot_be_applied_are_left_out_where_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTCORE_ALLOW_UNAPPLIED_SCALES", "1")
+    assert torch.equal(model(1.0, attention=Uncached)["attention"](STATES), STATES)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_cache_is_found_under_the_name_that_the_caller_uses(name: str) -> None:
+    cache = Cache()
+    keys, _ = model(1.0, attention=Renamed)["attention"](STATES, **{name: cache})
+    assert torch.equal(keys, ROUNDED)
+    assert torch.equal(cache.keys, ROUNDED)
+
+
+def test_cache_may_be_given_by_its_place() -> None:
+    cache = Cache()
+    assert torch.equal(model(1.0)["attention"](STATES, cache)[0], ROUNDED)
+    assert torch.equal(cache.keys, ROUNDED)
+
+
+def test_part_of_a_cache_of_two_gets_rounded_states() -> None:
+    caches = Pair(Cache(), Cache())
+    assert torch.equal(model(1.0, attention=Crossed)["attention"](STATES, cache=caches)[0], ROUNDED)
+    assert torch.equal(caches.cross_attention_cache.keys, ROUNDED)
+
+
+def test_one_scale_of_older_files_serves_keys_and_values() -> None:
+    found = nn.ModuleDict({"attention": Attention()})
+    scale = nn.Parameter(torch.tensor(2.0, dtype=torch.bfloat16), requires_grad=False)
+    found["attention"].register_parameter("kv_scale", scale)
+    kv_cache.round_caches(found, ROUNDING)
+    keys, values = found["attention"](STATES, past_key_values=Cache())
+    assert torch.equal(keys, (STATES / 2).to(torch.float8_e4m3fn).float() * 2)
+    assert torch.equal(values, STATES.to(torch.float8_e4m3fn).float() * 2)
+    kv_cache.take_off(found)
+    assert "attention.kv_scale" not in found.state_dict()
+
+
+@dataclass(frozen=True)
+class Carrying(TinyInt8):
+    """A weight with scalars beside it that are of keys and values."""
+
+    carried: tuple[str, ...] = ()
+
+    @property
+    def cache_scales(self) -> tuple[str, ...]:
+        return self.carried
+
+    def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        carried = (TensorSpec(name, torch.float32, (), metadata=True) for name in self.carried)
+        return (*super().tensor_specs(shape), *carried)
+
+
+def carrier(*names: str) -> QuantizedLinear:
+    """A layer that carries scalars of these names, all 1."""
+    tensors = {**TinyInt8().quantize(torch.eye(3)), **{name: torch.tensor(1.0) for name in names}}
+    return QuantizedLinear.from_tensors(Carrying(carried=names), tensors, in_features=3, out_features=3)
+
+
+@pytest.mark.parametrize("layer", ["k_proj", "qkv_proj"])
+def test_layer_in_an_attention_module_may_carry_scales(layer: str) -> None:
+    found = nn.ModuleDict({"attention": Attention()})
+    found["attention"].add_module(layer, carrier("k_scale"))
+    kv_cache.round_caches(found, ROUNDING)
+    assert torch.equal(found["attention"](STATES, past_key_values=Cache())[0], ROUNDED)
+
+
+def test_layer_that_carries_a_scale_is_no_attention_module() -> None:
+    found = nn.ModuleDict({"attention": Attention()})
+    found["attention"].k_proj = carrier("k_scale")
+    assert kv_cache.owners(found) == ["attention"]
+
+
+def test_scale_that_a_layer_carries_and_that_is_of_neither_side_is_an_error() -> None:
+    found = nn.ModuleDict({"attention": Attention()})
+    found["attention"].add_module("o_proj", carrier("output_scale"))
+    with pytest.raises(CheckpointError, match=r"attention\.o_proj\.output_scale: is neither of keys nor of values"):
+        kv_cache.round_caches(found, ROUNDING)
+
+
+def test_scales_for_queries_are_kept_without_a_word() -> None:
+    found = nn.ModuleDict({"attention": Uncached()})
+    found["attention"].add_module("q_proj", carrier("q_scale", "output_scale"))
+    kv_cache.round_caches(found, ROUNDING)
+    assert "attention.q_proj.output_scale" in found.state_dict()
 
 
 def test_stored_scales_become_parameters_of_attention_modules_alone() -> None:
     found = nn.ModuleDict({"attention": Attention()})
-    suffixes = ("k_scale", "v_scale", "other", "k_proj.k_scale")
+    suffixes = ("k_scale", "v_scale", "kv_scale", "other", "k_proj.k_scale")
     headers = {f"attention.{suffix}": Header("a", torch.bfloat16, (1,), 0) for suffix in suffixes}
     kv_cache.attach(found, headers)
     own = {name: (p.dtype, p.shape, p.device.type) for name, p in found["attention"].named_parameters(recurse=False)}
-    assert own == dict.fromkeys(("k_scale", "v_scale"), (torch.bfloat16, (1,), "meta"))
+    assert own == dict.fromkeys(("k_scale", "v_scale", "kv_scale"), (torch.bfloat16, (1,), "meta"))

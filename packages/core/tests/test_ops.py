@@ -14,7 +14,8 @@ from torch.nn.functional import linear as dense_linear
 from quantcore.errors import KernelUnavailableError
 from quantcore.formats.interning import format_key
 from quantcore.kernels import dispatch, ops, reference
-from quantcore.kernels.dispatch import Kernel, Problem, candidates, choose
+from quantcore.kernels.dispatch import candidates, choose
+from quantcore.kernels.kernel import Kernel, Problem
 from quantcore.plugins import hookimpl
 from quantcore.plugins.manager import plugins
 
@@ -227,10 +228,10 @@ class Offer:
 
 
 def kernel(name: str, *, reason: str | None = None, priority: int = 0, group: str = "cpu") -> Kernel:
-    """A kernel that answers with its priority in every element."""
+    """A kernel whose answer is above the reference's by as many thousandths as its priority: near, and known by it."""
 
-    def linear(x: Tensor, tensors: Any, bias: Any, weight_format: Any, out_features: int) -> Tensor:
-        return x.new_full((*x.shape[:-1], out_features), float(priority))
+    def linear(*arguments: Any) -> Tensor:
+        return reference.linear(*arguments) * (1 + priority / 1000)
 
     return Kernel(name, group, lambda problem: reason, linear, reference.linear_input_grad, priority)
 
@@ -254,7 +255,10 @@ def test_trace_holds_the_reason_of_each_refusal() -> None:
 
 def test_chosen_kernel_computes_the_layer() -> None:
     plugins().register(Offer(kernel("seven", priority=7)))
-    assert torch.equal(ops.linear(random(2, K), operands(), None, KEY, N), torch.full((2, N), 7.0))
+    x, tensors = random(2, K), operands()
+    expected = reference.linear(x, tensors, None, TinyInt8(), N) * 1.007
+    for _ in range(2):
+        assert torch.equal(ops.linear(x, tensors, None, KEY, N), expected)
 
 
 def test_kernel_is_asked_with_the_described_problem() -> None:

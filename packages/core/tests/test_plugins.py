@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import quantcore
+from quantcore import distribution
+from quantcore.distribution import DISTRIBUTION
 from quantcore.errors import (
     BackendBrokenError,
     BackendConflictError,
@@ -19,12 +23,14 @@ from quantcore.errors import (
     UnknownMethodError,
 )
 from quantcore.kernels import dispatch
+from quantcore.kernels.kernel import Problem
 from quantcore.plugins import Backend, hookimpl, manager
+from quantcore.plugins.known import KNOWN_METHODS, KnownMethod
 from quantcore.plugins.manager import plugins
 from quantcore.quantizers.auto import AutoQuantizationConfig, config_class, unregister
 
 KERNEL_SOURCE = """
-    from quantcore.kernels.dispatch import Kernel
+    from quantcore.kernels.kernel import Kernel
     from quantcore.kernels import reference
     from quantcore.plugins import hookimpl
 
@@ -50,10 +56,10 @@ def installed() -> dict[str, tuple[str, ...]]:
     return {info.method: info.distributions for info in quantcore.methods() if info.installed}
 
 
-def problem() -> dispatch.Problem:
+def problem() -> Problem:
     from tiny_int8 import TinyInt8
 
-    return dispatch.Problem("linear", TinyInt8(), "cpu", torch.float32, 1, 2, 3)
+    return Problem("linear", TinyInt8(), "cpu", torch.float32, 1, 2, 3)
 
 
 # Discovery
@@ -93,6 +99,28 @@ def test_known_method_that_is_absent_carries_its_extra() -> None:
     assert (extras["gptq"], extras["bitsandbytes"], extras["sinq"]) == ("gptq", "bnb", "hqq")
 
 
+@pytest.mark.parametrize(
+    ("published", "line"), [(True, "pip install 'quantcore-hub[gptq]'"), (False, "pip install ./packages/backend-gptq")]
+)
+def test_absent_method_says_how_to_install_it(monkeypatch: Any, published: bool, line: str) -> None:
+    monkeypatch.setattr(distribution, "PUBLISHED", published)
+    with pytest.raises(BackendNotInstalledError, match=rf"'gptq' is known but not installed; {re.escape(line)}"):
+        plugins().backend("gptq")
+
+
+def test_method_that_no_backend_has_gets_no_line_to_install_it(monkeypatch: Any) -> None:
+    monkeypatch.setitem(KNOWN_METHODS, "vptq", KnownMethod("misc", "vector codebooks", is_available=False))
+    with pytest.raises(BackendNotInstalledError, match="'vptq' is known but not available yet") as caught:
+        plugins().backend("vptq")
+    assert "pip" not in str(caught.value)
+
+
+def test_no_hint_names_the_package_of_a_stranger() -> None:
+    """`quantcore` on the index is another project."""
+    lines = [distribution.install_line(extra) for extra in (*distribution.BACKENDS, "transformers")]
+    assert not [line for line in lines if "'quantcore[" in line or line.endswith(" quantcore")]
+
+
 def test_one_distribution_may_serve_two_methods_from_one_module(site: Any, plugin: Callable[..., str]) -> None:
     site.install("pair", {"left": "made_up_pair", "right": "made_up_pair"}, {"made_up_pair": plugin("left", "right")})
     assert [plugins().backend(name).method for name in ("left", "right")] == ["left", "right"]
@@ -128,14 +156,14 @@ def test_reset_sees_what_was_installed_meanwhile(site: Any, plugin: Callable[...
 
 def test_known_method_without_backend_names_the_pip_line() -> None:
     with pytest.raises(
-        BackendNotInstalledError, match=r"'gptq' is known but not installed; pip install 'quantcore\[gptq\]'"
+        BackendNotInstalledError, match=r"'gptq' is known but not installed; pip install ./packages/backend-gptq"
     ):
         plugins().backend("gptq")
 
 
 def test_known_method_that_an_installed_backend_lacks_says_so(site: Any, plugin: Callable[..., str]) -> None:
     site.install("made-up", {"awq": "made_up"}, {"made_up": plugin("awq")}, version="2.5")
-    with pytest.raises(BackendNotInstalledError, match=r"once a release has it: made-up 2\.5 lacks it"):
+    with pytest.raises(BackendNotInstalledError, match=r"not in made-up 2\.5; upgrade made-up\. Installed"):
         plugins().backend("gptq")
 
 
@@ -144,7 +172,9 @@ def test_disabled_method_is_not_said_to_be_lacking(
 ) -> None:
     site.install("made-up", {"awq": "made_up", "gptq": "made_up"}, {"made_up": plugin("awq")})
     monkeypatch.setenv("QUANTCORE_DISABLE_PLUGINS", "gptq")
-    with pytest.raises(BackendNotInstalledError, match=r"pip install 'quantcore\[gptq\]'\. Installed"):
+    with pytest.raises(
+        BackendNotInstalledError, match=r"pip install ./packages/backend-gptq in a checkout of quantcore. Installed"
+    ):
         plugins().backend("gptq")
 
 
@@ -159,7 +189,7 @@ def test_unknown_method_names_the_nearest() -> None:
 
 
 def test_unknown_method_without_a_near_one_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"'zzzz' is unknown; Known: .*gptq.*hqq"):
+    with pytest.raises(ValueError, match=r"'zzzz' is unknown\. Known: .*gptq.*hqq"):
         plugins().backend("zzzz")
 
 
@@ -172,29 +202,35 @@ def test_unknown_method_near_an_installed_one_names_it(site: Any, plugin: Callab
 # Too old
 
 
-@pytest.mark.parametrize(("api", "old"), [(0, "made-up"), (99, "quantcore")], ids=["plugin", "core"])
+@pytest.mark.parametrize(("api", "old"), [(0, "made-up"), (99, DISTRIBUTION)], ids=["plugin", "core"])
 def test_other_interface_version_names_who_is_too_old(
     site: Any, plugin: Callable[..., str], api: int, old: str
 ) -> None:
     site.install("made-up", {"rows": "made_up_rows"}, {"made_up_rows": plugin("rows", api=api)})
-    with pytest.raises(BackendVersionError, match=f"{old} is too old: pip install --upgrade {old}"):
+    with pytest.raises(BackendVersionError, match=f"{old} is too old: upgrade {old}"):
         plugins().backend("rows")
 
 
 def test_requirement_on_a_newer_core_is_a_version_error(site: Any, plugin: Callable[..., str]) -> None:
-    site.install("made-up", {"rows": "made_up_rows"}, {"made_up_rows": plugin("rows")}, requires=("quantcore>=99",))
-    with pytest.raises(BackendVersionError, match=r"made-up 1.0 needs quantcore>=99"):
+    site.install(
+        "made-up", {"rows": "made_up_rows"}, {"made_up_rows": plugin("rows")}, requires=(f"{DISTRIBUTION}>=99",)
+    )
+    with pytest.raises(BackendVersionError, match=rf"made-up 1.0 needs {DISTRIBUTION}>=99"):
         plugins().backend("rows")
 
 
 def test_plugin_that_needs_a_newer_core_is_not_imported(site: Any, plugin: Callable[..., str]) -> None:
-    site.install("made-up", {"rows": "made_up_rows"}, {"made_up_rows": plugin("rows")}, requires=("quantcore>=99",))
+    site.install(
+        "made-up", {"rows": "made_up_rows"}, {"made_up_rows": plugin("rows")}, requires=(f"{DISTRIBUTION}>=99",)
+    )
     with pytest.raises(BackendVersionError):
         plugins().backend("rows")
-    assert "made_up_rows" not in sys.modules
+    assert "rows" not in sys.modules
 
 
-@pytest.mark.parametrize("line", ["quantcore>=0.0.1", "quantcore>=99; extra == 'dev'", "numpy>=99", "quantcore[all]"])
+@pytest.mark.parametrize(
+    "line", [f"{DISTRIBUTION}>=0.0.1", f"{DISTRIBUTION}>=99; extra == 'dev'", "numpy>=99", f"{DISTRIBUTION}[all]"]
+)
 def test_requirements_that_hold_or_do_not_apply_are_no_error(site: Any, plugin: Callable[..., str], line: str) -> None:
     site.install("made-up", {"rows": "made_up_rows"}, {"made_up_rows": plugin("rows")}, requires=(line,))
     assert plugins().backend("rows").method == "rows"
@@ -232,6 +268,11 @@ BROKEN = {
     "hook-raises": (
         "from quantcore.plugins import hookimpl\n@hookimpl\ndef quantcore_backends(): raise KeyError('lost')",
         "KeyError: 'lost'",
+    ),
+    "wrong-field": (
+        "from quantcore.plugins import Backend, hookimpl\n"
+        "@hookimpl\ndef quantcore_backends(): return [Backend('rows', 'rows:Config', 'rows:Quantizer', default=7)]",
+        "Backend('rows').default must be Mapping, got int: 7",
     ),
     "no-hook": ("", "no backend"),
 }
@@ -377,6 +418,23 @@ def test_named_plugin_that_fails_leaves_the_others_alone(
     name_plugins(monkeypatch, "a_module_nobody_has", " tiny_int8 ", "")
     assert plugins().backend("tiny-int8").method == "tiny-int8"
     assert "a_module_nobody_has" in caplog.text
+
+
+@pytest.mark.parametrize("module", ["a_module_nobody_has", "a_package_nobody_has.plugin"])
+def test_named_plugin_that_is_nowhere_is_said_to_be_absent(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    name_plugins(monkeypatch, module)
+    assert str(plugins().failures[module]).startswith(f"no module {module!r}, which QUANTCORE_PLUGINS names; check")
+
+
+def test_named_plugin_that_imports_what_is_absent_is_said_to_fail_and_where(
+    site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.install("unused", {}, {"made_up_importer": "import sys\nimport a_module_nobody_has"})
+    name_plugins(monkeypatch, "made_up_importer")
+    said = str(plugins().failures["made_up_importer"])
+    assert "which QUANTCORE_PLUGINS names, fails: ModuleNotFoundError: No module named 'a_module_nobody_has'" in said
+    assert "made_up_importer.py, line 2)" in said  # for who is writing it
+    assert said.endswith("mend it, or take it out of QUANTCORE_PLUGINS")
 
 
 def test_named_plugin_that_fails_is_named_to_who_misses_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -556,6 +614,93 @@ def test_observer_is_called_around_a_load(
     model = quantcore.load(tmp_path / "out", build_model)
     quantizer = model.hf_quantizer
     assert observer.calls == [("before", quantizer, model, "meta"), ("after", quantizer, model, "cpu")]
+
+
+RAISING = """
+    from quantcore.plugins import Backend, hookimpl
+
+    @hookimpl
+    def quantcore_backends():
+        return [Backend("made-up", "tiny_int8:TinyInt8Config", "tiny_int8:TinyInt8Quantizer")]
+
+    @hookimpl
+    def quantcore_weight_quantized(name):
+        raise RuntimeError("of a weight")
+
+    @hookimpl
+    def quantcore_before_weight_loading(model):
+        raise SystemExit("before")
+
+    @hookimpl
+    def quantcore_after_weight_loading(model):
+        raise RuntimeError("after")
+"""
+
+
+def test_life_cycle_hooks_that_raise_leave_other_methods_alone(
+    tiny: None, site: Any, build_model: Callable[[], Any], tmp_path: Path
+) -> None:
+    site.install("made-up", {"made-up": "made_up"}, {"made_up": RAISING})
+    plugins().backend("made-up")
+    observer = Observer()
+    plugins().register(observer)
+    quantcore.save(quantcore.quantize(build_model(), "tiny-int8"), tmp_path / "out")
+    quantcore.load(tmp_path / "out", build_model)
+    assert {call[0] for call in observer.calls} >= {"before", "after", "first"}
+    kept = "\n".join(str(error) for error in plugins().failures.values())
+    for cause in ("RuntimeError: of a weight", "SystemExit: before", "RuntimeError: after"):
+        assert f"plugin module 'made_up' of made-up 1.0 is installed but broken: {cause}" in kept
+
+
+def test_observer_of_this_program_that_raises_is_heard(tiny: None, build_model: Callable[[], Any]) -> None:
+    class Raises:
+        @hookimpl
+        def quantcore_weight_quantized(self, name: str) -> None:
+            raise RuntimeError("of this program")
+
+    plugins().register(Raises())
+    with pytest.raises(RuntimeError, match="of this program"):
+        quantcore.quantize(build_model(), "tiny-int8")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "method=None",
+        "method=''",
+        "config=3",
+        "quantizer=int",
+        "summary=None",
+        "kernels='a:b'",
+        "kernels=[3]",
+        "kernels=7",
+        "example_configs=3",
+        "example_configs=['a']",
+        "needs_calibration='no'",
+        "solver=print",
+        "upstream=1.5",
+        "api='1'",
+        "api=True",
+    ],
+)
+def test_backend_with_a_field_of_another_type_is_broken_alone(
+    site: Any, plugin: Callable[..., str], field: str
+) -> None:
+    source = f"""
+        import dataclasses
+        from quantcore.plugins import Backend, hookimpl
+
+        @hookimpl
+        def quantcore_backends():
+            return [dataclasses.replace(Backend("made-up", "a:b", "a:b"), {field})]
+    """
+    site.install("made-up", {"made-up": "made_up"}, {"made_up": source})
+    site.install("sound", {"sound": "sound"}, {"sound": plugin("sound")})
+    with pytest.raises(
+        BackendBrokenError, match=rf"made-up 1\.0 is installed but broken: \w+: .*{field.split('=')[0]}"
+    ):
+        plugins().backend("made-up")
+    assert plugins().backend("sound").method == "sound"
 
 
 def test_observer_is_silent_once_unregistered(tiny: None, build_model: Callable[[], Any], observer: Observer) -> None:

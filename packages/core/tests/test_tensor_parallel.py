@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from quantcore.distributed.tensor_parallel import placements, shard_linear, shard_tensors
+from quantcore.distributed.parallel_layers import ParallelLinear, split_layer
+from quantcore.distributed.split import Split
+from quantcore.distributed.tensor_parallel import (
+    parallelize,
+    placements,
+    shard_linear,
+    split_layers,
+    styles_by_layer,
+)
 from quantcore.formats.base import TensorSpec, WeightFormat
 from quantcore.formats.blocks import block_abs_max
 from quantcore.nn import QuantizedLinear
@@ -93,13 +102,31 @@ def test_split_that_cuts_a_block_is_refused(style: str, world: int, words: str) 
         shard_linear(layer(), style, 0, world)
 
 
-def test_format_that_declares_no_axis_is_refused() -> None:
-    class Silent:
-        def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-            return (TensorSpec("weight", torch.int8, shape),)
+@dataclass(frozen=True)
+class Silent(Blocks):
+    """Blocks that say of no tensor along what it runs."""
 
-    with pytest.raises(ValueError, match="Silent says of no tensor that it runs along N"):
-        shard_tensors(Silent(), {"weight": torch.zeros(4, 4)}, (4, 4), "colwise", 0, 2)  # type: ignore[arg-type]
+    def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(replace(spec, along_n=None, along_k=None) for spec in super().tensor_specs(shape))
+
+    def why_whole(self, along_n: bool) -> str:
+        return "" if along_n else "columns are stirred"
+
+
+@pytest.mark.parametrize(
+    ("style", "words"),
+    [
+        ("colwise", "Silent says of no tensor that it runs along N, so its rows cannot be split$"),
+        (
+            "rowwise",
+            "along K, so its columns cannot be split: columns are stirred$",
+        ),
+    ],
+)
+def test_format_that_declares_no_axis_is_refused(style: str, words: str) -> None:
+    whole = QuantizedLinear.from_linear(nn.Linear(16, 8), Silent())
+    with pytest.raises(ValueError, match=words):
+        shard_linear(whole, style, 0, 2)
 
 
 def test_plan_places_scales_as_the_layer_and_scalars_everywhere() -> None:
@@ -149,3 +176,49 @@ class Described(Blocks):
 def test_share_of_a_format_that_stores_its_shape_says_its_own(style: str, shape: list[int]) -> None:
     whole = QuantizedLinear.from_linear(nn.Linear(16, 8), Described())
     assert shard_linear(whole, style, 1, 2).stored["shape"].tolist() == shape
+
+
+def split(style: str) -> ParallelLinear:
+    found = split_layer(layer(), Split(style, 0, 2, (8, 16)))
+    assert isinstance(found, ParallelLinear)
+    return found
+
+
+@pytest.mark.parametrize("style", ["colwise", "rowwise"])
+def test_share_is_not_dequantized_for_the_layer(style: str) -> None:
+    with pytest.raises(ValueError, match="up_proj: is split among 2 processes"):
+        split(style).to_dense()
+
+
+def test_share_is_not_pickled() -> None:
+    with pytest.raises(TypeError, match=r"save the model with quantcore\.save"):
+        pickle.dumps(split("colwise"))
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ({}, "the plan has no rule"),
+        ({"layers.*.gate_proj": "colwise"}, "rule 'layers.[*].gate_proj' matches no module"),
+        ({"layers.*.up_proj": "diagonal"}, "style 'diagonal' is not one of colwise"),
+        ({"layers.*.act": "colwise"}, "layers.0.act: ReLU cannot be split"),
+    ],
+)
+def test_plan_that_fits_no_linear_layer_is_refused(plan: dict[str, str], words: str) -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"up_proj": layer(), "act": nn.ReLU()})])})
+    with pytest.raises(ValueError, match=words):
+        styles_by_layer(model, plan)
+
+
+def test_layers_that_do_not_divide_are_listed_and_the_model_is_left_as_it_was() -> None:
+    model = nn.ModuleDict({"first": layer(), "second": nn.Linear(16, 9), "third": layer()})
+    styles = dict.fromkeys(model, "colwise")
+    with pytest.raises(ValueError, match="second: 9 rows do not divide among 2") as error:
+        split_layers(model, styles, 0, 2)
+    assert "first" not in str(error.value)
+    assert not any(isinstance(module, ParallelLinear) for module in model.values())
+
+
+def test_processes_that_were_not_started_are_named() -> None:
+    with pytest.raises(RuntimeError, match=r"torch\.distributed is not initialized"):
+        parallelize(nn.ModuleDict({"up_proj": layer()}), {"up_proj": "colwise"})

@@ -16,11 +16,12 @@ pytest.importorskip("triton", reason="triton has no build for this platform")
 import triton
 import triton.language as tl
 from coded import LAYOUTS, Coded, coded_decoder
+from vectored import LAYOUTS as VECTORS, Vectored, vector_decoder
 
 from quantcore.formats.base import WeightFormat
-from quantcore.kernels.dispatch import Problem
-from quantcore.kernels.int8 import Scaled
-from quantcore.kernels.triton import int8, launch
+from quantcore.kernels.int8_product import Scaled
+from quantcore.kernels.kernel import Problem
+from quantcore.kernels.triton import int8_gemm, launch
 from quantcore.kernels.triton.aot import (
     GLOBAL_LOADS,
     INTEGER_PRODUCTS,
@@ -90,9 +91,16 @@ def launch_plain(N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> None:
 
 
 def launch_layout(layout: str, words: bool = True, dtype: torch.dtype = torch.bfloat16) -> None:
-    N, K = 256, 192  # too short to be split among programs
+    N = 256
+    K = N if LAYOUTS[layout].block == N else 192  # too short to be split among programs
     operands = list(quantized(Coded(layout), (N, K)).values())
     launch_all(operands, coded_decoder(layout, words), N, K, dtype)
+
+
+def launch_vectors(layout: str) -> None:
+    shape = (256, 192)
+    operands = list(quantized(Vectored(layout), shape).values())
+    launch_all(operands, vector_decoder(layout), *shape, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["interpreted_triton.py", "interpreted_tiles.py", "interpreted_int8.py"])
@@ -131,6 +139,17 @@ MOST_LOADS = {
     "int32_interleaved_along_n": (3, 19, 19, 21, 17),
     "one_code_a_byte": (3, 40, 40, 30, 23),
     "columns_in_any_order": (41, 42, 42, 29, 94),
+    "uint32_along_k": (4, 28, 28, 24, 19),
+    "stream_of_3_bits_in_int32": (4, 25, 25, 24, 19),
+    "stream_of_3_bits_in_bytes": (14, 31, 31, 27, 25),
+    "stream_of_5_bits_in_uint32": (82, 37, 37, 30, 23),
+    "stream_of_6_bits_transposed": (4, 16, 16, 24, 19),
+    "blocks_of_nibbles": (9, 23, 23, 23, 21),
+    "blocks_of_bytes": (10, 39, 39, 31, 29),
+    "blocks_of_nibbles_and_bits": (8, 31, 31, 27, 25),
+    "super_blocks_of_6_bits": (7, 55, 55, 39, 37),
+    "super_blocks_of_3_bits": (8, 39, 39, 31, 29),
+    "planes_of_3_bits_transposed": (3, 13, 13, 21, 17),
 }
 if triton.__version__.startswith("3.6."):  # whose compiler loads factors one by one where they have no order
     MOST_LOADS["columns_in_any_order"] = (41, 87, 87, 50, 94)
@@ -158,7 +177,16 @@ def test_gemv_of_one_row_copies_words_and_input_ahead(target: str, layout: str) 
     assert counts[1] >= 4 * 2
 
 
-@pytest.mark.parametrize("layout", ["bytes_of_rows_apart", "int32_along_k_transposed", "int32_interleaved_along_n"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "bytes_of_rows_apart",
+        "int32_along_k_transposed",
+        "int32_interleaved_along_n",
+        "super_blocks_of_3_bits",
+        "stream_of_3_bits_in_int32",
+    ],
+)
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
 def test_tiles_compile_without_spills(layout: str, target: str) -> None:
     kernels = compile_launches(target, lambda: launch_layout(layout, dtype=torch.float16))
@@ -167,6 +195,40 @@ def test_tiles_compile_without_spills(layout: str, target: str) -> None:
 
 def test_every_layout_is_measured() -> None:
     assert MOST_LOADS.keys() == LAYOUTS.keys()
+    assert MOST_VECTOR_LOADS.keys() == VECTORS.keys()
+
+
+# As above, of codes and of entries of codebooks.
+MOST_VECTOR_LOADS = {
+    "one_book": (10, 15, 15, 23, 20),
+    "two_books_side_by_side": (20, 30, 30, 38, 30),
+    "three_books_in_groups": (50, 79, 79, 87, 62),
+    "book_of_11_bits": (7, 12, 12, 17, 20),
+    "pairs_in_packed_words": (19, 24, 24, 29, 32),
+    "stream_of_6_bits": (108, 22, 22, 27, 118),
+}
+
+
+@pytest.mark.parametrize(("layout", "most"), MOST_VECTOR_LOADS.items(), ids=MOST_VECTOR_LOADS)
+def test_vectors_are_loaded_whole(layout: str, most: tuple[int, ...]) -> None:
+    kernels = compile_launches("sm_90", lambda: launch_vectors(layout))
+    assert [spilled_bytes(kernel) for kernel in kernels] == [0] * len(most)
+    loads = tuple(count_instructions(kernel, GLOBAL_LOADS) for kernel in kernels)
+    assert all(found <= bound for found, bound in zip(loads, most, strict=True)), loads
+
+
+@pytest.mark.parametrize("layout", ["two_books_side_by_side", "pairs_in_packed_words"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+def test_vectors_compile_without_spills(layout: str, target: str) -> None:
+    kernels = compile_launches(target, lambda: launch_vectors(layout))
+    assert {kernel.name: spilled_bytes(kernel) for kernel in kernels if spilled_bytes(kernel)} == {}
+
+
+def test_vectors_need_a_function_that_reads_entries() -> None:
+    with pytest.raises(ValueError, match="decoder odd has words; give the functions vector and factor"):
+        Decoder(
+            "odd", load_plain, Nothing(), (None,), torch.float32, Words(1, 8, "k", vector=8), load_plain, load_plain
+        )
 
 
 # Products of integers on tensor cores, and loads from global memory, of few rows and of many, scales and bias included.
@@ -183,7 +245,7 @@ def test_int8_products_run_on_integer_tensor_cores_without_spills(target: str) -
     right, ones = torch.zeros(256, 512, dtype=torch.int8), torch.ones(256)
     for rows, (fewest, most) in zip((1, 200), INT8_COUNTS[target], strict=True):
         left, scaled = torch.zeros(rows, 512, dtype=torch.int8), Scaled(ones[:rows], ones, torch.bfloat16, ones)
-        (kernel,) = compile_launches(target, partial(int8.int8_matmul, left, right, scaled), int8)
+        (kernel,) = compile_launches(target, partial(int8_gemm.int8_matmul, left, right, scaled), int8_gemm)
         assert spilled_bytes(kernel) == 0
         assert count_instructions(kernel, INTEGER_PRODUCTS) >= fewest
         assert count_instructions(kernel, GLOBAL_LOADS) <= most
@@ -192,6 +254,13 @@ def test_int8_products_run_on_integer_tensor_cores_without_spills(target: str) -
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (33, 35)])
 def test_sizes_that_triton_specializes_compile(N: int, K: int) -> None:
     assert len(compile_launches("sm_90", lambda: launch_plain(N, K))) == 5
+
+
+def test_words_of_blocks_that_outnumber_32_bits_are_numbered_in_64() -> None:
+    (N, K), tile = (128256, 16384), Launch(1, 8, 256)  # below 2**31 weights, in blocks of 34 bytes for 32 of them
+    decoder = coded_decoder("blocks_of_bytes")
+    (_, few), (_, many) = (launch._decoding(decoder, rows, K, tile, torch.float32, None) for rows in (N // 2, N))
+    assert (few[1].index, many[1].index) == (tl.int32, tl.int64)
 
 
 def test_float32_is_multiplied_in_full() -> None:
@@ -220,10 +289,23 @@ def test_a_decoder_that_does_not_fit_fails_to_compile_with_its_name() -> None:
     [
         (Words(10, 3, "k"), "10 codes of 3 bits; write 1, 2, 4, 8 or 16 codes, at most 32 bits in all"),
         (Words(16, 4, "k"), "16 codes of 4 bits; write 1, 2"),
-        (Words(8, 4, "K"), "runs along 'K'; write k, n or apart"),
+        (Words(8, 4, "K"), "runs along 'K'; write k, n, apart or stream"),
         (Words(2, 4, "k", places(0, 0)), r"order puts its codes in places \[0, 0\]; each place takes one"),
         (Words(2, 4, "k", places(1, 2)), r"order puts its codes in places \[1, 2\]"),
         (Words(2, 4, "k", places(0, 1), group=-1), "group -1; write 0 for whole rows"),
+        (Words(2, 4, "k", places(0, 1), lanes=3), "3 and 1 lanes; write powers of two"),
+        (Words(2, 4, "n", places(0, 1), lanes=2), "lanes and blocks of words along 'n'; they are of words along k"),
+        (
+            Words(2, 4, "k", places(0, 1), lanes=16, block=48, stride=26),
+            "blocks of 48 columns in 26 words; write whole runs",
+        ),
+        (Words(2, 4, "k", places(0, 1), high_bits=1), "high bits in words of their own, and no block"),
+        (Words(12, 3, "stream", stride=1), "a stream of 12 codes of 3 bits in 1 words; write a power of two codes"),
+        (Words(32, 3, "stream", stride=3, order=1), "a stream with an order or blocks; its codes follow each other"),
+        (Words(1, 8, "k", vector=3), "vectors of 3 columns in groups of 0; write a power of two that divides them"),
+        (Words(1, 8, "k", vector=8, group=12), "vectors of 8 columns in groups of 12"),
+        (Words(1, 8, "n", vector=8), "vectors along k in words along 'n'; write k or stream"),
+        (Words(2, 4, "k", places(0, 1), vector=8, books=2), "2 books; write several for vectors whose codes are whole"),
     ],
 )
 def test_words_that_skeletons_cannot_split_are_refused(words: Words, reason: str) -> None:
@@ -292,7 +374,7 @@ def test_offering_kernels_imports_no_triton(run_python: Callable[..., Any]) -> N
     code = """
         import sys, torch
         from quantcore.formats.base import WeightFormat
-        from quantcore.kernels.dispatch import Problem
+        from quantcore.kernels.kernel import Problem
         from quantcore.kernels.triton.kernels import kernels_for
         before = "triton" in sys.modules
         for kernel in kernels_for("absent", "absent:decoder_for"):

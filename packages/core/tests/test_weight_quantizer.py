@@ -189,7 +189,7 @@ def test_model_without_linear_layers_is_refused() -> None:
 
 
 def test_model_whose_layers_are_all_skipped_is_refused(build_model: Callable[[], nn.Module]) -> None:
-    with pytest.raises(ValueError, match=r"every Linear layer of TwoLayers is left float .*shorten the skip list"):
+    with pytest.raises(ValueError, match=r"every Linear layer of TwoLayers is left float .*or its skip list"):
         quantizer(["first", "second", "lm_head"]).plan(build_model())
 
 
@@ -287,6 +287,57 @@ def test_bad_weight_in_the_last_layer_leaves_the_model_as_it_was(
     assert all(
         torch.equal(tensor, before[name][1]) or name == "second.weight" for name, tensor in model.state_dict().items()
     )
+
+
+def refuses(calls: list[int], at: int, error: BaseException) -> Callable[..., Any]:
+    """A `quantize` of TinyInt8 that raises when it is called for the at-th time."""
+    quantize = TinyInt8.quantize
+
+    def refusing(self: TinyInt8, weight: torch.Tensor) -> Any:
+        calls.append(len(calls))
+        if len(calls) == at:
+            raise error
+        return quantize(self, weight)
+
+    return refusing
+
+
+def test_weight_beyond_its_format_leaves_the_model_as_it_was(
+    build_model: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model()
+    with torch.no_grad():
+        model.second.weight[4, 2] = 1e30  # type: ignore[union-attr, operator]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr(TinyInt8, "quantize", refuses([], 1, ValueError("it reaches too far")))
+    with pytest.raises(ValueError, match=r"^second: it reaches too far$"):
+        quantcore.quantize(model, "tiny-int8")
+    assert names(model) == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_refusal_halfway_says_that_the_model_is_half_done(
+    build_model: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model()
+    monkeypatch.setattr(TinyInt8, "quantize", refuses([], 2, ValueError("it does not fit")))
+    said = r"second: it does not fit\nTwoLayers is left half done: 1 layer is quantized already, up to first, .* anew"
+    with pytest.raises(ValueError, match=said):
+        quantcore.quantize(model, "tiny-int8")
+    assert names(model) == ["first"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("no room")], ids=lambda error: type(error).__name__)
+def test_what_ends_it_halfway_stays_as_it_is_and_the_log_says_what_is_left(
+    build_model: Callable[[], nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: BaseException,
+) -> None:
+    monkeypatch.setattr(TinyInt8, "quantize", refuses([], 2, error))
+    with pytest.raises(type(error)):
+        quantcore.quantize(build_model(), "tiny-int8")
+    assert "TwoLayers is left half done: 1 layer is quantized already" in caplog.text
 
 
 def test_model_on_the_meta_device_is_refused(build_model: Callable[[], nn.Module]) -> None:
@@ -394,3 +445,7 @@ def test_a_model_without_a_layer_that_fits_is_an_error_that_says_why() -> None:
     model = nn.ModuleDict({"odd": nn.Linear(5, 3)})
     with pytest.raises(ValueError, match="odd: in_features 5 is not a multiple of 2"):
         Picky(TinyInt8Config(), pre_quantized=False).plan(model)
+
+
+def test_skip_pattern_that_would_not_end_is_matched() -> None:
+    assert not matches_pattern("model.layers.0.mlp." + "a" * 60, "(a+)+b|(.*.*.*)*!")

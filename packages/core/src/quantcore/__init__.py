@@ -21,14 +21,8 @@ if TYPE_CHECKING:
 
     from quantcore import nn as nn
     from quantcore.calibration.data import Calibration as Calibration
-    from quantcore.checkpoints.conversion import convert as convert
-    from quantcore.checkpoints.model import load as load, save as save
-    from quantcore.checkpoints.quantize import quantize_checkpoint as quantize_checkpoint
-    from quantcore.formats.base import (
-        QuantizedWeight as QuantizedWeight,
-        TensorSpec as TensorSpec,
-        WeightFormat as WeightFormat,
-    )
+    from quantcore.formats.base import TensorSpec as TensorSpec, WeightFormat as WeightFormat
+    from quantcore.formats.quantized_weight import QuantizedWeight as QuantizedWeight
     from quantcore.plugins.backend import Backend as Backend
     from quantcore.plugins.discovery import methods as methods
     from quantcore.plugins.hookspecs import hookimpl as hookimpl
@@ -47,6 +41,9 @@ if TYPE_CHECKING:
     from quantcore.quantizers.calibrated import CalibratedQuantizer as CalibratedQuantizer
     from quantcore.quantizers.model import dequantize as dequantize, quantize as quantize
     from quantcore.quantizers.weight import WeightQuantizer as WeightQuantizer
+    from quantcore.workflows.conversion import convert as convert
+    from quantcore.workflows.model import load as load, save as save
+    from quantcore.workflows.quantize import quantize_checkpoint as quantize_checkpoint
 
 _TARGETS = {
     "AutoHfQuantizer": "quantcore.quantizers.auto",
@@ -57,34 +54,44 @@ _TARGETS = {
     "HfQuantizer": "quantcore.quantizers.base",
     "QuantizationConfigMixin": "quantcore.quantization_config",
     "QuantizationMethod": "quantcore.quantization_config",
-    "QuantizedWeight": "quantcore.formats.base",
+    "QuantizedWeight": "quantcore.formats.quantized_weight",
     "TensorSpec": "quantcore.formats.base",
     "WeightFormat": "quantcore.formats.base",
     "WeightQuantizer": "quantcore.quantizers.weight",
-    "convert": "quantcore.checkpoints.conversion",
+    "convert": "quantcore.workflows.conversion",
     "dequantize": "quantcore.quantizers.model",
     "hookimpl": "quantcore.plugins.hookspecs",
-    "load": "quantcore.checkpoints.model",
+    "load": "quantcore.workflows.model",
     "methods": "quantcore.plugins.discovery",
     "nn": "quantcore.nn",
     "option": "quantcore.quantization_config",
     "quantize": "quantcore.quantizers.model",
-    "quantize_checkpoint": "quantcore.checkpoints.quantize",
+    "quantize_checkpoint": "quantcore.workflows.quantize",
     "register_quantization_config": "quantcore.quantizers.auto",
     "register_quantizer": "quantcore.quantizers.auto",
-    "save": "quantcore.checkpoints.model",
+    "save": "quantcore.workflows.model",
 }
 
-_attribute, __dir__ = _lazy.attributes(__name__, _TARGETS)
+_attribute, _own_names = _lazy.attributes(__name__, _TARGETS)
 __all__ = list(_TARGETS)  # `help` shows these
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from quantcore._metadata import metadata
+        from quantcore._metadata import own_version
 
-        try:
-            return metadata.version("quantcore")
-        except metadata.PackageNotFoundError:  # run from source through PYTHONPATH
-            return "0.1.0"
+        return own_version()
+    if name not in _TARGETS and name.endswith("Config"):  # of a method, by transformers' name
+        from quantcore.utils import quantization_config
+
+        if name in quantization_config.CONFIG_CLASSES:
+            return getattr(quantization_config, name)
     return _attribute(name)
+
+
+def __dir__() -> list[str]:
+    from quantcore.plugins.discovery import methods
+    from quantcore.utils.quantization_config import CONFIG_CLASSES
+
+    installed = {info.method for info in methods() if info.installed}
+    return sorted([*_own_names(), *(name for name, method in CONFIG_CLASSES.items() if method in installed)])

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 def attributes(package: str, targets: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` for a package whose public names live in other modules.
 
-    targets maps a public name to the module that defines it; a name equal to the module's last part gives the module.
+    targets maps a public name to the module that defines it, or to "module:name" where it has another name there; a
+    name equal to the module's last part gives the module.
     """
 
     def __getattr__(name: str) -> Any:
@@ -19,8 +20,10 @@ def attributes(package: str, targets: Mapping[str, str]) -> tuple[Callable[[str]
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         import importlib
 
-        module = importlib.import_module(targets[name])
-        return module if targets[name].rpartition(".")[2] == name else getattr(module, name)
+        module_name, _, attribute = targets[name].partition(":")
+        module = importlib.import_module(module_name)
+        is_module = not attribute and module_name.rpartition(".")[2] == name
+        return module if is_module else getattr(module, attribute or name)
 
     def __dir__() -> list[str]:
         return sorted(targets)

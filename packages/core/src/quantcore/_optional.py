@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from quantcore.distribution import install_hint
 from quantcore.errors import MissingExtraError
 
 
@@ -15,4 +16,4 @@ def require(package: str, extra: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        raise MissingExtraError(f"this needs {package}; pip install 'quantcore[{extra}]'") from error
+        raise MissingExtraError(f"this needs {package}; {install_hint(extra)}") from error

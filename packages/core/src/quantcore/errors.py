@@ -39,5 +39,16 @@ class KernelUnavailableError(QuantcoreError, RuntimeError):
     """A kernel that was forced but cannot serve the problem; the text gives its reason."""
 
 
+class ProcessGroupError(QuantcoreError, RuntimeError):
+    """Another process of those that work together ended; the text says why, where it left word."""
+
+
 class MissingExtraError(QuantcoreError, ImportError):
     """An optional package that the called function needs; the text holds the pip line that installs it."""
+
+
+def with_text(error: Exception, text: str) -> Exception:
+    """An error like another, with another text: of its class, or of one above it that is made of a text alone."""
+    if isinstance(error, QuantcoreError):
+        return type(error)(text)
+    return TypeError(text) if isinstance(error, TypeError) else ValueError(text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import enum
 import inspect
 import json
@@ -17,13 +18,15 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 Config = TypeVar("Config", bound="QuantizationConfigMixin")
 
 _MAX_NESTING = 100  # levels; published configs have five
+_MAX_GROUP_SIZE = 1 << 24
+_MAX_INTEGER = 2**31 - 1  # nothing that a config counts comes near
 
 
 class QuantizationMethod(str, enum.Enum):
@@ -65,14 +68,19 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     dtype: bool = False,
+    only_read: Sequence[Any] = (),
+    needs: tuple[str, Any] | None = None,
     help: str = "",
 ) -> Any:
     """A dataclass field with limits, which the mixin checks.
 
     choices: the only values allowed besides None. minimum, maximum: inclusive; a limit applies to each number of a
-    list too. dtype: the value is a torch dtype, given as such or by name. help: one sentence for the command line.
+    list too. dtype: the value is a torch dtype, given as such or by name. only_read: choices that a
+    stored model may have and that none is quantized to. needs: another field and the value of it with which this one
+    counts. help: one sentence for the command line.
     """
     limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "dtype": dtype, "help": help}
+    limits |= {"only_read": tuple(only_read), "needs": needs}
     if default_factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=default_factory, metadata=limits)
     if default is dataclasses.MISSING:
@@ -84,10 +92,12 @@ def option(
 class QuantizationConfigMixin:
     """Base of every config. Subclass with `@dataclass(eq=False, repr=False)`, set `quant_method`, declare `option`s.
 
-    Keys that the class does not declare are kept in `extra_keys` and written back by `to_dict`.
+    Keys that the class does not declare are kept in `extra_keys` and written back by `to_dict`. other_keys: those of
+    them that other tools write and that are no mistake.
     """
 
     quant_method: ClassVar[QuantizationMethod | str]
+    other_keys: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         self.extra_keys: dict[str, Any] = {}
@@ -105,6 +115,40 @@ class QuantizationConfigMixin:
                 setattr(self, field.name, as_dtype(value, label))
             else:
                 check_field(field, annotations[field.name], value, label)
+
+    def check_quantizes(self) -> None:
+        """Raise ValueError where the config cannot quantize a float model, though it may describe a quantized one.
+
+        Here: where a key is one that nobody knows. It may be a misspelt setting, whose default would count.
+        """
+        unknown = self.unknown_keys()
+        if unknown:
+            names = ", ".join(name for name in inspect.signature(type(self)).parameters if name != "kwargs")
+            takes = "" if all(key.endswith("?)") for key in unknown) else f"; it takes {names}"
+            raise ValueError(f"{type(self).__name__} has {'; '.join(unknown)}; correct it, or leave it out{takes}")
+
+    def without_effect(self, given: Iterable[str]) -> dict[str, tuple[str, Any]]:
+        """Those of the given fields that change nothing here, each with the field and the value that they need."""
+        needs = {field.name: field.metadata.get("needs") for field in dataclasses.fields(self)}
+        wanted = {name: needs[name] for name in given if needs.get(name) is not None}
+        return {name: need for name, need in wanted.items() if need and getattr(self, need[0]) != need[1]}
+
+    def unknown_keys(self) -> list[str]:
+        """Each key that nobody knows, in words, with the nearest known one."""
+        return [
+            f"no {f'{label}.' if label else ''}{key}{_nearest(key, known)}"
+            for label, given, known in self.key_places()
+            for key in given
+            if key not in known and not key.startswith("_")
+        ]
+
+    def key_places(self) -> Iterator[tuple[str, Iterable[str], Collection[str]]]:
+        """Where keys of a dict may be misspelt: what to call the place, the keys there, those that are known.
+
+        A subclass whose settings are nested adds a place for each.
+        """
+        known = {field.name for field in dataclasses.fields(self)} | {"quant_method", *self.other_keys}
+        yield "", self.extra_keys, known
 
     @classmethod
     def from_dict(
@@ -224,6 +268,44 @@ def check_limits(
         if (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
             low, high = ("-inf" if minimum is None else minimum), ("inf" if maximum is None else maximum)
             raise ValueError(f"{label} must lie in [{low}, {high}], got {number!r:.80}")
+        if isinstance(number, int) and abs(number) > _MAX_INTEGER:
+            raise ValueError(f"{label} must lie in [{-_MAX_INTEGER}, {_MAX_INTEGER}], got {number!r:.80}")
+
+
+def check_group_size(value: Any, label: str, multiple: int = 8) -> None:
+    """Raise TypeError or ValueError naming label unless value is -1, a row, or a positive multiple.
+
+    Codes are packed into whole bytes, and kernels read several at once: no tool writes groups that are no multiple.
+    """
+    check_type(value, int, label)
+    if value != -1 and not (0 < value <= _MAX_GROUP_SIZE and value % multiple == 0):
+        raise ValueError(f"{label} must be -1 or a multiple of {multiple} up to {_MAX_GROUP_SIZE}, got {value!r:.80}")
+
+
+def without_synonyms(values: Mapping[str, Any], synonyms: Mapping[str, str], label: str) -> dict[str, Any]:
+    """The dict with each synonym under the key that it stands for. Null says nothing.
+
+    Raises ValueError naming label and both keys where two names of one setting say different things.
+    """
+    result = {key: value for key, value in values.items() if key not in synonyms}
+    for synonym, key in synonyms.items():
+        said, other = values.get(synonym), result.get(key)
+        if said is not None and other is not None and _folded(said) != _folded(other):
+            raise ValueError(
+                f"{label}: {synonym} {said!r:.60} and {key} {other!r:.60} are names of one setting; leave one out"
+            )
+        if said is not None:
+            result[key] = said if other is None else other
+    return result
+
+
+def _folded(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, sorted(known), 1, 0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def check_nesting(values: Mapping[str, Any], label: str) -> None:
@@ -270,9 +352,7 @@ def matches_type(value: Any, annotation: Any) -> bool:
         return isinstance(value, dict) and all(
             matches_type(key, arguments[0]) and matches_type(item, arguments[1]) for key, item in value.items()
         )
-    if annotation in (int, float):
-        return isinstance(value, annotation) and not isinstance(value, bool)
-    return isinstance(value, annotation)
+    return isinstance(value, annotation) and not (annotation in (int, float) and isinstance(value, bool))
 
 
 def as_dtype(value: Any, label: str) -> Any:

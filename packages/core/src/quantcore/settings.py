@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import NamedTuple
+
+_forced: ContextVar[str | None] = ContextVar("quantcore_forced_kernel", default=None)
 
 
 def plugin_modules() -> list[str]:
@@ -19,22 +23,28 @@ def disabled_plugins() -> frozenset[str]:
 
 
 def forced_kernel() -> str | None:
-    """Name of the only kernel that may run, or None for the usual choice (QUANTCORE_KERNEL)."""
-    return os.environ.get("QUANTCORE_KERNEL", "").strip() or None
+    """Name of the only kernel that may run, or None for the usual choice: `forced_to`, else QUANTCORE_KERNEL."""
+    return _forced.get() or os.environ.get("QUANTCORE_KERNEL", "").strip() or None
 
 
 @contextmanager
 def forced_to(kernel: str) -> Iterator[None]:
-    """Within, QUANTCORE_KERNEL names this kernel."""
-    before = os.environ.get("QUANTCORE_KERNEL")
-    os.environ["QUANTCORE_KERNEL"] = kernel
+    """Within, and in this thread or task alone, this is the only kernel that may run."""
+    token = _forced.set(kernel)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["QUANTCORE_KERNEL"]
-        else:
-            os.environ["QUANTCORE_KERNEL"] = before
+        _forced.reset(token)
+
+
+def allow_non_finite() -> bool:
+    """Whether checkpoints with NaN or infinity among their scales are read (QUANTCORE_ALLOW_NON_FINITE=1)."""
+    return os.environ.get("QUANTCORE_ALLOW_NON_FINITE", "") not in ("", "0")
+
+
+def allow_unapplied_scales() -> bool:
+    """Whether stored scales of keys and values may stay unapplied (QUANTCORE_ALLOW_UNAPPLIED_SCALES=1)."""
+    return os.environ.get("QUANTCORE_ALLOW_UNAPPLIED_SCALES", "") not in ("", "0")
 
 
 def autotune() -> bool:
@@ -47,6 +57,34 @@ def cache_folder() -> Path:
     named = os.environ.get("QUANTCORE_CACHE", "").strip()
     base = os.environ.get("XDG_CACHE_HOME", "").strip() or "~/.cache"
     return Path(named or f"{base}/quantcore").expanduser()
+
+
+def hub_folder() -> Path:
+    """Where the hub's client keeps what it downloaded (HF_HUB_CACHE, else hub in HF_HOME or ~/.cache/huggingface)."""
+    home = os.environ.get("HF_HOME", "").strip() or "~/.cache/huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE", "").strip() or f"{home}/hub").expanduser()
+
+
+class Torchrun(NamedTuple):
+    """One of several processes that torchrun started. local_rank, local_processes: of those on this machine."""
+
+    rank: int
+    local_rank: int
+    local_processes: int
+
+
+def torchrun() -> Torchrun | None:
+    """What torchrun says of this process (RANK, LOCAL_RANK, LOCAL_WORLD_SIZE); None where it started one, or none."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    return Torchrun(rank, local, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def is_first_process() -> bool:
+    """Whether this process shows what it does: of those that torchrun started, the first alone does."""
+    found = torchrun()
+    return found is None or found.rank == 0
 
 
 def golden_folder() -> str | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
-from threading import Semaphore
 from typing import TypeVar
 
 import torch
@@ -17,16 +18,16 @@ T = TypeVar("T")
 
 @contextmanager
 def one_cpu_thread() -> Iterator[None]:
-    """Holds torch to one thread per operation.
+    """Holds the operations of torch that this thread calls to one thread each.
 
     For loops of short operations: threads that meet after each of them all wait for the busiest core.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    _limit_here(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        _limit_here(threads)
 
 
 def share_out(work: Callable[[T], None], items: Iterable[T], device: torch.device) -> None:
@@ -53,23 +54,40 @@ def run_in_threads(job: Callable[[], None], threads: int) -> None:
 
     The first error is raised, after all have ended.
     """
-    threads_per_operation, started = torch.get_num_threads(), Semaphore(0)
 
     def run() -> None:
-        torch.set_num_threads(1)  # torch also keeps it for threads yet to start: hence the reset below
-        torch.get_num_threads()  # the first look in a thread takes over what torch keeps: have it before the reset
-        started.release()
-        job()
+        with one_cpu_thread():
+            job()
 
     with ThreadPoolExecutor(threads) as pool:
-        try:
-            futures = [pool.submit(run) for _ in range(threads)]
-            for _ in futures:
-                started.acquire()
-        finally:
-            torch.set_num_threads(threads_per_operation)
+        futures = [pool.submit(run) for _ in range(threads)]
     for future in futures:
         future.result()
+
+
+def _limit_here(threads: int) -> None:
+    """Have operations that this thread calls use so many threads. What other threads use stays as it is.
+
+    `torch.set_num_threads` also says how many threads use that have yet to start. OpenMP keeps a number a thread.
+    """
+    torch.get_num_threads()  # the first look in a thread takes over what torch keeps, and would undo what follows
+    limit = _openmp()
+    if limit is not None:
+        limit(threads)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@functools.lru_cache(maxsize=1)
+def _openmp() -> Callable[[int], None] | None:
+    """OpenMP's own call for the number of threads, None where torch has not loaded it for all to see."""
+    try:
+        call = ctypes.CDLL(None).omp_set_num_threads
+    except (AttributeError, OSError, TypeError):
+        return None
+    call.restype, call.argtypes = None, [ctypes.c_int]
+    found: Callable[[int], None] = call
+    return found
 
 
 def _take_all(work: Callable[[T], None], rest: deque[T]) -> None:

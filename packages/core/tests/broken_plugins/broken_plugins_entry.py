@@ -32,6 +32,9 @@ LAYER_FAULTS = (
 )
 CALIBRATED = ("sound-calibrated", "changes-with-time")
 CONFIG_FAULTS = ("forgets-unknown-keys", "checks-no-types", "shares-its-lists", "hides-its-calibration")
+KERNEL_FAULTS = ("decodes-other-numbers", "does-not-compile", "declares-its-gap")
+WITH_KERNELS = ("layer_faults", "kernel_faults")
+GAPS = {"declares-its-gap": {"test_skeletons_compile_*": "a loop over a number that is no constant"}}
 
 
 def _backend(method: str, module: str) -> Backend:
@@ -40,15 +43,16 @@ def _backend(method: str, module: str) -> Backend:
         method,
         f"{module}:{name}Config",
         f"{module}:{name}Quantizer",
-        kernels=(f"{module}:kernels",) if module == "layer_faults" else (),
+        kernels=(f"{module}:kernels",) if module in WITH_KERNELS else (),
         needs_calibration=method in CALIBRATED,
+        gaps=GAPS.get(method, {}),
     )
 
 
 @hookimpl
 def quantcore_backends() -> Iterable[Backend]:
     modules = {"format_faults": FORMAT_FAULTS, "layer_faults": LAYER_FAULTS, "config_faults": CONFIG_FAULTS}
-    modules["calibrated_faults"] = CALIBRATED
+    modules |= {"calibrated_faults": CALIBRATED, "kernel_faults": KERNEL_FAULTS}
     yield _backend(SOUND, "sound")
     for module, methods in modules.items():
         for method in methods:

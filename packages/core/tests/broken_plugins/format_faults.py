@@ -121,7 +121,7 @@ class ForgetsTheDtypeItReadsQuantizer(SoundQuantizer):
 class WrongFamily(Sound):
     def lower(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Affine:
         lowered = super().lower(tensors, shape)
-        return Affine(lowered.codes, lowered.scale, lowered.zero + 1, lowered.grouping, lowered.bits)
+        return Affine(lowered.codes, lowered.scale, lowered.zeros() + 1, lowered.grouping, lowered.bits)
 
 
 class WrongFamilyConfig(SoundConfig):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantcore import WeightFormat
 from quantcore.kernels import reference
-from quantcore.kernels.dispatch import Kernel, Problem
+from quantcore.kernels.kernel import Kernel, Problem
 from quantcore.nn import QuantizedLinear
 from quantcore.nn.replace import quantized_modules
 

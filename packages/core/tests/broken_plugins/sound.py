@@ -58,7 +58,7 @@ class Sound(WeightFormat):
 
     def raise_(self, family: Family) -> dict[str, Tensor]:
         assert isinstance(family, Affine)
-        return {"weight": family.codes, "weight.scale": family.scale}
+        return {"weight": family.codes, "weight.scale": family.scales()}
 
 
 class SoundQuantizer(WeightQuantizer):

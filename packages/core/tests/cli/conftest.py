@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ class Result(NamedTuple):
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """Runs the command in this process: cli("list", "--json")."""
 
     def run(*args: object) -> Result:
@@ -32,11 +31,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
         captured = capsys.readouterr()
         return Result(int(ended.value.code or 0), captured.out, captured.err)
 
-    root, own = logging.getLogger(), logging.getLogger("quantcore")
-    handlers, level = list(root.handlers), own.level
-    yield run
-    root.handlers[:] = handlers
-    own.setLevel(level)
+    return run
 
 
 @pytest.fixture

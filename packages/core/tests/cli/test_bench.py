@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch import nn
 from quantcore import settings
 from quantcore.evaluation import speed
 from quantcore.kernels import reference
-from quantcore.kernels.dispatch import Kernel
+from quantcore.kernels.kernel import Kernel
 from quantcore.plugins import hookimpl
 from quantcore.plugins.manager import plugins
 
@@ -117,7 +117,8 @@ def test_the_upstream_package_is_a_baseline_under_the_methods_name(cli: Cli, met
         (["--shapes", "8"], "'8' is no list of shapes; write out_features x in_features as 4096x4096,11008x4096"),
         (["--shapes", "0x8"], "'0x8' is no list of shapes"),
         (["--rows", "1,-2"], "'1,-2' is no list of numbers of rows; write 1,16,512"),
-        (["--device", "abacus"], "'abacus' is no device; write cpu or cuda:0"),
+        (["--device", "abacus"], "'abacus' is no device; write cpu, cuda:0 or auto"),
+        (["--device", "meta"], "'meta' is no device; write cpu, cuda:0 or auto"),
         (["--vs", "jax"], "'jax' is none of torch"),
     ],
 )
@@ -140,6 +141,12 @@ def test_a_gpu_that_is_absent_is_an_error(cli: Cli, method: str, monkeypatch: py
     assert result.err == "Error: torch finds no GPU for --device cuda:0; see quantcore doctor\n"
 
 
+def test_auto_is_the_processor_where_there_is_no_gpu(cli: Cli, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = cli("bench", "--method", method, "--shapes", "8x16", "--rows", "1", "--device", "auto", "--json").out
+    assert json.loads(out)["device"].startswith("cpu")
+
+
 # Timing
 def timings(method: str) -> Iterator[speed.Timing]:
     baseline = ("torch", lambda dense: dense)
@@ -150,7 +157,7 @@ def test_each_kernel_is_timed_under_its_own_name(method: str, publish: Callable[
     seen = []
 
     def linear(*arguments: Any) -> torch.Tensor:
-        seen.append(os.environ["QUANTCORE_KERNEL"])
+        seen.append(settings.forced_kernel())
         return reference.linear(*arguments)
 
     publish(kernel("low", linear=linear, priority=-2000), kernel("high", linear=linear))
@@ -215,7 +222,7 @@ def test_calls_go_round_over_copies_larger_than_the_cache(monkeypatch: pytest.Mo
 
 def test_times_are_a_median_and_quantiles(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([tick for call in range(7) for tick in (call, call + (0.1 if call == 4 else 0.002))])
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))  # of this module alone
     times = speed.time_calls(lambda number: None, CPU)
     assert times.median == pytest.approx(2.0)
     assert times.low == pytest.approx(2.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from quantcore.plugins import manager
 
 Cli = Callable[..., Any]
 METHOD = ("--method", "tiny-calibrated")
+# Modules that import the tokenizer's loader by name: first imported under a test, they would keep its stand-in.
+_TAKE_THE_NAME = ("quantcore.workflows.evaluation", "quantcore.cli.report.looking")
 
 
 class Letters:
@@ -34,6 +38,8 @@ def language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "float"
     quantcore.save(make(Language), folder)
     (folder / "config.json").write_text('{"architectures": ["Language"]}')
+    for module in _TAKE_THE_NAME:
+        importlib.import_module(module)
     monkeypatch.setattr("quantcore.integrations.transformers.build_model", lambda directory: make(Language))
     monkeypatch.setattr("quantcore.integrations.transformers.load_tokenizer", lambda directory: Letters())
     return folder
@@ -99,11 +105,70 @@ def test_flags_for_a_method_that_takes_no_data_are_a_usage_error(
     assert f"takes no calibration data; leave {flags[0]}" in result.err
 
 
+def test_a_bound_of_memory_gives_the_same_files(cli: Cli, language: Path, text: Path, tmp_path: Path) -> None:
+    flags = (*METHOD, "--sequential", "--calibration", text, "--seqlen", 9)
+    assert cli("quantize", language, tmp_path / "whole", *flags).code == 0
+    result = cli("quantize", language, tmp_path / "parts", *flags, "--max-memory", "12KB")
+    assert result.code == 0, result.err
+    parts, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("parts", "whole"))
+    assert parts == whole
+
+
+@pytest.mark.parametrize(
+    ("size", "flags", "said"),
+    [
+        ("1KB", ("--sequential",), r"max_memory 1000: block layers\.0 takes \d+ bytes at least"),
+        ("8GB", (), "max_memory '8GB': .*tiny-calibrated.* holds a block as a whole"),
+        ("much", ("--sequential",), "max_memory 'much' is not understood; write it as '5GB'"),
+    ],
+)
+def test_a_bound_that_cannot_be_kept_is_told(
+    size: str, flags: tuple[str, ...], said: str, cli: Cli, language: Path, text: Path, tmp_path: Path
+) -> None:
+    options = (*METHOD, *flags, "--calibration", text, "--seqlen", 9, "--max-memory", size)
+    result = cli("quantize", language, tmp_path / "out", *options)
+    assert result.code == 1
+    assert re.search(said, result.err)
+    assert "Traceback" not in result.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_missing_file_is_one_line(cli: Cli, language: Path, tmp_path: Path) -> None:
     result = cli("quantize", language, tmp_path / "out", *METHOD, "--calibration", tmp_path / "none.txt")
     assert result.code == 1
     assert "none.txt: No such file" in result.err
     assert "Traceback" not in result.err
+
+
+def test_a_word_that_is_no_file_and_no_data_set_is_a_usage_error(cli: Cli, language: Path, tmp_path: Path) -> None:
+    result = cli("quantize", language, tmp_path / "out", *METHOD, "--calibration", "wikitext3")
+    assert result.code == 2
+    assert "--calibration wikitext3: no such file, and no data set of that name; known: wikitext2, c4" in result.err
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "c4", "pileval"])
+def test_a_data_set_by_name_is_read(
+    cli: Cli, language: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    asked = []
+
+    def read(name: str) -> Any:
+        asked.append(name)
+        return iter([text.read_text()])
+
+    monkeypatch.setattr("quantcore.calibration.data.named_texts", read)
+    monkeypatch.setattr("quantcore.calibration.datasets.check_named", lambda name: None)
+    result = cli("quantize", language, tmp_path / "out", *METHOD, "--calibration", name, "--seqlen", 8)
+    assert (result.code, asked) == (0, [name]), result.err
+
+
+def test_a_data_set_says_what_to_install(
+    cli: Cli, language: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    result = cli("quantize", language, tmp_path / "out", *METHOD, "--calibration", "wikitext2")
+    assert result.code == 1
+    assert "data set 'wikitext2' needs the package datasets; pip install datasets" in result.err
 
 
 def test_a_dry_run_needs_no_data(cli: Cli, language: Path) -> None:
@@ -112,12 +177,27 @@ def test_a_dry_run_needs_no_data(cli: Cli, language: Path) -> None:
     assert "quantized (14 layers)" in result.out
 
 
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        (None, "the same command goes on from the finished blocks, kept beside OUT; with --resume DIR they are"),
+        ("state", "the same command, with --resume state, goes on from the finished blocks"),
+    ],
+    ids=["beside", "chosen"],
+)
 def test_an_interrupted_run_says_how_to_go_on_and_does(
-    cli: Cli, language: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli,
+    language: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str | None,
+    said: str,
 ) -> None:
     from tiny_calibrated import TinyCalibratedQuantizer
 
-    flags = (*METHOD, "--calibration", text, "--seqlen", 7, "--resume", tmp_path / "state")
+    monkeypatch.chdir(tmp_path)
+    flags = (*METHOD, "--calibration", text, "--seqlen", 7, *(() if folder is None else ("--resume", folder)))
     solve = TinyCalibratedQuantizer.solve_block
     with monkeypatch.context() as patched:
 
@@ -128,8 +208,8 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
 
         patched.setattr(TinyCalibratedQuantizer, "solve_block", interrupted)
         result = cli("quantize", language, tmp_path / "out", *flags)
-    assert result.code == 1
-    assert f"the same command goes on from the finished blocks in {tmp_path / 'state'}" in result.err
+    assert result.code == 130
+    assert said in result.err
     assert not (tmp_path / "out").exists()
     assert cli("quantize", language, tmp_path / "out", *flags).code == 0
     loaded = quantcore.load(tmp_path / "out", lambda: make(Language))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from quantcore.checkpoints.read import by_owner
+from quantcore.checkpoints.owners import by_owner
 from quantcore.plugins import manager
 
 Cli = Callable[..., Any]
@@ -73,7 +73,7 @@ def test_inspect_shows_what_it_can_when_the_backend_is_absent(
     manager.reset()
     result = cli("inspect", quantized)
     assert result.code == 0
-    assert f"warning: quant_method {METHOD!r} is unknown" in result.err
+    assert f"config.json: quant_method {METHOD!r} is unknown" in result.err
     assert "not readable" in result.out
     assert "unknown" in result.out
     assert "lm_head" in result.out

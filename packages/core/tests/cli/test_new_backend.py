@@ -22,7 +22,7 @@ def test_package_is_a_method_that_quantizes_and_passes_its_tests(cli: Cli, tmp_p
     path = os.pathsep.join([str(tmp_path / "made"), os.environ.get("PYTHONPATH", "")])
     code = "import sys; from quantcore.testing import run; sys.exit(run('tiny_method', themes=['config', 'layer']))"
     settings = {**os.environ, "PYTHONPATH": path, "QUANTCORE_PLUGINS": "tiny_method", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout
 
 

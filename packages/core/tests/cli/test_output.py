@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
+from quantcore.cli import main
 from quantcore.cli.group import LazyGroup, VerbEntry
 from quantcore.cli.output import in_bytes, plural, table
 from quantcore.errors import CheckpointError, MissingExtraError
@@ -53,6 +54,22 @@ def test_a_long_list_of_faults_is_cut(failing: Callable[..., tuple[int, str, str
 def test_a_fault_of_the_program_keeps_its_traceback(failing: Callable[..., tuple[int, str, str]]) -> None:
     with pytest.raises(TypeError):
         failing(lambda: len(3))  # type: ignore[arg-type]
+
+
+def test_what_nobody_foresaw_is_two_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*args: object) -> None:
+        raise KeyError("a key")
+
+    monkeypatch.setattr("quantcore.cli.list_methods.methods", fail)
+    with pytest.raises(SystemExit) as ended:
+        main(["list"])
+    assert ended.value.code == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("Error: KeyError: 'a key' (at ")
+    assert "QUANTCORE_DEBUG=1 shows the traceback" in second
+    monkeypatch.setenv("QUANTCORE_DEBUG", "1")
+    with pytest.raises(KeyError):
+        main(["list"])
 
 
 def test_debug_keeps_the_traceback_of_a_known_error(

@@ -16,6 +16,7 @@ import quantcore
 from quantcore.cli import VERBS
 from quantcore.cli.group import VerbEntry
 from quantcore.plugins.backend import import_string
+from quantcore.plugins.known import KNOWN_METHODS, KnownMethod
 
 Cli = Callable[..., Any]
 METHOD = "tiny-int8"
@@ -85,7 +86,14 @@ def test_list_names_known_methods_with_their_pip_line(cli: Cli) -> None:
     result = cli("list")
     assert result.code == 0
     assert "no method is installed" in result.out
-    assert "pip install 'quantcore[bnb]'" in result.out
+    assert "pip install ./packages/backend-bnb" in result.out
+
+
+def test_list_says_of_a_method_that_no_backend_has_that_it_is_not_available(cli: Cli, monkeypatch: Any) -> None:
+    monkeypatch.setitem(KNOWN_METHODS, "vptq", KnownMethod("misc", "vector codebooks", is_available=False))
+    row = next(line for line in cli("list").out.splitlines() if line.startswith("vptq"))
+    assert row.split("  ")[1:] == [part for part in row.split("  ")[1:] if "pip" not in part]
+    assert "not available yet" in row
 
 
 def test_list_names_what_provides_an_installed_method(cli: Cli, site: Any, plugin: Callable[..., str]) -> None:
@@ -96,8 +104,8 @@ def test_list_names_what_provides_an_installed_method(cli: Cli, site: Any, plugi
 def test_list_does_not_send_for_a_package_that_is_here(cli: Cli, site: Any, plugin: Callable[..., str]) -> None:
     site.install("made-up", {"awq": "made_up"}, {"made_up": plugin("awq")}, version="2.5")
     out = cli("list").out
-    assert "not in made-up 2.5 yet" in out
-    assert "quantcore[gptq]" not in out
+    assert "not in made-up 2.5" in out
+    assert "packages/backend-gptq" not in out
 
 
 def test_list_as_json_is_a_list_of_methods(cli: Cli, method: str) -> None:
@@ -107,7 +115,7 @@ def test_list_as_json_is_a_list_of_methods(cli: Cli, method: str) -> None:
         "method": "gptq",
         "installed": False,
         "distributions": [],
-        "install": "pip install 'quantcore[gptq]'",
+        "install": "pip install ./packages/backend-gptq",
         "summary": rows["gptq"]["summary"],
     }
 
@@ -116,11 +124,12 @@ def test_quiet_list_is_the_installed_names(cli: Cli, method: str) -> None:
     assert cli("list", "--quiet") == (0, f"{method}\n", "")
 
 
-def test_list_shows_a_method_whose_plugin_is_broken(cli: Cli, site: Any) -> None:
-    site.install("made-up", {METHOD: "made_up"}, {"made_up": "raise RuntimeError('no luck')"})
+@pytest.mark.parametrize("source", ["raise RuntimeError('no luck')", "import os; os._exit(3)"])
+def test_list_shows_a_method_without_importing_its_plugin(cli: Cli, site: Any, source: str) -> None:
+    site.install("made-up", {METHOD: "made_up"}, {"made_up": source}, summary="codes of a new kind")
     result = cli("list")
     assert result.code == 0
-    assert "does not load; see quantcore doctor" in result.out
+    assert "codes of a new kind" in result.out
 
 
 def test_list_shows_a_method_that_is_claimed_twice(cli: Cli, site: Any, plugin: Callable[..., str]) -> None:
@@ -154,6 +163,47 @@ def test_doctor_shows_the_failure_of_a_broken_plugin_and_fails(cli: Cli, site: A
     assert result.code == 1
     assert "RuntimeError: no luck" in result.out
     assert f"{method}  tiny_int8 (QUANTCORE_PLUGINS)  ok" in result.out
+
+
+PATIENCE = 25  # seconds, of which a busy machine may spend many on importing what is sound
+LOST = {
+    "hang": ("import time; time.sleep(600)", f"it does not come back within {PATIENCE} s"),
+    "exit": ("import os; os._exit(3)", "it ends the process, with status 3"),
+    "abort": ("import os; os.abort()", "it ends the process, with status -6"),
+    "interrupt": ("raise KeyboardInterrupt", "it ends whatever imports it: KeyboardInterrupt"),
+    "prints": ("print('{}', flush=True); raise KeyboardInterrupt", "it ends whatever imports it: KeyboardInterrupt"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["quantcore", "quantcore.match", "quantcore.kernels", "quantcore.containers"])
+@pytest.mark.parametrize(("source", "expected"), LOST.values(), ids=LOST)
+def test_doctor_survives_a_plugin_that_nothing_comes_back_from(
+    cli: Cli,
+    site: Any,
+    plugin: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    group: str,
+    source: str,
+    expected: str,
+) -> None:
+    if "sleep" in source:
+        monkeypatch.setattr("quantcore.cli.probe.SECONDS", float(PATIENCE))
+    site.install("made-up", {"aaa": "made_up"}, {"made_up": source}, group=group)
+    site.install("sound", {METHOD: "sound"}, {"sound": plugin(METHOD)})
+    result = cli("doctor")
+    assert result.code == 1
+    assert f"plugin module 'made_up' of made-up 1.0 is installed but broken: {expected}" in result.out
+    assert f"{METHOD}  sound 1.0" in result.out
+    assert f"{METHOD}  sound 1.0  fails" not in result.out
+
+
+@pytest.mark.parametrize("group", ["quantcore.match", "quantcore.kernels", "quantcore.containers"])
+def test_doctor_asks_every_group_and_fails_for_each(cli: Cli, site: Any, group: str) -> None:
+    site.install("made-up", {"aaa": "made_up"}, {"made_up": "raise RuntimeError('no luck')"}, group=group)
+    result = cli("doctor")
+    assert result.code == 1
+    assert "RuntimeError: no luck" in result.out
 
 
 def test_quiet_doctor_prints_failures_alone(cli: Cli, site: Any) -> None:
@@ -203,7 +253,7 @@ def test_doctor_says_why_no_kernel_is_left(cli: Cli, method: str, monkeypatch: p
 def test_check_fails_when_the_suite_does(
     cli: Cli, method: str, monkeypatch: pytest.MonkeyPatch, status: int, expected: int
 ) -> None:
-    monkeypatch.setattr("quantcore.testing.run", lambda method, verbose: status)
+    monkeypatch.setattr("quantcore.testing.run", lambda *methods, verbose: status)
     assert cli("check", method).code == expected
 
 

@@ -37,9 +37,16 @@ class TinyCalibratedQuantizer(CalibratedQuantizer):
     def format_for(self, name: str, module: nn.Module) -> TinyInt8:
         return TinyInt8()
 
+    @property
+    def takes_turns(self) -> bool:
+        return self.quantization_config.sequential
+
     def solve_block(self, block: Block) -> None:
         sequential = self.quantization_config.sequential
-        for names in block.stages() if sequential else [tuple(block.layers)]:
+        turns = (
+            [turn for stage in block.stages() for turn in block.turns(stage)] if sequential else [tuple(block.layers)]
+        )
+        for names in turns:
             hessians = block.collect(names, lambda layer: Hessian(layer.dense.shape[1]))
             for name, hessian in hessians.items():
                 self.solve_layer(block, name, hessian)

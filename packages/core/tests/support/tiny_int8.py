@@ -56,6 +56,10 @@ class TinyInt8(WeightFormat):
         codes, scale = (tensors[name] for name in self.names)
         return (codes.float() * scale).to(dtype or torch.float32)
 
+    def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+        codes = tensors.get(self.names[0])
+        return None if codes is None else tuple(codes.shape)
+
     def lower(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Affine:
         codes, scale = (tensors[name] for name in self.names)
         offset = (codes.int() + 128).to(torch.uint8)
@@ -64,7 +68,7 @@ class TinyInt8(WeightFormat):
     def raise_(self, family: Family) -> dict[str, Tensor]:
         assert isinstance(family, Affine)
         codes = (family.codes.int() - 128).to(torch.int8)
-        return dict(zip(self.names, (codes, family.scale.view(-1, 1)), strict=True))
+        return dict(zip(self.names, (codes, family.scales().view(-1, 1)), strict=True))
 
 
 class TinyInt8Quantizer(WeightQuantizer):

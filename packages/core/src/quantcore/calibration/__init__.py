@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from quantcore import _lazy
 
 if TYPE_CHECKING:
-    from quantcore.calibration.block import Block as Block, Sample as Sample, join as join
+    from quantcore.calibration.block import Block as Block, Sample as Sample, join_samples as join_samples
     from quantcore.calibration.data import Calibration as Calibration
     from quantcore.calibration.report import (
         CalibrationReport as CalibrationReport,
@@ -23,7 +23,7 @@ __getattr__, __dir__ = _lazy.attributes(
         "CalibrationReport": "quantcore.calibration.report",
         "LayerReport": "quantcore.calibration.report",
         "Sample": "quantcore.calibration.block",
-        "join": "quantcore.calibration.block",
+        "join_samples": "quantcore.calibration.block",
         "report_of": "quantcore.calibration.report",
     },
 )

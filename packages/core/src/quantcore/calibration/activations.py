@@ -31,7 +31,7 @@ class Sample:
     target: Tensor | None = None
 
 
-class Shelf(Protocol):
+class ActivationStore(Protocol):
     """Where structures of tensors are put by number."""
 
     def put(self, number: int, tree: Any) -> None: ...
@@ -41,7 +41,7 @@ class Shelf(Protocol):
     def drop(self, number: int) -> None: ...
 
 
-class MemoryShelf:
+class MemoryStore:
     """Keeps the tensors themselves; nothing is copied."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class MemoryShelf:
         del self._trees[number]
 
 
-class DiskShelf:
+class DiskStore:
     """Keeps the tensors of each number in a safetensors file, which is deleted when they are dropped."""
 
     def __init__(self, directory: Path) -> None:
@@ -89,8 +89,10 @@ class Samples(Sequence[Sample]):
     first one: the same objects.
     """
 
-    def __init__(self, shelf: Shelf, masks: Sequence[Tensor | None], targets: Shelf | None = None) -> None:
-        self._shelf, self._masks, self._targets = shelf, masks, targets
+    def __init__(
+        self, store: ActivationStore, masks: Sequence[Tensor | None], targets: ActivationStore | None = None
+    ) -> None:
+        self._shelf, self._masks, self._targets = store, masks, targets
         self._first: list[Tensor] = []
         self._entries: list[tuple[Any, list[int]]] = []  # structure without tensors, positions of shared ones
 
@@ -130,7 +132,7 @@ class Samples(Sequence[Sample]):
         return Sample(number, args, kwargs, self._masks[number], target)
 
 
-def join(samples: Sequence[Sample]) -> Sample:
+def join_samples(samples: Sequence[Sample]) -> Sample:
     """Several samples of one row as one sample of a larger batch, for solvers that train.
 
     Tensors are joined along dimension 0, but for those that the samples share, such as rotary tables.
@@ -153,3 +155,10 @@ def _equal(tensor: Tensor, first: Tensor) -> bool:
 def _own_memory(tensor: Tensor) -> Tensor:
     # safetensors refuses tensors that share memory, and writes the whole of it.
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def token_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Activations [..., K] as [tokens, K], without the tokens that a mask [B, T] leaves out of x [B, T, K]."""
+    if mask is not None and x.shape[:2] == mask.shape:
+        return x[mask.to(x.device)]
+    return x.reshape(-1, x.shape[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,25 +12,34 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from quantcore.calibration.activations import Sample as Sample, Shelf, join as join
-from quantcore.calibration.endings import Endings
+from quantcore.calibration.activations import (
+    ActivationStore,
+    Sample as Sample,
+    join_samples as join_samples,
+    token_rows as token_rows,
+)
+from quantcore.calibration.bounded import BlockMemory
+from quantcore.calibration.dequantized import DequantizedOnce
+from quantcore.calibration.finished import FinishedLayer
 from quantcore.calibration.replay import Invocation, watch
 from quantcore.calibration.report import LayerReport
+from quantcore.calibration.reuse import ReusableOutputs
 from quantcore.calibration.statistics import Statistic
 from quantcore.calibration.trace import Trace, trace_module
 from quantcore.calibration.trees import leaves, main_tensor
-from quantcore.calibration.unpacked import Unpacked
-from quantcore.distributed.calibration import Team
+from quantcore.distributed.calibration import CalibrationGroup
 from quantcore.nn.dense import view_dense
+from quantcore.nn.held import check_held, stored_tensors
 from quantcore.nn.linear import QuantizedLinear
 from quantcore.nn.replace import replace_module
 from quantcore.plugins.manager import plugins
 
 if TYPE_CHECKING:
     from quantcore.formats.base import WeightFormat
-    from quantcore.quantizers.plan import PlannedLayer
+    from quantcore.nn.planned import PlannedLayer
 
 S = TypeVar("S", bound=Statistic)
+T = TypeVar("T")
 
 ROUND_TO_NEAREST = "round to nearest"
 
@@ -39,18 +49,20 @@ class _Stop(BaseException):
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class BlockContext:
     """What a block needs of the engine. run: computes the block as it is now for a sample. method: the solver's name.
 
-    on_layer: called with the report of each finished layer and its number of weights. new_shelf: makes room for
-    activations that spare a second computation; None where a solver may change more than it replaces.
+    on_layer: called with the report of each finished layer and its number of weights. new_store: makes room for
+    activations that spare a second computation; None where a solver may change more than it replaces. memory: what the
+    block may take; None for any.
     """
 
     run: Callable[[Sample], Any]
     method: str
-    team: Team
+    group: CalibrationGroup
     on_layer: Callable[[LayerReport, int], None]
-    new_shelf: Callable[[], Shelf] | None = None
+    new_store: Callable[[], ActivationStore] | None = None
+    memory: BlockMemory | None = None
 
 
 class Block:
@@ -69,17 +81,17 @@ class Block:
         name: str,
         layers: Sequence[PlannedLayer],
         samples: Sequence[Sample],
-        surroundings: Surroundings,
+        context: BlockContext,
     ) -> None:
         self.model, self.name, self.samples = model, name, samples
         self.report: list[LayerReport] = []
         self.added: list[str] = []
         self._planned = {layer.name: layer for layer in layers}
-        self._around = surroundings
+        self._context = context
         self._tokens: dict[str, int] = {}
         self._besides: dict[str, dict[str, Tensor]] = {}
         self._trace: Trace | None = None
-        self._endings: Endings | None = None
+        self._reusable: ReusableOutputs | None = None
         self._rest: list[tuple[int, int]] = []  # the state of parameters outside of the layers
         self._since = time.perf_counter()
 
@@ -120,7 +132,7 @@ class Block:
         statistics = {group[0]: _made(make, self._planned[group[0]]) for group in groups}
         self._feed(statistics, frozenset(names), stop_early)
         for first, statistic in statistics.items():
-            self._around.team.merge(statistic)
+            self._context.group.merge(statistic)
             _check_finite(first, statistic)
         found = {name: statistics[group[0]] for group in groups for name in group}
         self._tokens |= {name: statistic.tokens for name, statistic in found.items()}
@@ -128,22 +140,69 @@ class Block:
 
     def merge(self, statistic: Statistic) -> None:
         """Make a statistic that was updated outside of `collect` that of all processes; each must call this alike."""
-        self._around.team.merge(statistic)
+        self._context.group.merge(statistic)
+
+    @property
+    def processes(self) -> int:
+        """How many processes solve the block together."""
+        return self._context.group.size
+
+    def share(self, units: Sequence[Sequence[str]], solve: Callable[[Sequence[str]], None]) -> None:
+        """Solve units of layers, each in one of the processes; afterwards every process has all of them.
+
+        units: names of layers that are solved as one. solve: replaces the layers of a unit, and changes nothing else.
+        Each process must call this alike.
+        """
+        if self.processes == 1:
+            for names in units:
+                solve(names)
+            return
+        first = len(self.report)
+
+        def solved(number: int) -> list[FinishedLayer]:
+            known = len(self.report)
+            solve(units[number])
+            return [FinishedLayer.of(self.model, line) for line in self.report[known:]]
+
+        results = self._context.group.spread([self._cost(names) for names in units], solved)
+        own = {line.name for line in self.report[first:]}
+        del self.report[first:]  # in the order of one process they come again
+        for layer in (layer for finished in results for layer in finished):
+            if layer.line.name not in own:
+                layer.put(self.model)
+                self._context.on_layer(layer.line, math.prod(self._planned[layer.line.name].dense.shape))
+            self.report.append(layer.line)
+
+    def spread(self, costs: Sequence[float], compute: Callable[[int], T]) -> list[T]:
+        """What compute gives for 0, 1, ...; each is computed by one of the processes, and all get every result.
+
+        costs: how long each takes, in any unit. compute: gives tensors, or structures of such, and changes nothing.
+        Where there are several processes, what another one computed comes on the CPU.
+        """
+        return self._context.group.spread(costs, compute)
 
     def trace(self) -> Trace:
         """Who reads which tensor in the block, from one run of the first sample. Kept after the first call."""
         if self._trace is None:
             with torch.no_grad():
                 run = lambda: self.run(self.samples[0])  # noqa: E731
-                trace, endings = trace_module(self.model, self.name, list(self._planned), run)
-            self._trace = self._around.team.agree(trace)
-            if self._around.new_shelf is not None:
-                self._endings = Endings(self.model, endings, self._around.new_shelf)
+                trace, reusable = trace_module(self.model, self.name, list(self._planned), run)
+            self._trace = self._context.group.agree(trace)
+            if self._context.new_store is not None:
+                self._reusable = ReusableOutputs(self.model, reusable, self._context.new_store)
         return self._trace
 
     def stages(self) -> list[tuple[str, ...]]:
         """The layers in the order to solve them in where each shall see what the finished ones give; see `Trace`."""
         return self.trace().stages(list(self._planned))
+
+    def turns(self, names: Collection[str]) -> list[tuple[str, ...]]:
+        """The layers in parts to measure and solve one after the other, within `Calibration.max_memory`.
+
+        names: of which none reads what another one gives, as in a stage; then the result is that of all at once.
+        """
+        memory = self._context.memory
+        return [tuple(names)] if memory is None or not names else memory.turns(names, self._shared(self._planned))
 
     def calls(self, names: Collection[str]) -> Iterator[dict[str, Invocation]]:
         """For each sample, how modules of the block were called, by full name, and what they returned.
@@ -166,15 +225,15 @@ class Block:
 
     def run(self, sample: Sample) -> Any:
         """What the block as it is now returns for a sample. Gradients are recorded where the caller enables them."""
-        return self._around.run(sample)
+        return self._context.run(sample)
 
     def finished(self) -> Callable[[Sample], Any]:
         """A function that does what `run` does, when every layer is finished: finished modules need not run again."""
-        shortcuts = self._shortcuts()
+        shortcuts, run_block = self._shortcuts(), self._context.run  # not self, which holds the float weights
 
         def run(sample: Sample) -> Any:
             with shortcuts(sample.number):
-                return self.run(sample)
+                return run_block(sample)
 
         return run
 
@@ -218,15 +277,18 @@ class Block:
         stored = {**tensors, **self._besides.get(name, {})}
         if dense.bias is not None:
             stored["bias"] = dense.bias
-        layer = QuantizedLinear.from_stored(weight_format or self._planned[name].weight_format, stored, dense, name)
-        plugins().hook.quantcore_weight_quantized(name=name, before=dense.weight, after=layer.quantized_weight)
+        found = weight_format or self._planned[name].weight_format
+        layer = QuantizedLinear.from_stored(found, stored, dense, name, dense.weight.dtype)
+        before = self._planned[name].dense.weight if dense.weight.is_meta else dense.weight
+        check_held(layer.quantized_weight, before, name)
+        plugins().notify("quantcore_weight_quantized", name=name, before=before, after=layer.quantized_weight)
         replace_module(self.model, name, layer.train(module.training))
-        self._note(name, method or self._around.method, loss, reason, dense.weight.numel())
+        self._note(name, method or self._context.method, loss, reason, dense.weight.numel())
 
     def round_to_nearest(self, name: str, reason: str) -> None:
         """Quantize a layer by its format alone, without a solver; the report says why."""
         layer = self._planned[name]
-        tensors = layer.weight_format.quantize(layer.dense.weight)
+        tensors = stored_tensors(layer.weight_format, layer.dense.weight, name)
         self.replace(name, tensors, method=ROUND_TO_NEAREST, reason=reason)
 
     def round_if_unseen(self, name: str, statistic: Statistic, least_tokens: int = 1) -> bool:
@@ -240,24 +302,29 @@ class Block:
             self.round_to_nearest(name, f"its inputs are zero in all {statistic.tokens} tokens")
         return name not in self.unfinished
 
+    def _cost(self, names: Sequence[str]) -> float:
+        """About how long layers of one input take to solve: K^2 for each row, and K^3 for the input."""
+        shapes = [self._planned[name].dense.shape for name in names]
+        return float(sum(rows * columns**2 for rows, columns in shapes) + max(columns for _, columns in shapes) ** 3)
+
     def _note(self, name: str, method: str, loss: float | None, reason: str | None, weights: int) -> None:
         now = time.perf_counter()
         line = LayerReport(name, self.name, method, loss, now - self._since, self._tokens.get(name), reason)
         self._since = now
         self.report.append(line)
-        self._around.on_layer(line, weights)
+        self._context.on_layer(line, weights)
 
     def _feed(self, statistics: Mapping[str, Statistic], names: Collection[str], stop_early: bool) -> None:
         """Run all samples; each ends when the named layers were all reached, if it shall stop early."""
-        shortcuts, kept = self._shortcuts(), self._keep_endings(names)
+        shortcuts, kept = self._shortcuts(), self._keep_reusable(names)
         sample: Sample
         waiting: set[str]
 
         def enter(name: str, args: Any, kwargs: Any) -> None:
             if name in statistics:
-                statistics[name].update(_rows(args, kwargs, sample.mask))
-            if name in kept and self._endings is not None:
-                self._endings.keep(name, sample.number, next(leaves((args, kwargs))))
+                statistics[name].update(token_rows(next(leaves((args, kwargs))), sample.mask))
+            if name in kept and self._reusable is not None:
+                self._reusable.keep(name, sample.number, next(leaves((args, kwargs))))
             waiting.discard(name)
             if stop_early and not waiting:
                 raise _Stop
@@ -269,34 +336,36 @@ class Block:
                     self.run(sample)
 
     def _shortcuts(self) -> Callable[[int], contextlib.AbstractContextManager[None]]:
-        """For the number of a sample, a context in which finished parts cost less: see `Unpacked` and `Endings`."""
-        unpacked = Unpacked(self.model.get_submodule(name) for name in self._planned)
-        endings = self._endings
-        if endings is None:
-            return lambda number: unpacked.used()
+        """For a sample's number, a context in which finished parts cost less: `DequantizedOnce`, `ReusableOutputs`."""
+        memory = self._context.memory
+        layers = map(self.model.get_submodule, self._planned)
+        dequantized = DequantizedOnce(layers, keeps=memory is None or not memory.is_away)
+        reusable = self._reusable
+        if reusable is None:
+            return lambda number: dequantized.used()
         rest = self._rest_of_parameters()
         if rest != self._rest:  # the solver changed a norm or the like: what was kept may not hold any more
-            endings.forget()
+            reusable.forget()
             self._rest = rest
-        finished = endings.finished(self.unfinished)
+        finished = reusable.finished(self.unfinished)
 
         @contextlib.contextmanager
         def shortcuts(number: int) -> Iterator[None]:
-            with unpacked.used(), endings.shortcuts(finished, number):
+            with dequantized.used(), reusable.shortcuts(finished, number):
                 yield
 
         return shortcuts
 
-    def _keep_endings(self, names: Collection[str]) -> set[str]:
+    def _keep_reusable(self, names: Collection[str]) -> set[str]:
         """Begin to keep inputs that will not change any more: those of layers whose earlier stages are finished."""
-        if self._endings is None:
+        if self._reusable is None:
             return set()
         unfinished, ready = set(self.unfinished), set()
         for stage in self.stages():
             ready |= set(stage) & set(names)
             if unfinished & set(stage):
                 break
-        return self._endings.open(ready & unfinished)
+        return self._reusable.open(ready & unfinished)
 
     def _rest_of_parameters(self) -> list[tuple[int, int]]:
         """Identity and version of every tensor of the block that is no layer's own."""
@@ -329,15 +398,3 @@ def _check_finite(name: str, statistic: Statistic) -> None:
             f"{name}: the inputs of this layer hold NaN or inf; calibrate in bfloat16 or float32, or look for damaged "
             "weights in the layers before it"
         )
-
-
-def _rows(args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None) -> Tensor:
-    """The input of a layer as [tokens, K], without masked tokens."""
-    return token_rows(next(leaves((args, kwargs))), mask)
-
-
-def token_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Activations [..., K] as [tokens, K], without the tokens that a mask [B, T] leaves out of x [B, T, K]."""
-    if mask is not None and x.shape[:2] == mask.shape:
-        return x[mask.to(x.device)]
-    return x.reshape(-1, x.shape[-1])

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from quantcore.calibration.datasets import DATASETS, named_texts
+from quantcore.checkpoints.write import parse_size
+from quantcore.plugins.manager import plugins
 
 if TYPE_CHECKING:
     from quantcore.calibration.progress import Progress
@@ -27,15 +29,17 @@ SAMPLES = 128
 SEQLEN = 2048
 _BATCH_TOKENS = 2048  # tokens a forward pass where nothing else is asked for
 _PROBE_TOKENS = 16
+_LONGEST_NAME = 1024  # of a file, with its folders
+_TEXT_FILES = (".txt", ".text", ".md", ".rst", ".json", ".jsonl", ".csv")
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Data to calibrate with, and how it is run. What is None is chosen by the method, else as said here.
 
-    data: texts (a string, a list of them, or a pathlib.Path of a UTF-8 file), token ids (a tensor [B, T], or a list of
-        lists or of tensors [T]), or dicts of model inputs, each one forward pass; any iterable of those. Also the name
-        of a data set that is customary: "wikitext2", "c4", "c4-new" or "pileval", which needs the package datasets.
+    data: texts (a string, a list of them, or a UTF-8 file by its name or pathlib.Path), token ids (a tensor [B, T], or
+        a list of lists or of tensors [T]), or dicts of model inputs, each one forward pass; any iterable of those. Also
+        the name of a customary data set: "wikitext2", "c4", "c4-new" or "pileval", which needs the package datasets.
     tokenizer: for texts; called as those of transformers are, or a folder or hub id that holds one.
     samples: rows of tokens, or dicts, that are used (128).
     seqlen: tokens of a row (2048, or what the model can read). Texts are joined and cut, until there are enough rows;
@@ -44,6 +48,8 @@ class Calibration:
     device: where blocks are run and solved; the model itself may stay on the CPU.
     resume_dir: a folder for finished blocks, from which an interrupted run goes on.
     offload: "disk" or a folder keeps the activations between blocks in files there; None keeps them in memory.
+    max_memory: bytes, or a size such as "8GB", for one block and what is measured and solved of it, from file to file:
+        layers of a larger block, such as the experts of a mixture, are read and solved in turns, with the same result.
     progress: called as work advances.
     """
 
@@ -55,6 +61,7 @@ class Calibration:
     device: torch.device | str | None = None
     resume_dir: str | os.PathLike[str] | None = None
     offload: str | os.PathLike[str] | None = None
+    max_memory: int | str | None = None
     progress: Callable[[Progress], None] | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +71,8 @@ class Calibration:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.max_memory is not None:
+            parse_size(self.max_memory, "max_memory")
 
     @classmethod
     def of(cls, data: Any, **settings: Any) -> Calibration:
@@ -130,8 +139,12 @@ def padding_mask(inputs: ModelInputs) -> Tensor | None:
 def _items(data: Any) -> Iterator[Any]:
     if isinstance(data, os.PathLike):
         return iter([_read_text(Path(data))])
+    if isinstance(data, list | tuple) and len(data) == 1 and isinstance(data[0], str):
+        data = data[0]
     if isinstance(data, str) and data in DATASETS:
         return named_texts(data)
+    if isinstance(data, str) and _is_file(data):
+        return iter([_read_text(Path(data))])
     if isinstance(data, str | Mapping):
         return iter([data])
     if isinstance(data, Tensor):
@@ -141,6 +154,21 @@ def _items(data: Any) -> Iterator[Any]:
     if isinstance(data, Iterable):
         return iter(data)
     raise TypeError(f"calibration data is a {type(data).__name__}; give texts, token ids, or dicts of model inputs")
+
+
+def _is_file(text: str) -> bool:
+    """Whether a text is the name of a file.
+
+    Raises FileNotFoundError for what can only be one and is not there, ValueError for a folder, pipe or device.
+    """
+    is_name = 0 < len(text) < _LONGEST_NAME and "\n" not in text and "\0" not in text
+    if not is_name or Path(text).is_file():
+        return is_name
+    if os.sep in text and Path(text).exists():
+        raise ValueError(f"calibration data: {text!r} is no regular file; give a text file, or texts")
+    if Path(text).suffix.lower() in _TEXT_FILES and len(text.split()) == 1:
+        raise FileNotFoundError(f"calibration data: there is no file {text!r}; correct the name, or give texts")
+    return False
 
 
 def _read_text(path: Path) -> str:
@@ -195,9 +223,8 @@ def _tokenizer(calibration: Calibration) -> Any:
         raise ValueError("calibration data is text, which needs a tokenizer; pass tokenizer=, or give token ids")
     if isinstance(tokenizer, str | os.PathLike):
         from quantcore.checkpoints.read import resolve
-        from quantcore.integrations.transformers import load_tokenizer
 
-        return load_tokenizer(resolve(tokenizer))
+        return plugins().hook.quantcore_tokenizer(directory=resolve(tokenizer))
     return tokenizer
 
 

@@ -1,9 +1,10 @@
-"""The text collections that the tools of the field calibrate with, by their customary names."""
+"""The text collections that the tools of the field calibrate with and measure on, by their customary names."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from quantcore.errors import MissingExtraError
@@ -28,19 +29,44 @@ DATASETS = {
     "c4-new": _C4,  # another choice of evaluation data upstream; the training part is the same
     "pileval": Dataset("mit-han-lab/pile-val-backup", split="validation"),
 }
+_C4_HELD_OUT = Dataset("allenai/c4", data_files="en/c4-validation.00000-of-00008.json.gz")
+# What models are measured on. pileval has one part, for both.
+HELD_OUT = {
+    "wikitext2": Dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test"),
+    "c4": _C4_HELD_OUT,
+    "c4-new": _C4_HELD_OUT,
+    "pileval": DATASETS["pileval"],
+}
 
 
-def named_texts(name: str) -> Iterator[str]:
-    """The texts of a data set, read as they are taken. Raises MissingExtraError without the package datasets."""
+def named_texts(name: str, parts: Mapping[str, Dataset] = DATASETS) -> Iterator[str]:
+    """The texts of a data set, read as they are taken. parts: `DATASETS` to calibrate with, `HELD_OUT` to measure on.
+
+    Raises MissingExtraError without the package datasets, OSError where neither hub nor cache gives them.
+    """
     try:
         datasets = importlib.import_module("datasets")
     except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"calibration data {name!r} needs the package datasets; pip install datasets, or give texts of your own"
-        ) from error
-    source = DATASETS[name]
+        raise MissingExtraError(_missing(name)) from error
+    source = parts[name]
     options = {"name": source.name, "data_files": source.data_files}
     given = {key: value for key, value in options.items() if value is not None}
-    for row in datasets.load_dataset(source.path, split=source.split, streaming=True, **given):
-        if row[source.column].strip():
-            yield row[source.column]
+    try:
+        for row in datasets.load_dataset(source.path, split=source.split, streaming=True, **given):
+            if row[source.column].strip():
+                yield row[source.column]
+    except (OSError, ValueError, RuntimeError) as error:  # no connection, no such files, a cache that is damaged
+        raise OSError(
+            f"data set {name!r} cannot be read: looked for {source.path} in the cache of the package datasets "
+            f"and on the hub; connect, or give a file of UTF-8 text: {type(error).__name__}: {error}"
+        ) from error
+
+
+def check_named(name: str) -> None:
+    """Raise MissingExtraError when the package is absent that a named data set is read with."""
+    if importlib.util.find_spec("datasets") is None:
+        raise MissingExtraError(_missing(name))
+
+
+def _missing(name: str) -> str:
+    return f"data set {name!r} needs the package datasets; pip install datasets, or give texts of your own"

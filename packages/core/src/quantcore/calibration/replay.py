@@ -92,7 +92,8 @@ class Replay:
 
 def run_model(model: nn.Module, inputs: ModelInputs) -> Any:
     """One forward pass without a cache. Token ids alone go by position where the model does not name them."""
-    device = next((parameter.device for parameter in model.parameters()), None)
+    devices = (parameter.device for parameter in model.parameters())
+    device = next((device for device in devices if device.type != "meta"), None)  # of what is there by now
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     if set(inputs) == {"input_ids"} and not _takes(model, "input_ids"):
         return model(inputs["input_ids"])

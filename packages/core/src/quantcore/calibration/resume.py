@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quantcore.calibration.data import ModelInputs
+from quantcore.calibration.finished import FinishedStep
 from quantcore.calibration.report import LayerReport
 from quantcore.calibration.steps import Step
 from quantcore.errors import CheckpointError
-from quantcore.formats.interning import format_from_key, format_key
-from quantcore.nn.dense import view_dense
-from quantcore.nn.linear import QuantizedLinear
-from quantcore.nn.module import QuantizedModule
-from quantcore.nn.replace import replace_module
+from quantcore.quantization_config import check_type
 
 STATE = "state.json"
+_ENTRY: dict[str, Any] = {"name": str, "file": str, "layers": dict[str, dict[str, Any]], "report": list[dict[str, Any]]}
+# What a block that is read can raise whose tensors or descriptions are not those that were written.
+_OF_DAMAGE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _PROBE = 4096  # values of each weight that go into the fingerprint
 
 
@@ -56,21 +56,21 @@ class ResumeFolder:
         """Store a step that was just solved. added: parameters that it gave to modules which are no layers."""
         self.directory.mkdir(parents=True, exist_ok=True)
         file = f"step-{number:05d}.safetensors"
-        tensors = {**_tensors(model, step), **{name: model.get_parameter(name) for name in added}}
-        save_file(
-            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, self._new(file)
-        )
+        finished = FinishedStep.of(model, step, report, added)
+        save_file(dict(finished.tensors), self._new(file))
         self._take(file)
-        layers = {name: _described(model, name) for name in step.layers}
         lines = [dataclasses.asdict(line) for line in report]
-        self._steps[str(number)] = {"name": step.name, "file": file, "layers": layers, "report": lines}
+        self._steps[str(number)] = {"name": step.name, "file": file, "layers": finished.layers, "report": lines}
         state = {"fingerprint": self._fingerprint, "steps": self._steps}
         self._new(STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         self._take(STATE)
 
-    def restore(self, number: int, step: Step, model: nn.Module) -> list[LayerReport]:
+    def restore(
+        self, number: int, step: Step, model: nn.Module, make_room: Callable[[nn.Module, Mapping[str, Tensor]], None]
+    ) -> list[LayerReport]:
         """Put the tensors of a finished step into the model; returns what was reported of its layers.
 
+        make_room: puts modules in place that the solver made, as `CalibratedQuantizer.make_room` does.
         Raises CheckpointError for a file that is missing, unreadable, or of another step.
         """
         entry = self._steps[str(number)]
@@ -78,13 +78,12 @@ class ResumeFolder:
         if entry["name"] != step.name or set(entry["layers"]) != set(step.layers):
             raise CheckpointError(f"{path}: holds {entry['name']!r}, expected {step.name!r}; delete {self.directory}")
         try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}; delete {self.directory}") from error
-        for name in step.layers:
-            _restore_layer(model, name, tensors, entry["layers"][name])
-        _restore_rest(model, step, tensors)
-        return [LayerReport(**line) for line in entry["report"]]
+            report = [LayerReport(**line) for line in entry["report"]]
+            FinishedStep(report, entry["layers"], load_file(path)).put(model, step, make_room)
+        except (OSError, SafetensorError, *_OF_DAMAGE) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{path}: cannot be read: {reason:.300}; delete {self.directory}") from error
+        return report
 
     def _read(self) -> dict[str, dict[str, Any]]:
         path = self.directory / STATE
@@ -93,7 +92,8 @@ class ResumeFolder:
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             theirs, steps = state["fingerprint"], state["steps"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            _check_state(theirs, steps)
+        except (OSError, RecursionError, ValueError, LookupError, TypeError) as error:
             raise CheckpointError(f"{path}: is no state of a calibration: {error}; delete {self.directory}") from error
         differing = sorted(
             name for name in {*theirs, *self._fingerprint} if theirs.get(name) != self._fingerprint.get(name)
@@ -115,18 +115,45 @@ class ResumeFolder:
         os.replace(self._new(file), self.directory / file)
 
 
+def finished_files(directory: Path) -> list[Path]:
+    """The files of the finished steps in a folder of this kind."""
+    steps = json.loads((directory / STATE).read_text(encoding="utf-8"))["steps"] if (directory / STATE).exists() else {}
+    return [directory / entry["file"] for entry in steps.values()]
+
+
+def forget(directory: Path) -> None:
+    """Have nothing count as finished in a folder that is going to be removed, in whatever order its files go."""
+    (directory / STATE).unlink(missing_ok=True)
+
+
+def _check_state(fingerprint: Any, steps: Any) -> None:
+    """Raise TypeError or ValueError where a state holds other types than were written, or a file of another folder."""
+    check_type(fingerprint, dict[str, str], "fingerprint")
+    check_type(steps, dict[str, dict[str, Any]], "steps")
+    for number, entry in steps.items():
+        for key, kind in _ENTRY.items():
+            check_type(entry.get(key), kind, f"steps[{number!r:.20}].{key}")
+        if Path(entry["file"]).name != entry["file"]:
+            raise ValueError(f"steps[{number!r:.20}].file must be a plain name, got {entry['file']!r:.80}")
+
+
 def fingerprint(
-    model: nn.Module, passes: Iterable[ModelInputs], config: Mapping[str, Any], settings: Mapping[str, Any]
+    weights: Mapping[str, str], passes: Iterable[ModelInputs], config: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Digests of the float model (names, shapes, and some values of each weight), data, config, and settings."""
-    parameters = ((name, tensor) for name, tensor in model.state_dict().items())
+    """Digests of the float model, data, config, and settings. weights: a digest of each tensor, see `digest_of`."""
     data = ((f"{number}.{name}", value) for number, inputs in enumerate(passes) for name, value in inputs.items())
     return {
-        "model": _digest((name, _probe(tensor)) for name, tensor in parameters),
+        "model": _digest(sorted(weights.items())),
         "data": _digest(data),
         "config": _digest([("config", json.dumps(config, sort_keys=True, default=str))]),
         "setting": _digest([("settings", json.dumps(settings, sort_keys=True, default=str))]),
     }
+
+
+def digest_of(tensor: Tensor) -> str:
+    """A digest of dtype, size and some values of a tensor, evenly spread, so that a large one is read in no time."""
+    flat = tensor.detach().reshape(-1)
+    return _digest([(str(flat.numel()), flat[:: max(1, flat.numel() // _PROBE)])])
 
 
 def _digest(items: Iterable[tuple[str, Any]]) -> str:
@@ -139,52 +166,3 @@ def _digest(items: Iterable[tuple[str, Any]]) -> str:
         else:
             digest.update(repr(value).encode())
     return digest.hexdigest()
-
-
-def _probe(tensor: Tensor) -> Tensor:
-    """A few values of a tensor, evenly spread, so that a large model is read in no time."""
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _PROBE)]
-
-
-def _tensors(model: nn.Module, step: Step) -> dict[str, Tensor]:
-    """What a step may have changed: all of a block; of a whole model its layers alone."""
-    modules = [step.name] if step.name else list(step.layers)
-    return {
-        f"{module}.{suffix}": tensor
-        for module in modules
-        for suffix, tensor in model.get_submodule(module).state_dict().items()
-    }
-
-
-def _described(model: nn.Module, name: str) -> dict[str, Any]:
-    """Format of a quantized layer, and its tensors in their order, which the file does not keep."""
-    module = model.get_submodule(name)
-    assert isinstance(module, QuantizedModule)
-    return {"format": format_key(module.format), "tensors": list(module.stored)}
-
-
-def _restore_layer(model: nn.Module, name: str, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
-    module = model.get_submodule(name)
-    dense = view_dense(module)
-    assert dense is not None
-    prefix = f"{name}."
-    stored = {suffix.removeprefix(prefix): t for suffix, t in tensors.items() if suffix.startswith(prefix)}
-    names = [*entry["tensors"], *(suffix for suffix in stored if suffix not in entry["tensors"])]  # then the bias
-    stored = {suffix: stored[suffix].to(dense.weight.device) for suffix in names}
-    weight_format = format_from_key(entry["format"])
-    layer = QuantizedLinear.from_stored(weight_format, stored, dense, name)
-    replace_module(model, name, layer.train(module.training))
-
-
-def _restore_rest(model: nn.Module, step: Step, tensors: Mapping[str, Tensor]) -> None:
-    """Norms and the like, which a solver may have changed, and those that it gave to other modules."""
-    current = _tensors(model, step)
-    for name, tensor in tensors.items():
-        if name.startswith(tuple(f"{layer}." for layer in step.layers)):
-            continue
-        if name in current:
-            current[name].data.copy_(tensor)
-        else:
-            owner, _, suffix = name.rpartition(".")
-            model.get_submodule(owner).register_parameter(suffix, nn.Parameter(tensor, requires_grad=False))

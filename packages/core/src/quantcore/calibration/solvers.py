@@ -16,8 +16,10 @@ class SharedSolver(Protocol):
     """What the field `solver` of a `Backend` names.
 
     options: by layer of the block, keywords of the solver's own. The solver replaces every layer; scales and zero
-    points are those that the layer's format chooses, so that a layer whose format lowers to no family of the solver's
-    is rounded to nearest. Raises TypeError for options that it does not know, ValueError for values that cannot be.
+    points are those that the layer's format chooses, which gives them by `solver_grid` and takes the codes back by
+    `store_solved`; a layer whose `solved_family` is none of the solver's is rounded to nearest. A weight is solved as
+    it is stored, under the transform of its format, for inputs under the same. Raises TypeError for options that it
+    does not know, ValueError for values that cannot be.
     """
 
     def __call__(self, block: Block, options: Mapping[str, Mapping[str, Any]]) -> None: ...

@@ -1,14 +1,18 @@
-"""What solvers measure on the inputs of a layer, added up batch by batch."""
+"""What solvers measure on the inputs of a layer, added up batch by batch.
+
+The sum of one batch is in float32, sums over batches are in float64: there they are exact but for addends 2^29 times
+smaller than the sum, so that the result depends neither on the order of batches nor on the processes that run them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Reduction = Literal["sum", "max", "min"]
+from quantcore.distributed.calibration import Reduction as Reduction
+
 Reduce = Callable[[Tensor, Reduction], None]  # in place, over the processes that calibrate together
 
 _PANEL = 512  # columns of X^T X computed together: smaller saves more of the half below the diagonal
@@ -51,79 +55,96 @@ class Statistic:
 
 
 class Hessian(Statistic):
-    """H = 2/n sum x x^T over n input rows, in float32: the curvature of the layer's squared output error.
+    """H = 2/n sum x x^T over n input rows: the curvature of the layer's squared output error.
 
     Source: Frantar et al. 2022, GPTQ, section 3 (arXiv:2210.17323).
     """
 
     def __init__(self, columns: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self._sum = torch.zeros((columns, columns), dtype=torch.float32, device=device)
+        # The product is symmetric: only panels on and above the diagonal are held, [up to 512, columns - start].
+        self._panels = {
+            start: _sums((min(_PANEL, columns - start), columns - start), device) for start in range(0, columns, _PANEL)
+        }
+
+    @staticmethod
+    def nbytes(columns: int) -> int:
+        """Bytes held for so many columns, in float64: little more than the half on and above the diagonal."""
+        return sum(8 * min(_PANEL, columns - start) * (columns - start) for start in range(0, columns, _PANEL))
 
     def update(self, x: Tensor) -> None:
         x = x.float()
-        # The product is symmetric: only panels on and above the diagonal are computed.
-        for start in range(0, x.shape[1], _PANEL):
-            rows = x[:, start : start + _PANEL]
-            self._sum[start : start + _PANEL, start:].addmm_(rows.t(), x[:, start:])
+        for start, panel in self._panels.items():
+            panel += x[:, start : start + _PANEL].t() @ x[:, start:]
         self.tokens += x.shape[0]
 
     def matrix(self) -> Tensor:
         """H [K, K] float32, symmetric, a tensor of the caller's own; zeros before the first update."""
-        for start in range(_PANEL, self._sum.shape[0], _PANEL):
-            self._sum[start:, start - _PANEL : start] = self._sum[start - _PANEL : start, start:].t()
-        return self._sum * (2.0 / max(self.tokens, 1))
+        columns = len(self.diagonal())
+        found = next(iter(self._panels.values())).new_empty((columns, columns), dtype=torch.float32)
+        for start, panel in self._panels.items():
+            end = start + len(panel)
+            found[start:end, start:] = panel * self._factor
+            found[end:, start:end] = found[start:end, end:].t()
+        return found
 
     def diagonal(self) -> Tensor:
-        """The diagonal of H [K]."""
-        return self._sum.diagonal() * (2.0 / max(self.tokens, 1))
+        """The diagonal of H [K] float32."""
+        return (self._diagonal() * self._factor).float()
 
     def parts(self) -> list[tuple[Tensor, Reduction]]:
-        return [(self._sum, "sum")]
+        return [(panel, "sum") for panel in self._panels.values()]
 
     @property
     def is_finite(self) -> bool:
         # A NaN or inf in any input lands on the diagonal.
-        return bool(torch.isfinite(self._sum.diagonal()).all())
+        return bool(torch.isfinite(self._diagonal()).all())
 
     @property
     def is_zero(self) -> bool:
-        return not bool(self._sum.diagonal().any())
+        return not bool(self._diagonal().any())
+
+    @property
+    def _factor(self) -> float:
+        return 2.0 / max(self.tokens, 1)
+
+    def _diagonal(self) -> Tensor:
+        return torch.cat([panel.diagonal() for panel in self._panels.values()])
 
 
 class ChannelSquares(Statistic):
-    """Sum of x^2 per input channel, float32 [K]: the diagonal of X^T X without the rest."""
+    """Sum of x^2 per input channel [K]: the diagonal of X^T X without the rest."""
 
     def __init__(self, columns: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.total = torch.zeros(columns, dtype=torch.float32, device=device)
+        self._total = _sums((columns,), device)
 
     def update(self, x: Tensor) -> None:
-        self.total += x.float().square().sum(0)
+        self._total += x.float().square().sum(0)
         self.tokens += x.shape[0]
 
     def mean(self) -> Tensor:
-        """Mean of x^2 per channel [K]."""
-        return self.total / max(self.tokens, 1)
+        """Mean of x^2 per channel [K] float32."""
+        return (self._total / max(self.tokens, 1)).float()
 
     def parts(self) -> list[tuple[Tensor, Reduction]]:
-        return [(self.total, "sum")]
+        return [(self._total, "sum")]
 
 
 class MeanAbs(Statistic):
-    """Mean of |x| per input channel, float32 [K]."""
+    """Mean of |x| per input channel [K]."""
 
     def __init__(self, columns: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self._total = torch.zeros(columns, dtype=torch.float32, device=device)
+        self._total = _sums((columns,), device)
 
     def update(self, x: Tensor) -> None:
         self._total += x.abs().sum(0, dtype=torch.float32)
         self.tokens += x.shape[0]
 
     def mean(self) -> Tensor:
-        """Mean of |x| per channel [K]; zeros before the first update."""
-        return self._total / max(self.tokens, 1)
+        """Mean of |x| per channel [K] float32; zeros before the first update."""
+        return (self._total / max(self.tokens, 1)).float()
 
     def parts(self) -> list[tuple[Tensor, Reduction]]:
         return [(self._total, "sum")]
@@ -173,3 +194,9 @@ class MinMax(Statistic):
 
     def parts(self) -> list[tuple[Tensor, Reduction]]:
         return [(self._low, "min"), (self._high, "max")]
+
+
+def _sums(shape: tuple[int, ...], device: torch.device | str | None) -> Tensor:
+    """Zeros to add to: float64, where the device has it."""
+    zeros = torch.zeros(shape, dtype=torch.float32, device=device)
+    return zeros if zeros.device.type == "mps" else zeros.double()

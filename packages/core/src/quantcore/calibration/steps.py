@@ -80,12 +80,12 @@ def _lists(model: nn.Module, layers: Sequence[str]) -> dict[str, list[str]]:
     """Every list of modules that may be blocks with layers to solve, with the names of its members."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and _inside(name, layers) and not _holds_layers(module):
+        if isinstance(module, nn.ModuleList) and _inside(name, layers) and not holds_layers(module):
             found[name] = [f"{name}.{key}" for key, _ in module.named_children()]
     return found
 
 
-def _holds_layers(modules: nn.ModuleList) -> bool:
+def holds_layers(modules: nn.ModuleList) -> bool:
     """Whether a list is one of plain linear layers, such as parallel projections."""
     return any(view_dense(child) is not None for child in modules)
 

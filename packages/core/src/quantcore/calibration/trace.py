@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from quantcore.calibration.endings import Ending
 from quantcore.calibration.replay import watch
+from quantcore.calibration.reuse import ReusableOutput
 from quantcore.calibration.trees import flatten, leaves
 
 
@@ -63,14 +63,14 @@ class Trace:
 
 def trace_module(
     model: nn.Module, name: str, layers: Sequence[str], run: Callable[[], Any]
-) -> tuple[Trace, dict[str, Ending]]:
+) -> tuple[Trace, dict[str, ReusableOutput]]:
     """The trace of the module of a model, while `run` runs it once, and the modules inside that end with a layer."""
     recorder = _Recorder()
     prefix = f"{name}." if name else ""
     inside = {inner for inner, _ in model.named_modules() if inner.startswith(prefix) and inner != name}
     with watch(model, inside, recorder.enter, recorder.leave):
         run()
-    return recorder.result(frozenset(layers)), recorder.endings(frozenset(layers))
+    return recorder.result(frozenset(layers)), recorder.reusable(frozenset(layers))
 
 
 def _kind(name: str) -> str:
@@ -108,17 +108,17 @@ class _Recorder:
                 groups.append(InputGroup(members, self._sources[key], tuple(dict.fromkeys(readers))))
         return Trace(tuple(dict.fromkeys(self._order)), tuple(_first_of_each(groups)))
 
-    def endings(self, layers: frozenset[str]) -> dict[str, Ending]:
+    def reusable(self, layers: frozenset[str]) -> dict[str, ReusableOutput]:
         """By layer, the outermost module around it that returns its output. Both are called once."""
-        found: dict[str, Ending] = {}
+        found: dict[str, ReusableOutput] = {}
         layer_of: dict[Any, str] = {}
         for name, tensor, skeleton in self._outputs:
             layer = layer_of.get(tensor)
             if name in layers:
                 layer_of[tensor] = name
             elif layer is not None and layer.startswith(f"{name}.") and self._order.count(name) == 1:
-                found[layer] = Ending(name, layer, skeleton)
-        return {layer: ending for layer, ending in found.items() if self._order.count(layer) == 1}
+                found[layer] = ReusableOutput(name, layer, skeleton)
+        return {layer: output for layer, output in found.items() if self._order.count(layer) == 1}
 
     def _keys(self, tree: Any) -> list[int]:
         return list(dict.fromkeys(self._number(tensor) for tensor in leaves(tree)))

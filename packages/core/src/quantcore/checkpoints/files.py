@@ -2,53 +2,65 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quantcore import transformers_names as inside
+from quantcore.checkpoints.folder import FilesBeside, Folder
 from quantcore.checkpoints.read import CONFIG_KEYS
+from quantcore.checkpoints.safetensors_folder import CONFIG_NAME, write_json as write_json
+from quantcore.checkpoints.shards import INDEX_NAME
 from quantcore.formats.base import dtype_name
+from quantcore.plugins.known import KNOWN_METHODS, normalize_method
+from quantcore.plugins.manager import plugins
 
-# Tokenizers, generation settings, processors.
-_COMPANIONS = ("*.json", "merges.txt", "vocab.txt", "*.model", "*.jinja")
+# Tokenizers, generation settings, processors; the terms of use.
+TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+_COMPANIONS = ("*.json", "merges.txt", "vocab.txt", "*.model", "*.jinja", *TERMS)
 _NOT_COMPANIONS = (
-    "config.json",
-    "model.safetensors.index.json",
+    CONFIG_NAME,
+    INDEX_NAME,
     "quantize_config.json",  # these three describe the quantization of the folder they lie in
     "quant_config.json",
     "quantization_config.json",
 )
+GENERATION_NAME = "generation_config.json"
+BACKEND_KEY = "quantization_backend"  # of config.json: name and version of a distribution
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write a JSON object with sorted keys, indented by two."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def companions(side_files: Mapping[str, bytes], besides: Collection[str] = ()) -> dict[str, bytes]:
+    """Tokenizer, generation and processor files, and the terms of use, among the side files of a checkpoint.
+
+    besides: names of files that a method writes for its layers; they describe the checkpoint that they lie in.
+    """
+    left_out = {*_NOT_COMPANIONS, *besides}
+    return {
+        name: side_files[name]
+        for name in side_files
+        if name not in left_out and any(fnmatch.fnmatchcase(name, pattern) for pattern in _COMPANIONS)
+    }
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation and processor files that target does not have yet."""
-    for pattern in _COMPANIONS:
-        for file in source.glob(pattern):
-            if file.name not in _NOT_COMPANIONS and not (target / file.name).exists():
-                shutil.copyfile(file, target / file.name)
+def companions_of(folder: Path, besides: Collection[str] = ()) -> dict[str, bytes]:
+    """The `companions` of a folder, which need not hold weights."""
+    return companions(FilesBeside(Folder(folder), lambda name: False), besides)
 
 
 def source_folder(model: Any) -> Path | None:
     """The folder that a model of transformers was loaded from; None for another model, or one from the hub."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return Path(name) if isinstance(name, str) and name and Path(name, "config.json").is_file() else None
+    name = getattr(getattr(model, "config", None), inside.NAME_OR_PATH, None)
+    return Path(name) if isinstance(name, str) and name and Path(name, CONFIG_NAME).is_file() else None
 
 
-def write_generation_config(model: Any, target: Path) -> None:
-    """Write the generation settings of a model of transformers, which a program may have changed."""
+def generation_config(model: Any) -> dict[str, bytes]:
+    """The file with the generation settings of a model of transformers, which a program may have changed."""
     settings: Any = getattr(model, "generation_config", None)
-    if hasattr(settings, "to_json_string"):
-        (target / "generation_config.json").write_text(settings.to_json_string(), encoding="utf-8")
+    return {GENERATION_NAME: settings.to_json_string().encode()} if hasattr(settings, "to_json_string") else {}
 
 
 def stored_dtype(config_json: Mapping[str, Any]) -> Any:
@@ -57,13 +69,34 @@ def stored_dtype(config_json: Mapping[str, Any]) -> Any:
 
 
 def with_quantization(
-    config_json: Mapping[str, Any], quantization: Mapping[str, Any] | None, dtype: torch.dtype | None
+    config_json: Mapping[str, Any],
+    described: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    without: Collection[str] = (),
 ) -> dict[str, Any]:
-    """A config.json with another quantization_config (None: without one) and another dtype (None: its own)."""
+    """A config.json with another description of its quantization and another dtype (None: its own).
+
+    described: top-level entries, such as {"quantization_config": ...}; {} for float weights. without: keys that the
+    method which config_json is of has besides the usual ones.
+    """
     text = config_json.get("text_config")
-    changed = {key: value for key, value in config_json.items() if key not in CONFIG_KEYS}
+    changed = {key: value for key, value in config_json.items() if key not in CONFIG_KEYS and key not in without}
     if isinstance(text, Mapping):
         changed["text_config"] = {key: value for key, value in text.items() if key not in CONFIG_KEYS}
     if dtype is not None:
         changed |= {key: dtype_name(dtype) for key in _DTYPE_KEYS if key in changed}
-    return changed if quantization is None else changed | {"quantization_config": dict(quantization)}
+    changed.pop(BACKEND_KEY, None)
+    return changed | dict(described) | written_by(described)
+
+
+def written_by(described: Mapping[str, Any]) -> dict[str, str]:
+    """The entry of config.json that names the distribution of a method which is not widely known, {} for others.
+
+    described: as for `with_quantization`. Who lacks that distribution learns from it what to install.
+    """
+    config = described.get("quantization_config")
+    method = config.get("quant_method") if isinstance(config, Mapping) else None
+    if not isinstance(method, str) or normalize_method(method) in KNOWN_METHODS:
+        return {}
+    owner = plugins().owner(method)
+    return {} if owner is None else {BACKEND_KEY: owner}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quantcore.checkpoints.read import Checkpoint
 from quantcore.checkpoints.stream import slots
+from quantcore.memory import give_back_freed_memory
 from quantcore.nn.replace import quantized_modules
 
 
@@ -55,6 +56,8 @@ def derive_operands(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             module.store({suffix: tensors[module.full_name(prefix, suffix)] for suffix in module.stored})
             for attribute in module._attributes.values():
                 module._parameters[attribute] = nn.Parameter(getattr(module, attribute).to("meta"), requires_grad=False)
+    if tensors:
+        give_back_freed_memory()
 
 
 def dispatch(model: nn.Module, devices: Mapping[str, Any], on_disk: OnDisk) -> None:
@@ -67,6 +70,15 @@ def dispatch(model: nn.Module, devices: Mapping[str, Any], on_disk: OnDisk) -> N
     in_memory = {name: slot.tensor for name, slot in slots(model).items() if slot.tensor.device.type == "cpu"}
     tensors = ChainMap(in_memory, on_disk)  # type: ignore[arg-type]  # read only
     dispatch_model(model, device_map=_without_overlap(model, devices), state_dict=tensors, offload_index={})
+    if on_disk:
+        for module in model.modules():
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                module.register_forward_hook(_give_back)
+
+
+def _give_back(module: nn.Module, args: Any, output: Any) -> None:
+    """After a module whose tensors were read for one forward: what they took must not add up from part to part."""
+    give_back_freed_memory()
 
 
 def _without_overlap(model: nn.Module, devices: Mapping[str, Any], name: str = "", inherited: Any = None) -> Any:

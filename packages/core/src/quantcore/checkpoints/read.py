@@ -1,66 +1,119 @@
-"""A checkpoint folder: its config, the names and headers of its tensors, and the tensors one by one."""
+"""A checkpoint under the names of a model: its config, the names and headers of its tensors, and the tensors."""
 
 from __future__ import annotations
 
 import copy
-import json
 import os
-import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from quantcore.checkpoints.safetensors_file import Header, read_headers, read_tensors
+from quantcore.checkpoints.folder import FilesBeside, Folder, json_object
+from quantcore.checkpoints.opening import open_files, open_source, resolve as resolve
+from quantcore.checkpoints.safetensors_folder import CONFIG_NAME
+from quantcore.checkpoints.source import Header, Source
 from quantcore.errors import CheckpointError
 from quantcore.formats.base import FLOAT_DTYPES
+from quantcore.plugins.manager import plugins
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-
-_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # weights, configs and tokenizers
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _PLAIN = frozenset(FLOAT_DTYPES.values())
-_CONFIG_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
+CONFIG_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 CONFIG_KEYS = ("quantization_config", "compression_config")  # the second in files of 2024
 _METADATA_BYTES = 4096  # tensors this small are read with the headers: formats describe themselves in them
 
 
-class Checkpoint:
-    """The tensors of a checkpoint folder. Headers are read on construction; tensors when asked for.
+@dataclass(frozen=True)
+class Derived:
+    """Tensors that a source does not store as they are wanted, and how they are made of those that it stores.
 
-    Raises FileNotFoundError when there is no checkpoint, CheckpointError naming the file for a pickled, truncated or
-    inconsistent one.
+    inputs: names of tensors. outputs: the headers of what `make` gives for them, by name.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.directory = resolve(path)
-        files = _find_files(self.directory)
-        self.headers: dict[str, Header] = {}
-        for file in files:
-            self.headers.update(_headers(self.directory, file))
-        _check_index(self.directory, self.headers)
+    inputs: tuple[str, ...]
+    outputs: Mapping[str, Header]
+    make: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+
+
+class Checkpoint:
+    """The tensors of a source under names that may differ from those stored. Tensors are read when asked for.
+
+    Raises what `open_source` raises.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | Source) -> None:
+        self.source: Source = open_source(path) if isinstance(path, str | os.PathLike) else path
+        self.headers: dict[str, Header] = dict(self.source.headers)
+        self._stored = {name: name for name in self.headers}
+        self._derived: dict[str, tuple[Derived, str]] = {}  # by name here, with the name that `make` gives
 
     @classmethod
     def of_files(cls, files: Sequence[Path]) -> Checkpoint:
         """The tensors of the given files of one folder, whatever they are called; errors as for a folder."""
-        pickled = [file for file in files if file.suffix != ".safetensors"]
-        if pickled:
-            raise CheckpointError(_refusal(pickled[0].parent, pickled[0].name))
-        checkpoint = cls.__new__(cls)
-        checkpoint.directory = files[0].parent
-        checkpoint.headers = {}
-        for file in files:
-            checkpoint.headers.update(_headers(file.parent, file.name))
-        return checkpoint
+        return cls(open_files(files))
+
+    @property
+    def directory(self) -> Path:
+        """The folder or file, for messages."""
+        return self.source.path
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the files say of themselves."""
+        return self.source.metadata
+
+    @property
+    def side_files(self) -> Mapping[str, bytes]:
+        """The files beside the weights and config.json by name, each read when it is asked for."""
+        return self.source.side_files
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json, {} when there is none; what stands elsewhere of quantization is filled in."""
+        return with_found_quantization(self.directory, self.source.config, self.side_files, self.metadata)
+
+    def stored_name(self, name: str) -> str:
+        """What the source calls a tensor; the same name for what it does not hold, such as a head tied elsewhere."""
+        return self._stored.get(name, name)
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
-        """The same tensors under other names: {name in the files: name in the result}; names not listed stay."""
+        """The same tensors under other names: {name here: name in the result}; names not listed stay.
+
+        Raises CheckpointError when two would have one name.
+        """
         view = copy.copy(self)
         view.headers = {names.get(name, name): header for name, header in self.headers.items()}
+        view._stored = {names.get(name, name): stored for name, stored in self._stored.items()}
+        view._derived = {names.get(name, name): made for name, made in self._derived.items()}
+        if len(view.headers) < len(self.headers):
+            raise CheckpointError(
+                f"{self.directory}: {len(self.headers)} tensors have {len(view.headers)} names in the model; "
+                "the checkpoint is of two architectures at once"
+            )
+        return view
+
+    def part(self, without: Collection[str], config: Mapping[str, Any]) -> Checkpoint:
+        """The same tensors less some, with the config.json of a model that is a part of the one described."""
+        view = copy.copy(self)
+        view.headers = {name: header for name, header in self.headers.items() if name not in without}
+        vars(view)["config"] = dict(config)  # in place of what is read once
+        return view
+
+    def with_derived(self, derived: Iterable[Derived]) -> Checkpoint:
+        """The same tensors, but for those that others are made of: these stand in their place."""
+        view = copy.copy(self)
+        view.headers, view._derived = dict(self.headers), dict(self._derived)
+        for each in derived:
+            for name in each.inputs:
+                del view.headers[name]
+            stored = {self._stored[name]: name for name in each.inputs}
+            made = Derived(tuple(stored), each.outputs, partial(_make, each, stored))
+            view.headers |= each.outputs
+            view._derived |= {name: (made, name) for name in each.outputs}
         return view
 
     def by_module(self) -> dict[str, dict[str, Tensor]]:
@@ -71,7 +124,7 @@ class Checkpoint:
         """
         groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, header in self.headers.items():
-            tensor = torch.empty(header.shape, dtype=header.dtype, device="meta")
+            tensor = header.empty()
             parts = name.split(".")
             for cut in range(1, len(parts)):
                 groups[".".join(parts[:cut])][".".join(parts[cut:])] = tensor
@@ -82,49 +135,73 @@ class Checkpoint:
         return dict(self.stream(name for name in names if self.headers[name].nbytes <= _METADATA_BYTES))
 
     def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) for the given names, or all, in file order; each tensor owns its memory.
+        """(name, tensor) for the given names, or all, in the source's order, and then those that are derived.
 
-        Raises CheckpointError when a file has become shorter since its headers were read.
+        Each tensor owns its memory. Raises CheckpointError when a file has changed since its headers were read.
         """
-        by_file: dict[str, dict[str, Header]] = defaultdict(dict)
-        for name in self.headers if names is None else names:
-            by_file[self.headers[name].file][name] = self.headers[name]
-        for file, headers in by_file.items():
-            yield from read_tensors(self.directory / file, headers)
+        asked = list(self.headers if names is None else names)
+        wanted = {self._stored[name]: name for name in asked if name not in self._derived}
+        for stored, tensor in self.source.read(wanted):
+            yield wanted[stored], tensor
+            del tensor  # it may be given back before the next one is read
+        yield from self._make(name for name in asked if name in self._derived)
+
+    def _make(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named derived tensors; those that are made together are made once."""
+        groups: dict[int, dict[str, str]] = defaultdict(dict)
+        sources = {id(derived): derived for derived, _ in self._derived.values()}
+        for name in names:
+            derived, output = self._derived[name]
+            groups[id(derived)][output] = name
+        for key, outputs in groups.items():
+            made = sources[key].make(dict(self.source.read(sources[key].inputs)))
+            for output, name in outputs.items():
+                yield name, _alone(made[output])
+            del made
 
 
-def resolve(path: str | os.PathLike[str]) -> Path:
-    """The local folder of a checkpoint; a hub id such as "org/name" is downloaded if it is no folder.
+def _make(derived: Derived, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What derived gives for tensors under their names in the source. names: {there: as derived knows them}."""
+    return derived.make({names[stored]: tensor for stored, tensor in tensors.items()})
 
-    Raises FileNotFoundError when neither exists.
-    """
-    directory = Path(path)
-    if directory.is_dir():
-        return directory
-    if directory.exists():
-        raise FileNotFoundError(
-            f"{directory} is a file; give the folder that holds config.json and the safetensors files"
-        )
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(path)):
-        raise FileNotFoundError(f"{directory} does not exist; give a checkpoint folder or a hub id such as 'org/name'")
-    return _download(os.fspath(path))
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is a part of a larger one."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The content of config.json, {} when there is none. Raises CheckpointError when it is no JSON object.
+    """The content of a folder's config.json, {} when there is none; needs no weights.
 
-    Where it says nothing of quantization, and a file beside it that older tools wrote does, that is filled in.
+    Where it says nothing of quantization, what stands elsewhere is filled in. Raises CheckpointError for what is no
+    JSON object.
     """
-    path = directory / "config.json"
-    config = _read_json(path) if path.exists() else {}
-    beside = quantization_beside(directory) if quantization_dict(config) is None else None
-    return config if beside is None else {**config, "quantization_config": beside}
+    if not directory.is_dir():
+        return Checkpoint(directory).config
+    folder = Folder(directory)
+    config = folder.read_json(CONFIG_NAME) if CONFIG_NAME in folder.names() else {}
+    beside = FilesBeside(folder, lambda name: name == CONFIG_NAME)
+    return with_found_quantization(directory, config, beside, {})
+
+
+def with_found_quantization(
+    path: Path, config: Mapping[str, Any], side_files: Mapping[str, bytes], metadata: Mapping[str, str]
+) -> dict[str, Any]:
+    """config.json with the quantization_config that it, a file beside it or a method's own mark asks for, if any."""
+    given = quantization_dict(config)
+    if given is not None and given.get("quant_method") is not None:
+        return dict(config)
+    marked = plugins().match_checkpoint(config_json=config, side_files=side_files, metadata=metadata)
+    if marked is None and given is None:
+        marked = _written_beside(path, side_files)
+    if marked is None:
+        return dict(config)
+    return {**{key: value for key, value in config.items() if key not in CONFIG_KEYS}, "quantization_config": marked}
 
 
 def quantization_beside(directory: Path) -> dict[str, Any] | None:
-    """The quantization config that older tools wrote into a file of its own, None when there is none."""
-    file = next((directory / name for name in _CONFIG_FILES if (directory / name).exists()), None)
-    return None if file is None else _read_json(file)
+    """The quantization config of a folder whose config.json has none, None when nothing in it tells of one."""
+    return quantization_dict(read_config(directory))
 
 
 def quantization_dict(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -143,98 +220,7 @@ def is_plain(tensors: Iterable[Header | Tensor]) -> bool:
     return all(tensor.dtype in _PLAIN for tensor in tensors)
 
 
-def by_owner(headers: Mapping[str, Header]) -> dict[str, dict[str, Header]]:
-    """Tensors by the module that owns them: {module: {suffix: header}}, in the order of the files.
-
-    No module has the name of a tensor: beside "fc.weight", the owner of "fc.weight.absmax" is "fc".
-    """
-    groups: dict[str, dict[str, Header]] = {}
-    for name, header in headers.items():
-        owner = _owner(name, headers)
-        groups.setdefault(owner, {})[name[len(owner) + 1 :] if owner else name] = header
-    return groups
-
-
-def _owner(name: str, names: Collection[str]) -> str:
-    parts = name.split(".")
-    for end in range(1, len(parts)):
-        if ".".join(parts[:end]) in names:
-            return ".".join(parts[: end - 1])
-    return ".".join(parts[:-1])
-
-
-def _find_files(directory: Path) -> list[str]:
-    if (directory / INDEX_NAME).exists():
-        return sorted(set(_weight_map(directory).values()))
-    if (directory / SINGLE_NAME).exists():
-        return [SINGLE_NAME]
-    others = sorted(path.name for path in directory.glob("*.safetensors"))
-    if len(others) == 1:
-        return others
-    if others:
-        raise CheckpointError(f"{directory}: {len(others)} safetensors files but no {INDEX_NAME}; restore the index")
-    pickled = sorted(path.name for pattern in PICKLED for path in directory.glob(pattern))
-    if pickled:
-        raise CheckpointError(_refusal(directory, pickled[0]))
-    raise FileNotFoundError(f"{directory} holds no {SINGLE_NAME} and no {INDEX_NAME}; is this the right folder?")
-
-
-def _refusal(directory: Path, file: str) -> str:
-    return (
-        f"{directory}: {file} is pickled, and loading a pickle can run any code; it is refused. "
-        "Save the model as safetensors with the tool that wrote it, or use quantcore convert --from-pickle"
-    )
-
-
-def _weight_map(directory: Path) -> dict[str, str]:
-    path = directory / INDEX_NAME
-    weight_map = _read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
-    outside = [file for file in weight_map.values() if Path(file).name != file]
-    if outside:
-        raise CheckpointError(f"{path}: {outside[0]!r:.80} is not a plain file name; shards must lie beside the index")
-    return weight_map
-
-
-def _check_index(directory: Path, headers: Mapping[str, Header]) -> None:
-    if not (directory / INDEX_NAME).exists():
-        return
-    weight_map = _weight_map(directory)
-    lost = [name for name, file in weight_map.items() if name not in headers or headers[name].file != file]
-    unlisted = [name for name in headers if name not in weight_map]
-    faults = [f"{name}: not in {weight_map[name]} as the index says" for name in lost]
-    faults += [f"{name}: in {headers[name].file} but not in the index" for name in unlisted]
-    if faults:
-        raise CheckpointError(f"{directory / INDEX_NAME}: index and shards disagree\n" + "\n".join(faults))
-
-
-def _headers(directory: Path, file: str) -> dict[str, Header]:
-    path = directory / file
-    if not path.is_file():
-        lack = f"shard is missing though {INDEX_NAME} names it" if (directory / INDEX_NAME).exists() else "no such file"
-        raise CheckpointError(f"{path}: {lack}; download it again")
-    return read_headers(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=list(_DOWNLOADED)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{repository!r} is no local folder, not in the hub's cache, and cannot be downloaded; check the id, the "
-            f"connection, and for a private one HF_TOKEN: {error}"
-        ) from error
+def _written_beside(path: Path, side_files: Mapping[str, bytes]) -> dict[str, Any] | None:
+    """The quantization config that older tools wrote into a file of its own, None when there is none."""
+    name = next((name for name in CONFIG_FILES if name in side_files), None)
+    return None if name is None else json_object(side_files[name], path / name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantcore.checkpoints.folder import HeldFile, ReplacedError
+from quantcore.checkpoints.source import Header
 from quantcore.errors import CheckpointError
 from quantcore.formats.base import dtype_name
 
@@ -38,78 +39,53 @@ _SAFETENSORS_DTYPES = {
     "F32": "float32",
     "F64": "float64",
 }
-_NAMES = {torch_name: name for name, torch_name in _SAFETENSORS_DTYPES.items()}
-# The order in which the library writes dtypes: widest first, so that each tensor is aligned.
+# In which the library writes tensors, by dtype: later ones of its own list first.
 _WRITTEN = (
     *("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
     *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
 )
-METADATA = {"__metadata__": {"format": "pt"}}
+_NAMES = {torch_name: name for name, torch_name in _SAFETENSORS_DTYPES.items()}
+FORMAT = {"format": "pt"}  # what the metadata of a file says unless a method says otherwise
 ALIGNMENT = 8  # bytes; readers view a tensor's bytes in place, so its offset must be a multiple of its itemsize
 _MOST_HEADER = 100_000_000  # bytes; the library refuses more
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a file says of one tensor before its bytes are read. offset: of the first byte in the file."""
-
-    file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def read_headers(path: Path) -> dict[str, Header]:
-    """The header of each tensor of a file, by name.
+def read_headers(file: HeldFile) -> tuple[dict[str, Header], dict[str, str]]:
+    """The header of each tensor of a file, by name, and the metadata that the file has of its own.
 
     Raises CheckpointError naming the file when it is no safetensors file, is truncated, holds bytes that no tensor
     owns or two own, or a dtype that torch lacks.
     """
+    path = file.path
     try:
-        entries, start = _read_entries(path)
-        _check_layout(entries, path.stat().st_size - start)
+        entries, start = _read_entries(file)
+        metadata = _metadata(entries.pop("__metadata__", None))
+        _check_layout(entries, file.size - start)
     except ValueError as error:
         raise CheckpointError(f"{path}: truncated or not safetensors ({error}); download or write it again") from error
-    return {
+    headers = {
         name: Header(
             path.name, _dtype(entry["dtype"], path, name), tuple(entry["shape"]), start + entry["data_offsets"][0]
         )
         for name, entry in entries.items()
     }
+    return headers, metadata
 
 
-def read_tensors(path: Path, headers: Mapping[str, Header]) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(file: HeldFile, headers: Mapping[str, Header]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) for some headers of a file, in the file's order; each tensor owns its memory.
 
-    Raises CheckpointError when the file has become shorter since its headers were read.
+    Raises ReplacedError when the file has changed since its headers were read.
     """
-    with path.open("rb") as stream:
-        for name, header in sorted(headers.items(), key=lambda item: item[1].offset):
-            tensor = torch.empty(header.shape, dtype=header.dtype, device="cpu")
-            stream.seek(header.offset)
-            if stream.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != header.nbytes:
-                raise CheckpointError(f"{path}: ends within {name}; the file changed or is damaged, download it again")
-            yield name, tensor
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file with the bytes that the safetensors library gives it; of tensors elsewhere, one is on the CPU."""
-    order = sorted(tensors, key=lambda name: (_WRITTEN.index(stored_dtype(name, tensors[name].dtype)), name))
-    entries, end = {}, 0
-    for name in order:
-        entries[name] = entry_of(name, tensors[name], end)
-        end += tensors[name].nbytes
-    header = json.dumps(METADATA | entries, separators=(",", ":"), ensure_ascii=False).encode()
-    length = -(-len(header) // ALIGNMENT) * ALIGNMENT
-    path.unlink(missing_ok=True)  # tensors may be mapped from a file of that name, which must not shrink under them
-    with path.open("wb", buffering=0) as stream:
-        write_all(stream, length.to_bytes(8, "little") + header.ljust(length))
-        for name in order:
-            write_all(stream, raw_bytes(tensors[name]))
+    for name, header in sorted(headers.items(), key=lambda item: item[1].offset):
+        tensor = torch.empty(header.shape, dtype=header.dtype, device="cpu")
+        view = tensor.view(-1).view(torch.uint8).numpy().data
+        if file.read_into(view, header.offset) != header.nbytes:
+            raise ReplacedError(f"{file.path}: ends within {name}; the file changed or is damaged, download it again")
+        file.check_unchanged()
+        del view
+        yield name, tensor
+        del tensor  # it may be given back before the next one is read
 
 
 def entry_of(name: str, tensor: Tensor, start: int) -> dict[str, Any]:
@@ -124,6 +100,11 @@ def stored_dtype(tensor: str, dtype: torch.dtype) -> str:
     if name is None:
         raise ValueError(f"{tensor}: safetensors has no dtype {dtype_name(dtype)}; cast it before saving")
     return name
+
+
+def place_of_dtype(tensor: str, dtype: torch.dtype) -> int:
+    """Where tensors of a dtype stand in a file of the library. Raises ValueError as `stored_dtype`."""
+    return _WRITTEN.index(stored_dtype(tensor, dtype))
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -146,21 +127,27 @@ def write_all(stream: RawIOBase, content: bytes | memoryview) -> None:
         raise OSError(f"{path.name}: cannot be written: {error}; is there space in {where}?") from error
 
 
-def _read_entries(path: Path) -> tuple[dict[str, Any], int]:
+def _read_entries(file: HeldFile) -> tuple[dict[str, Any], int]:
     """The entries of the header, and where the bytes of the tensors begin. Raises ValueError when it is no header."""
-    with path.open("rb") as stream:
-        prefix = stream.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(_MOST_HEADER, path.stat().st_size - 8):
-            raise ValueError("the header is longer than the file")
-        try:
-            entries = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_without_repeats)
-        except RecursionError as error:
-            raise ValueError("the header is nested too deeply") from error
+    prefix = file.read(0, 8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(_MOST_HEADER, file.size - 8):
+        raise ValueError("the header is longer than the file")
+    try:
+        entries = json.loads(file.read(8, length).decode("utf-8"), object_pairs_hook=_without_repeats)
+    except RecursionError as error:
+        raise ValueError("the header is nested too deeply") from error
     if not isinstance(entries, dict):
         raise ValueError("the header is no JSON object")
-    entries.pop("__metadata__", None)
     return entries, 8 + length
+
+
+def _metadata(found: Any) -> dict[str, str]:
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("the metadata of the header is no object of strings")
+    return found
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantcore.checkpoints.read import Checkpoint, by_owner
-from quantcore.checkpoints.safetensors_file import Header
+from quantcore import transformers_names as inside
+from quantcore.checkpoints.owners import by_owner
+from quantcore.checkpoints.read import Checkpoint
+from quantcore.checkpoints.source import Header
 from quantcore.errors import CheckpointError
 from quantcore.formats.base import describe
 from quantcore.nn.module import QuantizedModule
@@ -32,12 +34,15 @@ def slots(model: nn.Module, remove_duplicate: bool = True) -> dict[str, Slot]:
     found: dict[str, Slot] = {}
     for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         prefix = f"{name}." if name else ""
-        stored = module._attributes if isinstance(module, QuantizedModule) else {}
-        for suffix, attribute in stored.items():
-            found[module.full_name(prefix, suffix)] = Slot(module, attribute, getattr(module, attribute), exact=True)
+        own: frozenset[str] = frozenset()
+        if isinstance(module, QuantizedModule):
+            own = module.weight_attributes
+            for suffix, tensor in module.stored.items():
+                full = module.full_name(prefix, suffix)
+                found[full] = Slot(module, module._attributes[suffix], tensor, exact=True)
         plain = {**module._parameters, **_persistent_buffers(module)}
         for attribute, tensor in plain.items():
-            if tensor is not None and attribute not in stored.values():
+            if tensor is not None and attribute not in own:
                 found[prefix + attribute] = Slot(module, attribute, tensor, exact=False)
     return found
 
@@ -47,20 +52,26 @@ def fill(
 ) -> None:
     """Put the checkpoint's tensors into a model, which may be on the meta device.
 
-    device_of: the device of a checkpoint tensor by name; what is to be on meta is not read. dtype: of float tensors
-    that are not part of a quantized weight; None keeps the file's. Tied parameters stay tied. Peak memory is the filled
-    model plus one tensor.
+    device_of: the device of a checkpoint tensor by name; a parameter that is to be on meta is not read. dtype: of float
+    tensors that are not part of a quantized weight; None keeps the file's. Tied parameters stay tied. Peak memory is
+    the filled model plus one tensor.
     Raises CheckpointError that lists every missing, surplus, wrong-shape and wrong-dtype tensor, before any is read.
     """
     targets = checked_slots(model, checkpoint)
     twins = _twins(targets)
-    devices = {name: device_of(name) for name in checkpoint.headers if name in targets}
+    devices = {name: _place(targets[name], device_of(name)) for name in checkpoint.headers if name in targets}
     away = [name for name, device in devices.items() if device.type == "meta"]
     for name in away:
         _assign_empty(twins[id(targets[name].tensor)], targets[name], checkpoint.headers[name], dtype)
     for name, tensor in checkpoint.stream(name for name in devices if name not in set(away)):
         slot = targets[name]
         _assign(twins[id(slot.tensor)], tensor.to(devices[name], _final_dtype(slot, tensor.dtype, dtype)))
+
+
+def _place(slot: Slot, device: torch.device) -> torch.device:
+    """The device of a tensor: what reads weights from the disk in each forward leaves buffers in memory."""
+    is_away = device.type == "meta" and isinstance(slot.tensor, nn.Parameter)
+    return torch.device("cpu") if device.type == "meta" and not is_away else device
 
 
 def fill_empty(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
@@ -131,7 +142,7 @@ def misfits(model: nn.Module, checkpoint: Checkpoint, besides: Collection[str] =
     targets = {name: slot for name, slot in slots(model).items() if not name.startswith(prefixes)}
     headers = {name: header for name, header in checkpoint.headers.items() if not name.startswith(prefixes)}
     ignored = surplus_test(model)
-    optional = _ignored(model, "_keys_to_ignore_on_load_missing")
+    optional = _ignored(model, inside.IGNORED_IF_MISSING)
     filled = {id(targets[name].tensor) for name in headers if name in targets}
     missing = [
         f"{name}: missing, expected {describe(slot.tensor.dtype, slot.tensor.shape)}"
@@ -188,17 +199,38 @@ def _persistent_buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def surplus_test(model: nn.Module) -> Callable[[str], bool]:
-    """A test for names of tensors that a model does not need: those that its class says, and layers after its last.
+    """A test for names of tensors that a model does not need: those that its class says, buffers that it works out
+    itself (`persistent=False`), and layers after its last.
 
-    Layers that predict further tokens are stored so ("num_nextn_predict_layers" of a config of transformers), and no
-    architecture there runs them.
+    Layers that predict further tokens are stored so, which a config of transformers counts, and no architecture there
+    runs them.
     """
-    ignored, config = _ignored(model, "_keys_to_ignore_on_load_unexpected"), getattr(model, "config", None)
-    first, count = (getattr(config, name, None) for name in ("num_hidden_layers", "num_nextn_predict_layers"))
+    listed, config = _ignored(model, inside.IGNORED_IF_SURPLUS), getattr(model, "config", None)
+    own = passing_buffers(model)
+
+    def ignored(name: str) -> bool:
+        return name in own or listed(name)
+
+    first, count = (getattr(config, name, None) for name in (inside.LAYERS, inside.LAYERS_TO_PREDICT))
     if not isinstance(first, int) or not isinstance(count, int):
         return ignored
-    after = re.compile(rf"(^|\.)layers\.({'|'.join(map(str, range(first, first + count)))})\.")
-    return lambda name: ignored(name) or (count > 0 and after.search(name) is not None)
+    return lambda name: ignored(name) or any(first <= index < first + count for index in _layers_in(name))
+
+
+def passing_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that a model works out itself and does not save, by name, but for those of quantized layers."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        if not isinstance(module, QuantizedModule)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name in module._non_persistent_buffers_set
+    }
+
+
+def _layers_in(name: str) -> list[int]:
+    """The numbers of layers that a tensor's name holds."""
+    return [int(number) for number in re.findall(r"(?:^|\.)layers\.(\d{1,9})(?=\.)", name)]
 
 
 def _ignored(model: nn.Module, attribute: str) -> Callable[[str], bool]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from quantcore.cli.group import LazyGroup, VerbEntry
+from quantcore.cli.group import Program, VerbEntry
 from quantcore.cli.logs import send_logs_to_stderr
 
 VERBS = {
@@ -15,11 +15,14 @@ VERBS = {
     "quantize": VerbEntry("quantcore.cli.quantize:command", "Quantize a checkpoint folder."),
     "convert": VerbEntry("quantcore.cli.convert:command", "Write a quantized folder in another format."),
     "inspect": VerbEntry("quantcore.cli.inspect:command", "Show what a checkpoint folder stores."),
+    "run": VerbEntry("quantcore.cli.run:command", "Continue a text with a model."),
+    "serve": VerbEntry("quantcore.cli.serve:command", "Answer OpenAI's API with a model."),
     "eval": VerbEntry("quantcore.cli.eval:command", "Measure a checkpoint on a text."),
     "compare": VerbEntry("quantcore.cli.compare:command", "Compare checkpoints, or configs, on a text."),
     "bench": VerbEntry("quantcore.cli.bench:command", "Time the kernels of a method."),
     "recommend": VerbEntry("quantcore.cli.recommend:command", "List configs that bring a model into a given memory."),
     "check": VerbEntry("quantcore.cli.check:command", "Run the conformance suite on a method."),
+    "completion": VerbEntry("quantcore.cli.completion:command", "Print what makes a shell complete quantcore."),
     "new-backend": VerbEntry("quantcore.cli.new_backend:command", "Write the package of a new method to start from."),
 }
 
@@ -41,7 +44,7 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
 
 @click.group(
     "quantcore",
-    cls=LazyGroup,
+    cls=Program,
     verbs=VERBS,
     examples=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantcore.cli.method_verb import DTYPES, MethodVerb, chosen_config
+from quantcore.cli.completing import files
+from quantcore.cli.folders import check_device_flag, chosen_device
+from quantcore.cli.method_verb import DTYPES, MethodVerb, chosen_config, method_option
 from quantcore.cli.output import Output, output_options, table
 from quantcore.plugins.backend import import_string
 from quantcore.plugins.known import normalize_method
@@ -51,8 +53,13 @@ class _Rows(click.ParamType):  # type: ignore[type-arg]
 
 
 @click.command("bench", cls=MethodVerb, examples=EXAMPLES)
-@click.option("--method", metavar="NAME", help="Method to quantize with; quantcore list shows them.")
-@click.option("--config", metavar="FILE", help="Take the config from a JSON file, such as a model's config.json.")
+@method_option
+@click.option(
+    "--config",
+    metavar="FILE",
+    shell_complete=files,
+    help="Take the config from a JSON file, such as a model's config.json.",
+)
 @click.option("--shapes", type=_Shapes(), default="4096x4096", help="Weights, out x in features [default: 4096x4096]")
 @click.option("--rows", type=_Rows(), default="1,16", help="Rows of input [default: 1,16]")
 @click.option(
@@ -62,7 +69,7 @@ class _Rows(click.ParamType):  # type: ignore[type-arg]
     help="Compare with torch's float layer, or with the upstream package of the method by the method's name "
     "[default: torch]",
 )
-@click.option("--device", metavar="NAME", default="cpu", help="Where to run: cpu, cuda:0 [default: cpu]")
+@click.option("--device", "-d", metavar="NAME", default="cpu", help="Where to run: cpu, cuda:0, auto [default: cpu]")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", help="Dtype of input [default: bfloat16]")
 @output_options(brief="only the fastest kernel of each case")
 def command(
@@ -81,7 +88,7 @@ def command(
     weight, input and output once; "of copy" is its share of what copying memory reaches on this device. Ends with 1
     where a kernel fails.
     """
-    config = chosen_config(click.get_current_context(), output)
+    config = chosen_config(click.get_current_context())
     from quantcore.cli.progress import progress_bar
     from quantcore.evaluation import speed
 
@@ -118,13 +125,8 @@ def _baseline(vs: str, config: QuantizationConfigMixin) -> Callable[[nn.Linear],
 def _device(name: str) -> torch.device:
     import torch
 
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise click.BadParameter(f"{name!r} is no device; write cpu or cuda:0", param_hint="--device") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"torch finds no GPU for --device {name}; see quantcore doctor")
-    return device
+    check_device_flag(name)
+    return torch.device(chosen_device(name))
 
 
 def _device_name(device: torch.device) -> str:

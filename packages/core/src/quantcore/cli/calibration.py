@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from quantcore.cli.completing import files
 from quantcore.cli.output import Output, plural, table
 from quantcore.cli.progress import progress_bar
 from quantcore.quantization_config import QuantizationConfigMixin
@@ -21,18 +23,33 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_FLAGS = ("samples", "seqlen", "batch_size", "resume")
+_FLAGS = ("samples", "seqlen", "batch_size", "offload", "max_memory", "resume")
 _SHOWN_FALLBACKS = 6
 
 
 def calibration_options(function: Function) -> Function:
     """Decorator: the flags of a verb that may calibrate; `calibration_from` reads them."""
     options = (
-        click.option("--calibration", metavar="FILE", help="UTF-8 text for methods that calibrate."),
+        click.option(
+            "--calibration",
+            metavar="FILE",
+            shell_complete=files,
+            help="UTF-8 text for methods that calibrate, or wikitext2, c4, pileval.",
+        ),
         click.option("--samples", metavar="N", type=click.IntRange(1), help="Rows of that text to use [default: 128]"),
         click.option("--seqlen", metavar="N", type=click.IntRange(1), help="Tokens of a row [default: 2048 at most]"),
         click.option("--batch-size", metavar="N", type=click.IntRange(1), help="Rows of a forward pass."),
-        click.option("--resume", metavar="DIR", help="Keep finished blocks in DIR, and go on from those it holds."),
+        click.option(
+            "--offload", metavar="DIR", help="Keep activations in files in DIR; disk: where temporary files are."
+        ),
+        click.option(
+            "--max-memory",
+            metavar="SIZE",
+            help="Most that a block takes, such as 8GB; layers of a larger one take turns.",
+        ),
+        click.option(
+            "--resume", metavar="DIR", help="Keep finished blocks in DIR [default: in a hidden folder beside OUT]"
+        ),
     )
     for option in reversed(options):
         function = option(function)
@@ -42,9 +59,30 @@ def calibration_options(function: Function) -> Function:
 def calibration_from(
     config: QuantizationConfigMixin, options: Mapping[str, Any], tokenizer_from: Path
 ) -> Calibration | None:
-    """The calibration that the flags ask for; None for a method that needs none.
+    """The calibration that the flags ask for; None for a method that needs none. Errors as for `chosen_data`."""
+    data = chosen_data(config, options)
+    if data is None:
+        return None
+    from quantcore.calibration.data import Calibration
+    from quantcore.integrations.transformers import load_tokenizer
 
-    Raises click.UsageError for data that is missing, or given to a method that takes none, before any work is done.
+    return Calibration(
+        data,
+        tokenizer=load_tokenizer(tokenizer_from),
+        samples=options["samples"],
+        seqlen=options["seqlen"],
+        batch_size=options["batch_size"],
+        resume_dir=options["resume"],
+        offload=options["offload"],
+        max_memory=options["max_memory"],
+    )
+
+
+def chosen_data(config: QuantizationConfigMixin, options: Mapping[str, Any], is_needed: bool = True) -> Any:
+    """The data that the flags or the config ask for, checked; None for a method that needs none.
+
+    is_needed: whether a method that calibrates must have some. Raises click.UsageError for data that is missing, or
+    given to a method that takes none, before any work is done.
     """
     from quantcore.quantizers.auto import AutoHfQuantizer
     from quantcore.quantizers.calibrated import CalibratedQuantizer
@@ -57,27 +95,44 @@ def calibration_from(
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise click.UsageError(f"this method takes no calibration data; leave {flags} out")
         return None
-    if file is not None:
-        Path(file).open().close()  # what cannot be read is told before any work
-    data = quantizer.default_data if file is None else Path(file)
-    if data is None:
-        raise click.UsageError("this method calibrates: flag --calibration is missing, a file of UTF-8 text")
-    from quantcore.calibration.data import Calibration
-    from quantcore.integrations.transformers import load_tokenizer
+    if file is not None and quantizer.default_data is not None:
+        raise click.UsageError(
+            f"--calibration {file}, and the config names a dataset too, {quantizer.default_data!r:.60}; give one"
+        )
+    data = quantizer.default_data if file is None else file
+    return None if data is None and not is_needed else check_data(data, from_config=file is None)
 
-    return Calibration(
-        data,
-        tokenizer=load_tokenizer(tokenizer_from),
-        samples=options["samples"],
-        seqlen=options["seqlen"],
-        batch_size=options["batch_size"],
-        resume_dir=options["resume"],
+
+def check_data(data: Any, from_config: bool = False) -> Any:
+    """The data that a flag names, as a file or by a customary name; what cannot be read is told before any work."""
+    from quantcore.calibration.datasets import DATASETS, check_named
+
+    if data is None:
+        raise click.UsageError(
+            "this method calibrates: flag --calibration is missing, a file of UTF-8 text or one of "
+            f"{', '.join(DATASETS)}"
+        )
+    name = data[0] if isinstance(data, list) and len(data) == 1 else data
+    if not isinstance(name, str):
+        return data
+    if name in DATASETS:
+        check_named(name)
+        return name
+    if from_config and not Path(name).is_file():
+        if len(name.split()) != 1:
+            return data  # texts
+        raise click.UsageError(f"dataset {name!r} is one word, and no data set that is known: {', '.join(DATASETS)}")
+    if Path(name).exists() or len(Path(name).parts) > 1 or Path(name).suffix:
+        Path(name).open().close()
+        return Path(name)
+    raise click.UsageError(
+        f"--calibration {name}: no such file, and no data set of that name; known: {', '.join(DATASETS)}"
     )
 
 
 @contextlib.contextmanager
-def calibrating_bar(calibration: Calibration, output: Output) -> Iterator[dict[str, Any]]:
-    """While the block calibrates a model, a bar with block, layer and loss. Gives arguments to quantize.
+def calibrating_bar(calibration: Calibration, output: Output) -> Iterator[Calibration]:
+    """While the block calibrates a model, a bar with block, layer and loss. Gives the calibration that moves it.
 
     When the user interrupts, it is said how to go on.
     """
@@ -87,7 +142,7 @@ def calibrating_bar(calibration: Calibration, output: Output) -> Iterator[dict[s
             update(progress.weights, progress.of_weights, _label(progress))
 
         try:
-            yield {"calibration": calibration, "progress": show}
+            yield dataclasses.replace(calibration, progress=show)
         except KeyboardInterrupt:
             output.note(_how_to_go_on(calibration))
             raise
@@ -117,8 +172,10 @@ def _label(progress: Progress) -> str:
 
 def _how_to_go_on(calibration: Calibration) -> str:
     if calibration.resume_dir is None:
-        return "interrupted; with --resume DIR finished blocks are kept"
-    return f"interrupted; the same command goes on from the finished blocks in {calibration.resume_dir}"
+        return (
+            "the same command goes on from the finished blocks, kept beside OUT; with --resume DIR they are kept there"
+        )
+    return f"the same command, with --resume {calibration.resume_dir}, goes on from the finished blocks"
 
 
 def _figures(lines: Sequence[LayerReport]) -> tuple[str, str]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import click
 
+from quantcore.cli.completing import installed
 from quantcore.cli.group import Verb
 from quantcore.cli.methods import chosen_backend
 
 
 @click.command("check", cls=Verb, examples=("quantcore check hqq", "quantcore check bitsandbytes --verbose"))
-@click.argument("method")
+@click.argument("methods", metavar="METHOD...", shell_complete=installed, nargs=-1, required=True)
 @click.option("--verbose", is_flag=True, help="Name every test.")
-def command(method: str, verbose: bool) -> None:
-    """Run the conformance suite on an installed METHOD: what every method must do. Needs pytest."""
-    backend = chosen_backend(method, "METHOD")  # an absent or broken backend is told before any test starts
+def command(methods: tuple[str, ...], verbose: bool) -> None:
+    """Run the conformance suite on each installed METHOD: what every method must do. Needs pytest."""
+    # An absent or broken backend is told before any test starts.
+    names = [chosen_backend(method, "METHOD").method for method in methods]
     from quantcore.testing import run
 
-    if run(backend.method, verbose=verbose) != 0:
+    if run(*names, verbose=verbose) != 0:
         raise click.exceptions.Exit(1)

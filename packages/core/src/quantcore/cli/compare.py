@@ -9,52 +9,83 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantcore.cli.eval import read_text, reading_options
+from quantcore.cli.completing import files, folders
+from quantcore.cli.eval import read_text, reading_options, text_option
+from quantcore.cli.folders import check_places
 from quantcore.cli.group import Verb
 from quantcore.cli.method_verb import read_config_file
 from quantcore.cli.methods import chosen_backend
 from quantcore.cli.output import Output, in_bytes, output_options, table
+from quantcore.cli.report.options import Wanted, report_options
 
 if TYPE_CHECKING:
-    from quantcore.evaluation.report import Evaluation
+    from torch import nn
+
+    from quantcore.cli.report.looking import Looking
     from quantcore.quantization_config import QuantizationConfigMixin
+    from quantcore.workflows.evaluation import Evaluation
 
 EXAMPLES = (
     "quantcore compare examples/stdlib-lm stdlib-lm-hqq stdlib-lm-nf4 --text examples/stdlib-lm/eval.txt "
     "--max-tokens 4096",
     "quantcore compare examples/stdlib-lm --config stdlib-lm-hqq/config.json --text examples/stdlib-lm/eval.txt "
     "--max-tokens 4096",
+    "quantcore compare examples/stdlib-lm stdlib-lm-hqq --text examples/stdlib-lm/eval.txt --max-tokens 4096 "
+    "--html report.html --force",
 )
 _COLUMNS = ("", "size", "perplexity", "KL divergence", "same first choice", "tokens/s")
 
 
 @click.command("compare", cls=Verb, examples=EXAMPLES)
-@click.argument("reference", metavar="DIR")
-@click.argument("directories", metavar="[DIR...]", nargs=-1)
-@click.option("--text", metavar="FILE", required=True, help="UTF-8 text to predict")
+@click.argument("reference", metavar="DIR", shell_complete=folders)
+@click.argument("directories", metavar="[DIR...]", shell_complete=folders, nargs=-1)
+@text_option
 @click.option(
     "--config",
     "configs",
     metavar="FILE",
+    shell_complete=files,
     multiple=True,
     help="Compare the first model quantized so, too: a JSON file with a quantization_config. May be repeated.",
 )
 @reading_options
+@report_options(
+    "size, quality, error, speed, memory, weights, codes-1 [default: size]",
+    "the one with the largest error",
+    needing={"prompts": "--prompt"},
+)
+@click.option(
+    "--prompt",
+    "prompts",
+    metavar="TEXT",
+    multiple=True,
+    help="What the report lets each model continue [default: two places of the text]. May be repeated.",
+)
 @output_options(brief="only the perplexities, a line for each model")
 def command(
-    reference: str, directories: tuple[str, ...], text: str, configs: tuple[str, ...], output: Output, **options: Any
+    reference: str,
+    directories: tuple[str, ...],
+    text: str,
+    configs: tuple[str, ...],
+    prompts: tuple[str, ...],
+    report: Wanted,
+    output: Output,
+    **options: Any,
 ) -> None:
     """Compare models on a text with the first, DIR: size, perplexity, KL divergence from it, tokens per second.
 
-    The others are checkpoint folders, or the first one quantized in memory as each --config says.
+    The others are checkpoint folders, or the first one quantized in memory as each --config says. With --html all of
+    it becomes a page of pictures, with the error of each layer and what each model writes.
     """
     if not directories and not configs:
         raise click.UsageError("nothing to compare with; give a second folder, or --config")
     candidates: list[str | QuantizationConfigMixin] = [*directories, *map(_config, configs)]
-    content = read_text(Path(text))
+    check_places([reference, *directories], device=options["device"])
+    content = read_text(text, options["max_tokens"])
     from quantcore.cli.progress import progress_bar
-    from quantcore.evaluation.report import evaluate_beside
+    from quantcore.workflows.evaluation import evaluate_beside
 
+    look = _looking(reference, content, report.layer, prompts, options) if report.any else None
     with progress_bar(output) as update:
         results = evaluate_beside(
             reference,
@@ -62,12 +93,27 @@ def command(
             content,
             report=output.note,
             progress=lambda done, total: update(done, total, f"{done} of {total} tokens"),
+            examine=look.examine if look is not None else _look_at_nothing,
             **options,
         )
         found = dict(zip([*directories, *configs], results, strict=True))
     rows = [{"model": reference, **_of_reference(next(iter(found.values())))}]
     rows += [{"model": name, **_of_model(result)} for name, result in found.items()]
+    if look is not None:
+        look.write(report, rows, Path(text).name, output)
     output.result(rows, lambda: _text(rows), "\n".join(f"{row['model']} {row['perplexity']:.4f}" for row in rows))
+
+
+def _look_at_nothing(model: nn.Module, reference: nn.Module) -> None:
+    """What a comparison without a report has to see."""
+
+
+def _looking(
+    reference: str, text: str, layer: str | None, prompts: tuple[str, ...], options: dict[str, Any]
+) -> Looking:
+    from quantcore.cli.report.looking import Looking
+
+    return Looking(reference, text, layer, prompts, options["window"], options["batch"])
 
 
 def _config(path: str) -> QuantizationConfigMixin:
@@ -94,7 +140,14 @@ def _of_model(result: Evaluation) -> dict[str, Any]:
 def _of_reference(result: Evaluation) -> dict[str, Any]:
     fields = dataclasses.asdict(result)
     own = {name.removeprefix("reference_"): value for name, value in fields.items() if name.startswith("reference_")}
-    return {**own, "tokens": result.tokens, "kl_divergence": 0.0, "top1_agreement": 1.0}
+    return {
+        **own,
+        "tokens": result.tokens,
+        "kl_divergence": 0.0,
+        "kl_interval": None,
+        "ratio_interval": None,
+        "top1_agreement": 1.0,
+    }
 
 
 def _text(rows: list[dict[str, Any]]) -> str:

@@ -94,8 +94,9 @@ class ConfigValue(click.ParamType):  # type: ignore[type-arg]
 def _option(field: ConfigField, prefix: str) -> click.Option:
     name, flag = _PREFIX + field.name, prefix + _kebab(field.name)
     members = [member for member in _members(field.annotation) if member is not type(None)]
-    choices = field.metadata.get("choices")
-    options: dict[str, Any] = {"help": _help(field), "default": None}
+    choices = _made(field)
+    is_offered = bool(choices) or not field.metadata.get("choices")
+    options: dict[str, Any] = {"help": _help(field), "default": None, "hidden": not is_offered}
     if members == [bool]:
         return click.Option([name, f"--{flag}/--no-{flag}"], **options)
     if [typing.get_origin(member) or member for member in members] == [list]:
@@ -113,7 +114,7 @@ def _joined(ctx: click.Context, param: click.Parameter, value: tuple[list[Any] |
 
 def _help(field: ConfigField) -> str:
     low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
-    choices = field.metadata.get("choices") if field.annotation is not str else None  # else the flag itself shows them
+    choices = _made(field) if field.annotation is not str else None  # else the flag itself shows them
     notes = [f"one of {', '.join(map(str, choices))}"] if choices else []
     if low is not None or high is not None:
         notes.append(f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}")
@@ -123,6 +124,12 @@ def _help(field: ConfigField) -> str:
         notes.append(f"default: {_spell(field.default)}")
     text = field.help[:1].upper() + field.help[1:]
     return f"{text} [{'; '.join(notes)}]".strip() if notes else text
+
+
+def _made(field: ConfigField) -> list[Any]:
+    """The values of a field that a model can be quantized to, where they are few."""
+    only_read = field.metadata.get("only_read") or ()
+    return [choice for choice in field.metadata.get("choices") or () if choice not in only_read]
 
 
 def _hints(cls: type[QuantizationConfigMixin]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,28 +14,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantcore import __version__, settings
-from quantcore._metadata import metadata
+from quantcore import settings
+from quantcore._metadata import metadata, own_version
+from quantcore.cli import probe
 from quantcore.errors import KernelUnavailableError, QuantcoreError
 from quantcore.formats.base import WeightFormat
-from quantcore.kernels.dispatch import Problem, candidates, choose
+from quantcore.kernels.dispatch import candidates, choose
+from quantcore.kernels.kernel import Problem
 from quantcore.plugins.backend import Backend
 from quantcore.plugins.discovery import methods
 from quantcore.plugins.manager import plugins
 from quantcore.quantizers.auto import AutoHfQuantizer
 from quantcore.quantizers.weight import WeightQuantizer
 
-_PACKAGES = ("torch", "triton", "safetensors", "accelerate", "transformers", "quantcore-kernels-cpu")
+_PACKAGES = ("torch", "triton", "safetensors", "accelerate", "transformers", "peft", "quantcore-kernels-cpu")
 _SIZE = 4096  # in_features and out_features of the layer that kernels are asked about
 _ROWS = (1, 512)  # tokens: one step of generation, and a prompt
 
 
 def diagnose() -> dict[str, Any]:
     """Everything that the verb shows, as JSON values."""
+    for (group, name), reason in probe.lost(probe.claims()).items():
+        plugins().avoid(group, name, reason)
+    plugins().load_groups()
+    candidates()  # asks those that publish kernels
     backends, formats = [], {}
     for info in methods():
         if info.installed:
-            failure, formats[info.method] = _load(info.method)
+            failure, formats[info.method] = load_method(info.method)
             owner = " and ".join(sorted(info.distributions))
             backends.append({"method": info.method, "provided_by": owner, "failure": failure})
     kernels = [row for method, found in formats.items() for row in _kernels(method, found)]
@@ -42,6 +50,7 @@ def diagnose() -> dict[str, Any]:
     return {
         "versions": _versions(),
         "devices": _devices(),
+        "disks": _disks(),
         "backends": backends,
         "failures": others,
         "kernels": kernels,
@@ -52,7 +61,7 @@ def diagnose() -> dict[str, Any]:
 def _versions() -> dict[str, str | None]:
     installed = {name: _version(name) for name in _PACKAGES}
     return {
-        "quantcore": __version__,
+        "quantcore": own_version(),
         **installed,
         "torch": torch.__version__,  # names its build, of CUDA or none
         "python": platform.python_version(),
@@ -74,9 +83,37 @@ def _devices() -> list[dict[str, Any]]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "memory_bytes": None,
+        "memory_bytes": _memory(),
+        "free_bytes": free_memory(),
     }
     return [cpu, *(_gpu(index) for index in range(torch.cuda.device_count()))]
+
+
+def _memory() -> int | None:
+    """Bytes of memory of this machine, None on a system that does not say."""
+    names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+    if not set(names) <= set(getattr(os, "sysconf_names", ())):
+        return None
+    return os.sysconf(names[0]) * os.sysconf(names[1])
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that a program could take now, None on a system that does not say."""
+    listing = Path("/proc/meminfo")
+    lines = listing.read_text(encoding="ascii").splitlines() if listing.exists() else []
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(found[0]) if found else None
+
+
+def _disks() -> list[dict[str, Any]]:
+    """The folders that work goes through, with the room there: this one, temporary files, what the hub gave."""
+    named = {"here": Path.cwd(), "temporary": Path(tempfile.gettempdir()), "hub": settings.hub_folder()}
+    rows = []
+    for name, folder in named.items():
+        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        usage = shutil.disk_usage(existing)
+        rows.append({"disk": name, "folder": str(folder), "free_bytes": usage.free, "total_bytes": usage.total})
+    return rows
 
 
 def _gpu(index: int) -> dict[str, Any]:
@@ -89,6 +126,7 @@ def _gpu(index: int) -> dict[str, Any]:
         "threads": None,
         "cores": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
+        "free_bytes": None,  # to ask makes a context on the GPU, which takes some of it
     }
 
 
@@ -99,7 +137,7 @@ def _cpu_name() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def _load(method: str) -> tuple[str | None, list[WeightFormat]]:
+def load_method(method: str) -> tuple[str | None, list[WeightFormat]]:
     """Why a method does not load, or None, and the distinct formats of its example configs."""
     try:
         for field in ("config", "quantizer"):
@@ -144,12 +182,12 @@ def _label(weight_format: WeightFormat) -> str:
 def _choice(weight_format: WeightFormat, device: str, rows: int) -> dict[str, Any]:
     problem = Problem("linear", weight_format, device, torch.bfloat16, rows, _SIZE, _SIZE)
     asked = {"device": device, "dtype": "bfloat16", "M": rows, "N": _SIZE, "K": _SIZE}
-    others = {kernel.name: "not asked, for it has lower priority" for kernel in candidates()}
+    others = {kernel.name: "not asked, for it has lower priority" for kernel in candidates(weight_format)}
     try:
         choice = choose(problem)
     except KernelUnavailableError:
         forced = f"excluded by QUANTCORE_KERNEL={settings.forced_kernel()}"
-        refused = {kernel.name: kernel.refuse(problem) or forced for kernel in candidates()}
+        refused = {kernel.name: kernel.refuse(problem) or forced for kernel in candidates(weight_format)}
         return {**asked, "kernel": None, "others": refused}
     others |= {name: reason for name, reason in choice.trace if reason is not None}
     del others[choice.kernel.name]

@@ -37,6 +37,7 @@ def _text(found: dict[str, Any]) -> str:
     sections = {
         "Versions": aligned(versions),
         "Devices": aligned([_device(device) for device in found["devices"]]),
+        "Disks": aligned([_disk(disk) for disk in found["disks"]]),
         "Backends": aligned([_backend(row) for row in found["backends"]]) or ["none is installed; see quantcore list"],
         "Other failures": [f"{name}: {text}" for name, text in found["failures"].items()],
         "Kernels": _kernels(found["kernels"]),
@@ -48,9 +49,16 @@ def _text(found: dict[str, Any]) -> str:
 
 
 def _device(device: dict[str, Any]) -> tuple[str, ...]:
-    memory, threads = device["memory_bytes"], device["threads"]
-    amount = in_bytes(memory) if memory else f"{threads} of {device['cores']} cores used"
-    return device["device"], device["name"], device["capability"], amount
+    total, free = device["memory_bytes"], device["free_bytes"]
+    memory = "memory unknown" if total is None else in_bytes(total)
+    memory += "" if free is None else f", {in_bytes(free)} free"
+    used = f"{device['threads']} of {device['cores']} cores used" if device["threads"] else ""
+    return device["device"], device["name"], device["capability"], memory, used
+
+
+def _disk(disk: dict[str, Any]) -> tuple[str, ...]:
+    free = f"{in_bytes(disk['free_bytes'])} free of {in_bytes(disk['total_bytes'])}"
+    return disk["disk"], free, disk["folder"]
 
 
 def _backend(row: dict[str, Any]) -> tuple[str, ...]:

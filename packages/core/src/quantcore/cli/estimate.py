@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,17 +12,13 @@ from typing import Any
 
 from torch import nn
 
-from quantcore.checkpoints.model import build_skeleton
-from quantcore.checkpoints.names import fit_names
-from quantcore.checkpoints.quantize import check_float
-from quantcore.checkpoints.read import Checkpoint, read_config
-from quantcore.checkpoints.stream import fill_empty, slots
+from quantcore.checkpoints.names import name_in_checkpoint
+from quantcore.checkpoints.read import Checkpoint
+from quantcore.checkpoints.shards import entry_room
+from quantcore.checkpoints.stream import slots
 from quantcore.formats.base import WeightFormat
 from quantcore.nn.replace import quantized_modules
-from quantcore.quantization_config import QuantizationConfigMixin, as_dtype
-from quantcore.quantizers.auto import AutoHfQuantizer
-from quantcore.quantizers.plan import Plan
-from quantcore.quantizers.weight import WeightQuantizer
+from quantcore.workflows.quantize import PlannedQuantization
 
 
 @dataclass(frozen=True)
@@ -56,38 +53,15 @@ class Sizes:
         return {**dataclasses.asdict(self), **ratios}
 
 
-def estimate(directory: Path, config: QuantizationConfigMixin, dtype: str | None = None) -> Sizes:
-    """What quantizing a float checkpoint folder will give. Reads config and headers, and no weight.
-
-    dtype: of the float weights; None keeps the file's.
-    Raises what `float_skeleton` and `foresee` raise.
-    """
-    return foresee(float_skeleton(directory, dtype)[0], config)[0]
-
-
-def float_skeleton(directory: Path, dtype: str | None = None) -> tuple[nn.Module, Checkpoint]:
-    """The float model of a checkpoint folder on the meta device, and its tensors under the names of the model.
-
-    Raises ValueError for a folder that is quantized already or has no config.json, CheckpointError for tensors that do
-    not fit the architecture.
-    """
-    check_float(directory, read_config(directory))
-    model = build_skeleton(directory)
-    checkpoint = fit_names(model, Checkpoint(directory))
-    fill_empty(model, checkpoint, as_dtype(dtype, "dtype"))
-    return model, checkpoint
-
-
-def foresee(model: nn.Module, config: QuantizationConfigMixin) -> tuple[Sizes, Plan]:
-    """The sizes of a float model before and after, and the plan; raises what `WeightQuantizer.plan` raises."""
-    quantizer = _quantizer(config)
-    plan = quantizer.plan(model)
-    tensors = {id(slot.tensor): slot.tensor for slot in slots(model).values()}.values()
+def sizes_of(planned: PlannedQuantization) -> Sizes:
+    """The sizes of a float model before and after what is planned; nothing is read for it."""
+    plan = planned.plan
+    tensors = {id(slot.tensor): slot.tensor for slot in slots(planned.skeleton).values()}.values()
     before = sum(tensor.nbytes for tensor in tensors)
     dense = sum(layer.dense.weight.nbytes for layer in plan.layers)
     quantized = plan.quantized_bytes
-    sizes = Sizes(
-        config=quantizer.quantization_config.to_dict(),
+    return Sizes(
+        config=planned.quantizer.quantization_config.to_dict(),
         layers=len(plan.layers),
         weights=plan.quantized_weights,
         quantized_bytes=quantized,
@@ -97,7 +71,32 @@ def foresee(model: nn.Module, config: QuantizationConfigMixin) -> tuple[Sizes, P
         left=plan.left,
         formats=_count(layer.weight_format for layer in plan.layers),
     )
-    return sizes, plan
+
+
+def file_bytes_of(planned: PlannedQuantization, sizes: Sizes, calibrates: bool) -> int:
+    """What the one file of a planned checkpoint takes: its tensors, and a header without metadata.
+
+    calibrates: whether every tensor is known before the first is written; the header then takes no more than it must,
+    else there is room for the longest entries.
+    """
+    names = _names(planned)
+    if not calibrates:
+        return 8 + sum(map(entry_room, names)) + sizes.bytes
+    entries = {name: {"dtype": "BF16", "shape": [0, 0], "data_offsets": [sizes.bytes, sizes.bytes]} for name in names}
+    return 8 + len(json.dumps(entries, separators=(",", ":"))) + sizes.bytes
+
+
+def _names(planned: PlannedQuantization) -> list[str]:
+    """The tensors of a planned checkpoint by name; tied ones once."""
+    plan, rename = planned.plan, name_in_checkpoint(planned.skeleton)
+    taken = {f"{layer.name}.weight" for layer in plan.layers} | {layer.name for layer in plan.layers}
+    names = [
+        f"{rename(layer.name)}.{spec.name}"
+        for layer in plan.layers
+        for spec in layer.weight_format.tensor_specs(layer.dense.shape)
+    ]
+    first = {id(slot.tensor): name for name, slot in reversed(slots(planned.skeleton).items())}
+    return names + [rename(name) for name in first.values() if name not in taken]
 
 
 def measure(directory: Path, expected: Sizes, model: nn.Module | None = None) -> Sizes:
@@ -108,13 +107,6 @@ def measure(directory: Path, expected: Sizes, model: nn.Module | None = None) ->
         formats = _count(module.format for _, module in quantized_modules(model))
     quantized = expected.quantized_bytes + size - expected.bytes
     return dataclasses.replace(expected, bytes=size, quantized_bytes=quantized, formats=formats)
-
-
-def _quantizer(config: QuantizationConfigMixin) -> WeightQuantizer:
-    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    if not isinstance(quantizer, WeightQuantizer):
-        raise TypeError(f"{type(quantizer).__name__} only loads checkpoints; it cannot quantize a model")
-    return quantizer
 
 
 def _count(formats: Iterable[WeightFormat]) -> dict[str, int]:

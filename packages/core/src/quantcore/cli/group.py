@@ -8,9 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import click
+from click.shell_completion import CompletionItem
 
 from quantcore import settings
-from quantcore.cli.output import show_error
+from quantcore.cli.interrupts import exit_status, sigterm_as_interrupt
+from quantcore.cli.output import show_error, show_unforeseen, shows_error
 from quantcore.errors import QuantcoreError
 from quantcore.plugins.backend import import_string
 
@@ -61,6 +63,13 @@ class LazyGroup(click.Group):
         verb: click.Command = import_string(self.verbs[cmd_name].target)
         return verb
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The verbs that begin so, of which none is imported, and the group's own flags."""
+        verbs = [(name, entry.help) for name, entry in self.verbs.items() if name.startswith(incomplete)]
+        return [CompletionItem(name, help=text) for name, text in verbs] + click.Command.shell_complete(
+            self, ctx, incomplete
+        )
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -89,7 +98,33 @@ class LazyGroup(click.Group):
         except (QuantcoreError, OSError, ValueError, TypeError) as error:
             if settings.debug() or not _is_deliberate(error):
                 raise
-            show_error(error)
+            if shows_error():
+                show_error(error)
+            raise click.exceptions.Exit(1) from error
+
+
+class Program(LazyGroup):
+    """The outermost group: what nobody foresaw is told in two lines too, with where it happened."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with sigterm_as_interrupt():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            if shows_error():
+                click.echo("interrupted", err=True)
+            raise click.exceptions.Exit(exit_status(interrupt)) from interrupt
+        except click.ClickException as error:
+            if shows_error():
+                raise
+            raise click.exceptions.Exit(error.exit_code) from error
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:  # the outermost place: a plugin or a damaged file may cause anything
+            if settings.debug():
+                raise
+            if shows_error():
+                show_unforeseen(error)
             raise click.exceptions.Exit(1) from error
 
 

@@ -8,28 +8,37 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from quantcore.cli.completing import folders
 from quantcore.cli.group import Verb
-from quantcore.cli.output import Output, output_options, table
+from quantcore.cli.output import Output, in_bytes, output_options, table
+from quantcore.cli.report.options import Wanted, report_options
 from quantcore.cli.sizes import bits, size_table
 
 if TYPE_CHECKING:
-    from quantcore.cli.inventory import Inventory, StoredModule
+    from quantcore.cli.inventory import Inventory, Row
 
 EXAMPLES = (
     "quantcore inspect examples/stdlib-lm",
     "quantcore inspect examples/stdlib-lm --tensors",
-    "quantcore inspect examples/stdlib-lm --json",
+    "quantcore inspect examples/stdlib-lm --html stored.html --force",
 )
 
 
 @click.command("inspect", cls=Verb, examples=EXAMPLES)
-@click.argument("directory", metavar="DIR")
+@click.argument("directory", metavar="DIR", shell_complete=folders)
 @click.option("--tensors", is_flag=True, help="List every tensor instead of every module.")
+@report_options("bits, sizes, weights, codes [default: bits]", "the largest")
 @output_options(brief="only the bits per weight of the whole checkpoint")
-def command(directory: str, tensors: bool, output: Output) -> None:
+def command(
+    directory: str,
+    tensors: bool,
+    report: Wanted,
+    output: Output,
+) -> None:
     """Show what the checkpoint folder DIR stores: modules, formats, shapes, bits per weight, bytes.
 
     Reads headers only, and needs no architecture. A damaged layer is named, and the exit status is then 1.
+    With --html it becomes a page of pictures, with the values of one layer, which are read for it.
     """
     from quantcore.checkpoints.read import resolve
     from quantcore.cli.inventory import take_inventory
@@ -37,6 +46,10 @@ def command(directory: str, tensors: bool, output: Output) -> None:
     inventory = take_inventory(resolve(directory))
     if inventory.note:
         output.note(f"warning: {inventory.note}")
+    if report.any:
+        from quantcore.cli.report.contents import write_contents
+
+        write_contents(report, inventory, output)
     totals = _totals(inventory)
     data = _tensor_rows(inventory) if tensors else [_module_row(module) for module in inventory.modules]
     head = {"directory": str(inventory.directory), "method": inventory.method, **totals}
@@ -50,7 +63,7 @@ def command(directory: str, tensors: bool, output: Output) -> None:
         raise ValueError(f"{inventory.directory}: {len(faults)} layers are damaged\n" + "\n".join(faults))
 
 
-def _module_row(module: StoredModule) -> dict[str, Any]:
+def _module_row(module: Row) -> dict[str, Any]:
     fields = ("module", "format", "is_quantized", "shape", "weights", "bits_per_weight", "bytes", "fault")
     return {field: getattr(module, field) for field in fields}
 
@@ -102,7 +115,10 @@ def _summary(inventory: Inventory) -> str:
     labels = _labels(inventory)
     quantized = Counter(module.format for module in inventory.modules if module.is_quantized)
     lines += [f"{labels[name]} ({count} modules): {name}" for name, count in quantized.items() if labels[name] != name]
-    return "\n".join([*lines, "", size_table(_parts(inventory))])
+    from quantcore.workflows.evaluation import disk_bytes
+
+    files = f"files of weights: {in_bytes(disk_bytes(inventory.directory))}"
+    return "\n".join([*lines, "", size_table(_parts(inventory)), files])
 
 
 def _parts(inventory: Inventory) -> list[tuple[str, int | None, int]]:
@@ -115,7 +131,7 @@ def _parts(inventory: Inventory) -> list[tuple[str, int | None, int]]:
     return [(name, *_sizes(modules)) for name, modules in parts.items() if modules]
 
 
-def _sizes(modules: Sequence[StoredModule]) -> tuple[int | None, int]:
+def _sizes(modules: Sequence[Row]) -> tuple[int | None, int]:
     """Number of weights, None when that of one module is unknown, and bytes."""
     weights = [module.weights for module in modules if module.weights is not None]
     return sum(weights) if len(weights) == len(modules) else None, sum(module.bytes for module in modules)

@@ -9,9 +9,8 @@ import click
 
 from quantcore.cli.group import Verb
 from quantcore.cli.output import Output, output_options, table
-from quantcore.errors import QuantcoreError
+from quantcore.distribution import install_line
 from quantcore.plugins.discovery import MethodInfo, methods
-from quantcore.plugins.known import install_line
 
 
 @click.command("list", cls=Verb, examples=("quantcore list", "quantcore list --json", "quantcore list --quiet"))
@@ -29,33 +28,25 @@ def _describe(info: MethodInfo) -> dict[str, Any]:
         "method": info.method,
         "installed": info.installed,
         "distributions": list(info.distributions),
-        "install": None if info.extra is None else install_line(info.method),
-        "summary": info.summary or _own_summary(info),
+        "install": install_line(info.extra) if info.extra is not None and info.is_available else None,
+        "summary": info.summary,
     }
-
-
-def _own_summary(info: MethodInfo) -> str:
-    """What the backend of a method that only it knows says of itself."""
-    from quantcore.plugins.manager import plugins
-
-    try:
-        return plugins().backend(info.method).summary
-    except QuantcoreError:
-        return "does not load; see quantcore doctor"
 
 
 def _text(data: list[dict[str, Any]]) -> str:
     installed = [(row["method"], _owner(row["distributions"]), row["summary"]) for row in data if row["installed"]]
-    here = {row["install"]: row["distributions"][0] for row in data if row["installed"]}
+    here = {row["install"]: row["distributions"][0] for row in data if row["installed"] and row["install"]}
     known = [(row["method"], _to_install(row["install"], here), row["summary"]) for row in data if not row["installed"]]
     parts = [table(("installed", "provided by", "what it is"), installed)] if installed else ["no method is installed"]
     parts += [table(("known", "to install it", "what it is"), known)] if known else []
     return "\n\n".join(parts)
 
 
-def _to_install(line: str, here: Mapping[str, str]) -> str:
-    """The line that installs a method; where what it installs is here already, that it lacks the method."""
-    return f"not in {here[line]} yet" if line in here else line
+def _to_install(line: str | None, here: Mapping[str, str]) -> str:
+    """The line that installs a method, or why it would not help."""
+    if line is None:
+        return "not available yet"
+    return f"not in {here[line]}" if line in here else line
 
 
 def _owner(distributions: list[str]) -> str:

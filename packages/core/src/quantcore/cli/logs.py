@@ -27,6 +27,8 @@ def send_logs_to_stderr() -> None:
     for handler in [handler for handler in root.handlers if isinstance(handler, _EchoHandler)]:
         root.removeHandler(handler)
     root.addHandler(_EchoHandler())
+    if not settings.is_first_process():
+        silence_logs()
     logging.getLogger("quantcore").setLevel(logging.INFO if settings.debug() else logging.WARNING)
 
 

@@ -3,41 +3,67 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from quantcore.cli.completing import installed
 from quantcore.cli.config_flags import config_fields, config_options, given_values
-from quantcore.cli.group import Verb, nearest, write_flags
+from quantcore.cli.group import Verb, write_examples, write_flags
 from quantcore.cli.methods import chosen_backend, installed_methods
-from quantcore.cli.output import Output
+from quantcore.errors import QuantcoreError
 from quantcore.plugins.known import normalize_method
 from quantcore.plugins.manager import plugins
 from quantcore.quantization_config import QuantizationConfigMixin
 
+logger = logging.getLogger(__name__)
+
+_BUNDLED = "examples/stdlib-lm"  # the model that examples quantize
 DTYPES = ("float32", "bfloat16", "float16")  # of float weights
 
 # Keys of click's ctx.meta: the content of --config, the method, the flags generated for it.
 _FILE, _METHOD, _FLAGS = "quantcore.file", "quantcore.method", "quantcore.flags"
 
 
+method_option = click.option(
+    "--method",
+    "-m",
+    metavar="NAME",
+    shell_complete=installed,
+    help="Method to quantize with; quantcore list shows them.",
+)
+
+
 class MethodVerb(Verb):
     """A verb with the flags of the method that stands on its command line after method_flag."""
 
-    method_flag = "--method"
+    method_flag, short_flag = "--method", "-m"
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            args = self._with_method(ctx, args)
+        except (click.UsageError, QuantcoreError):
+            if not ctx.resilient_parsing:  # a shell completes a line that is not whole yet
+                raise
+        return super().parse_args(ctx, args)
+
+    def _with_method(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """The command line with the method's flag in its long form; the flags of that method are known from here on."""
         ctx.meta[_FILE] = config = read_config_file(_argument_of(args, "--config"))
+        args = [f"{self.method_flag}={word[2:]}" if _is_glued(word, self.short_flag) else word for word in args]
+        args = [self.method_flag if word == self.short_flag else word for word in args]
         method = _method(args, self.method_flag, config)
         if method is not None:
             hint = "--config" if _argument_of(args, self.method_flag) is None else self.method_flag
             ctx.meta[_METHOD] = chosen_backend(method, hint).method
-            taken = {flag.lstrip("-") for parameter in self.params for flag in parameter.opts}
+            taken = {flag.lstrip("-") for parameter in self.params for flag in parameter.opts if len(flag) > 2}
             fields = config_fields(plugins().resolve(method, "config"))
             ctx.meta[_FLAGS] = config_options(fields, taken, ctx.meta[_METHOD])
-        return super().parse_args(ctx, args)
+        return args
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         return [*super().get_params(ctx), *ctx.meta.get(_FLAGS, ())]
@@ -48,16 +74,32 @@ class MethodVerb(Verb):
         write_flags("Flags", own, ctx, formatter)
         if generated:
             write_flags(f"Flags of {ctx.meta[_METHOD]}", generated, ctx, formatter)
+            default = plugins().backend(ctx.meta[_METHOD]).default
+            if default:
+                with formatter.section("Without any of these"):
+                    formatter.write_text(" ".join(_as_flags(default)))
         else:
             with formatter.section("Flags of a method"):
                 formatter.write_text(
                     f"quantcore {self.name} {self.method_flag} NAME --help; installed: {installed_methods()}"
                 )
 
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        method = ctx.meta.get(_METHOD) if self.name == "quantize" else None
+        write_examples(self.examples if method is None else _examples_of(method), formatter)
 
-def chosen_config(
-    ctx: click.Context, output: Output, defaults: Mapping[str, Any] | None = None
-) -> QuantizationConfigMixin:
+
+def _examples_of(method: str) -> list[str]:
+    """Lines that quantize the bundled model with the method's first configs."""
+    from quantcore.cli.candidates import command_line
+
+    backend = plugins().backend(method)
+    data = f"{_BUNDLED}/calibration.txt" if backend.needs_calibration else None
+    configs = [backend.default or backend.example_configs[0], *backend.example_configs[1:2]]
+    return [command_line(_BUNDLED, method, config, data, backend.guide.file_suffix) for config in configs]
+
+
+def chosen_config(ctx: click.Context, defaults: Mapping[str, Any] | None = None) -> QuantizationConfigMixin:
     """The config that the command line asks for; whatever is wrong with it is a usage error.
 
     defaults: arguments that neither a flag nor --config gives; names that the config does not have are left out.
@@ -69,10 +111,14 @@ def chosen_config(
     given = given_values(ctx, ctx.params)
     fields = {field.name: field for field in config_fields(cls)}
     usual = {name: value for name, value in (defaults or {}).items() if name in fields}
+    if not ctx.meta[_FILE]:
+        default = plugins().backend(method).default
+        needed = {name: value for name, value in default.items() if name in fields and fields[name].is_required}
+        usual = {**(needed if given else default), **usual}
     named = {*usual, *given, *ctx.meta[_FILE]}
     missing = [name for name, field in fields.items() if field.is_required and name not in named]
     if missing:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        flags = ", ".join(map(_flag_of, missing))
         raise click.UsageError(
             f"method {method} needs {flags}; see quantcore {ctx.info_name} {_flag(ctx)} {method} --help"
         )
@@ -80,12 +126,37 @@ def chosen_config(
         own = {"quant_method": method}  # one class may serve several methods, and mean other defaults by each
         file = ctx.meta[_FILE]
         config = _from_file(cls, {**file, **own}, given) if file else cls.from_dict({**own, **usual, **given})
+        assert isinstance(config, QuantizationConfigMixin)
+        config.check_quantizes()
     except (TypeError, ValueError) as error:
-        raise click.UsageError(str(error)) from error
-    assert isinstance(config, QuantizationConfigMixin)
-    for key in config.extra_keys:
-        output.note(f"warning: {cls.__name__} has no field {key!r}{nearest(key, fields)}; it is kept in config.json")
+        raise click.UsageError(_in_flags(str(error), cls, () if ctx.meta[_FILE] else fields)) from error
+    for name, (other, value) in config.without_effect(given).items():
+        logger.warning("%s changes nothing without %s", *_as_flags({name: True, other: value}))
     return config
+
+
+def _in_flags(text: str, cls: type, fields: Collection[str]) -> str:
+    """An error of a config with the fields named as flags: those that it names by class, or that are no plain word."""
+    plain = re.sub(rf"\b{cls.__name__}\.(?:\w+\.)*(\w+)", lambda found: _spelled(found, fields), text)
+    words = "|".join(name for name in fields if "_" in name)
+    return (
+        re.sub(rf"(?<![-\w.'\"])({words})(?![\w'\"=:])", lambda found: _spelled(found, fields), plain)
+        if words
+        else plain
+    )
+
+
+def _spelled(found: re.Match[str], fields: Collection[str]) -> str:
+    return _flag_of(found[1]) if found[1] in fields else found[0]
+
+
+def _flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as a command line gives them."""
+    return [_flag_of(name) if value is True else f"{_flag_of(name)} {value}" for name, value in settings.items()]
 
 
 def _from_file(
@@ -95,8 +166,14 @@ def _from_file(
     assert isinstance(found, tuple)
     config, unused = found
     if unused:
-        raise ValueError(f"{', '.join(sorted(unused))} cannot be set beside --config; set it in the file")
+        flags = ", ".join(map(_flag_of, sorted(unused)))
+        raise ValueError(f"{flags} cannot be set beside --config; set it in the file")
     return config
+
+
+def _is_glued(word: str, short: str) -> bool:
+    """Whether a word is a short flag with its value, as in -mhqq."""
+    return word.startswith(short) and len(word) > 2
 
 
 def _argument_of(args: Sequence[str], flag: str) -> str | None:
@@ -119,7 +196,7 @@ def read_config_file(path: str | None) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise click.BadParameter(f"cannot read {path}: {error.strerror}", param_hint="--config") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise click.BadParameter(f"{path} is not JSON: {error}", param_hint="--config") from error
     if isinstance(content, dict):
         content = content.get("quantization_config", content)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -18,6 +21,8 @@ from quantcore.cli.logs import silence_logs
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _ERROR_LINES = 8
+_JSON_WIDTH = 100
+_LONGEST_LINE = 300  # characters of an error that nobody foresaw
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,10 @@ class Output:
 
     def result(self, data: Any, text: Callable[[], str], brief: str) -> None:
         """Print a result on stdout: data as JSON, text() for people, or brief under --quiet."""
+        if not settings.is_first_process():
+            return
         if self.as_json:
-            click.echo(json.dumps(_jsonable(data), indent=2))
+            click.echo(pages(_jsonable(data)))
         elif not self.quiet:
             click.echo(text())
         elif brief:
@@ -38,24 +45,37 @@ class Output:
 
     def note(self, text: str) -> None:
         """Print a line of progress on stderr, unless --quiet."""
-        if not self.quiet:
+        if self.shows_progress:
             click.echo(text, err=True)
 
     @property
     def shows_progress(self) -> bool:
-        """Whether a progress bar is wanted and stderr is a terminal."""
-        return not self.quiet and sys.stderr.isatty()
+        """Whether progress is wanted: as a bar on a terminal, as lines elsewhere."""
+        return not self.quiet and settings.is_first_process()
 
 
 def output_options(brief: str) -> Callable[[Function], Function]:
     """Decorator: adds --json and --quiet to a verb, which receives them as `output`. brief: what --quiet prints."""
 
     def decorate(function: Function) -> Function:
-        for flag, text in (("--quiet", f"Print {brief}; no progress, no warnings."), ("--json", "Print JSON.")):
-            function = click.option(flag, is_flag=True, expose_value=False, callback=_collect, help=text)(function)
+        quiet = ("--quiet", "-q"), f"Print {brief}; no progress, no warnings."
+        for flags, text in (quiet, (("--json",), "Print JSON.")):
+            function = click.option(*flags, is_flag=True, expose_value=False, callback=_collect, help=text)(function)
         return function
 
     return decorate
+
+
+def pages(value: Any, depth: int = 0) -> str:
+    """JSON for people too: what fits stands on one line, the rest is broken and indented."""
+    line, indent = json.dumps(value), "  " * (depth + 1)
+    if not value or not isinstance(value, dict | list) or len(line) + 2 * depth <= _JSON_WIDTH:
+        return line
+    if isinstance(value, dict):
+        parts, ends = [f"{json.dumps(key)}: {pages(item, depth + 1)}" for key, item in value.items()], "{}"
+    else:
+        parts, ends = [pages(item, depth + 1) for item in value], "[]"
+    return f"{ends[0]}\n" + ",\n".join(indent + part for part in parts) + f"\n{indent[2:]}{ends[1]}"
 
 
 def _collect(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -68,6 +88,15 @@ def _collect(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         ctx.params["output"] = dataclasses.replace(chosen, as_json=value)
 
 
+def shows_error() -> bool:
+    """Whether this process shows an error; of several that work together and end together, one does."""
+    if "torch.distributed" not in sys.modules:  # then it is of no group
+        return settings.is_first_process()
+    from quantcore.distributed import processes
+
+    return processes.shows_error()
+
+
 def show_error(error: BaseException) -> None:
     """Print a known error on stderr without its traceback; a long list of faults is cut."""
     text = str(error) or type(error).__name__
@@ -77,6 +106,16 @@ def show_error(error: BaseException) -> None:
     if len(lines) > _ERROR_LINES:
         lines[_ERROR_LINES:] = [f"... and {len(lines) - _ERROR_LINES} more; QUANTCORE_DEBUG=1 shows all"]
     click.echo(styled("Error: ", fg="red", bold=True) + "\n".join(lines), err=True)
+
+
+def show_unforeseen(error: BaseException) -> None:
+    """Print an error that nobody foresaw on stderr: what it says, where it was raised, and how to see more."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if f"{os.sep}quantcore" in frame.filename] or frames
+    where = f" (at {Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
+    text = " ".join(str(error).split())[:_LONGEST_LINE]
+    click.echo(styled("Error: ", fg="red", bold=True) + f"{type(error).__name__}: {text}{where}", err=True)
+    click.echo("a damaged file, or a fault of quantcore; QUANTCORE_DEBUG=1 shows the traceback", err=True)
 
 
 def styled(text: str, **style: Any) -> str:

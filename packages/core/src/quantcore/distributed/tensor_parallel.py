@@ -11,88 +11,85 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from quantcore.formats.base import TensorSpec, WeightFormat
+from quantcore.distributed.parallel_layers import ParallelDense, ParallelLinear, is_linear, share_of, split_layer
+from quantcore.distributed.split import COLWISE, REPLICATE, ROWWISE, Split, style_of
+from quantcore.formats.base import WeightFormat
+from quantcore.nn.experts import QuantizedExperts
 from quantcore.nn.linear import QuantizedLinear
 from quantcore.nn.replace import quantized_modules, replace_module
 
-COLWISE, ROWWISE, REPLICATE = "colwise", "rowwise", "replicate"
 _TYPICAL = (4096, 4096)  # of a weight whose shape does not matter
 
 
 def parallelize(model: nn.Module, plan: Mapping[str, str], group: dist.ProcessGroup | None = None) -> nn.Module:
-    """Keep this rank's share of every quantized linear layer that a plan names, in place, and return the model.
+    """Keep this rank's share of every linear layer that a plan names, quantized or float, in place; return the model.
 
-    plan: {module name, "*" for a number: "colwise" or "rowwise"}. A rowwise layer takes the outputs of colwise ones as
-    they are, and gives the same whole output on every rank. group: the processes, None for all.
-    Raises ValueError listing every layer that does not divide into whole blocks.
+    plan: {module name, "*" for a number: style}, with the styles of `split.STYLES`. A rowwise layer takes the outputs
+    of colwise ones as they are, and gives the same whole output on every rank. group: the processes, None for all.
+    Raises ValueError listing every rule that matches no linear layer, and every layer that does not divide into whole
+    blocks; RuntimeError where torch.distributed is not initialized. The model is then as it was.
     """
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    shares: dict[str, nn.Module] = {}
-    faults = []
-    for name, module in quantized_modules(model):
-        style = _style(name, plan)
-        if style is None or not isinstance(module, QuantizedLinear):
-            continue
-        try:
-            share = shard_linear(module, style, rank, world)
-        except ValueError as error:
-            faults.append(f"{name}: {error}")
-            continue
-        shares[name] = RowwiseLinear(share, module.bias, group) if style == ROWWISE else share
-    if faults:
-        raise ValueError("\n".join(faults))
-    for name, part in shares.items():
-        replace_module(model, name, part)
+    if not dist.is_initialized():
+        raise RuntimeError("torch.distributed is not initialized; start with torchrun and call init_process_group")
+    styles = styles_by_layer(model, plan)
+    split_layers(model, styles, dist.get_rank(group), dist.get_world_size(group), group)
     return model
 
 
+def styles_by_layer(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
+    """The style of each linear layer that a plan names. Raises ValueError for rules that match no such layer."""
+    if not plan:
+        raise ValueError("the plan has no rule; name layers, such as {'model.layers.*.mlp.down_proj': 'rowwise'}")
+    found: dict[str, str] = {}
+    matched: set[str] = set()
+    experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, QuantizedExperts))
+    faults = []
+    for name, module in model.named_modules():
+        rule = rule_of(name, plan)
+        if rule is None:
+            continue
+        matched.add(rule)
+        style_of(plan[rule])
+        if is_linear(module) and not name.startswith(experts):
+            found[name] = plan[rule]
+        else:
+            faults.append(f"{name}: {type(module).__name__} cannot be split, only linear layers outside of experts can")
+    faults += [f"rule {rule!r} matches no module of the model" for rule in plan if rule not in matched]
+    if faults:
+        raise ValueError("\n".join(faults))
+    return found
+
+
+def split_layers(
+    model: nn.Module, styles: Mapping[str, str], rank: int, world: int, group: dist.ProcessGroup | None = None
+) -> None:
+    """Put this rank's share in place of each named layer. Raises ValueError listing all that cannot be split."""
+    shares: dict[str, ParallelLinear | ParallelDense] = {}
+    faults = []
+    for name, style in styles.items():
+        layer = model.get_submodule(name)
+        try:
+            if isinstance(layer, (ParallelLinear, ParallelDense)):
+                raise ValueError("the layer is split already")
+            shares[name] = split_layer(layer, Split(style, rank, world, _shape(layer), group))
+        except ValueError as error:
+            faults.append(f"{name}: {error}")
+    if faults:
+        raise ValueError("\n".join(faults))
+    for name, share in shares.items():
+        share.train(model.get_submodule(name).training)
+        replace_module(model, name, share)
+
+
 def shard_linear(layer: QuantizedLinear, style: str, rank: int, world: int) -> QuantizedLinear:
-    """One rank's share of a layer; a rowwise share has no bias, which is added once, to the sum.
+    """One rank's share of a layer, as a layer of its own; a rowwise share has no bias, which is added once, to the sum.
 
     Raises ValueError when the weight does not divide into world parts of whole blocks, or its format cannot be split.
     """
-    tensors = shard_tensors(layer.format, layer.stored, layer.shape, style, rank, world)
-    N, K = layer.shape
-    shape = (N // world, K) if style == COLWISE else (N, K // world)
-    tensors = layer.format.describe_shape(tensors, shape)
-    bias = None if layer.bias is None or style == ROWWISE else layer.bias.chunk(world)[rank].clone()
-    return QuantizedLinear(
-        layer.format,
-        tensors,
-        bias,
-        in_features=shape[1],
-        out_features=shape[0],
-        name=layer.name,
-        dense_type=layer.dense_type,
-    )
-
-
-def shard_tensors(
-    weight_format: WeightFormat,
-    tensors: Mapping[str, Tensor],
-    shape: tuple[int, ...],
-    style: str,
-    rank: int,
-    world: int,
-) -> dict[str, Tensor]:
-    """One rank's part of stored tensors, in memory of its own; what does not run along the split is whole."""
-    along_n = _splits_rows(style)
-    total = shape[0] if along_n else shape[1]
-    cuts = {spec.name: _along(spec, along_n) for spec in weight_format.tensor_specs(shape)}
-    if not any(cuts.values()):
-        raise ValueError(
-            f"{type(weight_format).__name__} says of no tensor that it runs along {'N' if along_n else 'K'}"
-        )
-    if total % world:
-        raise ValueError(f"{total} {'rows' if along_n else 'columns'} do not divide among {world} processes")
-    share = total // world
-    steps = [cut[1] for cut in cuts.values() if cut is not None and share % cut[1]]
-    if steps:
-        what = "rows" if along_n else "columns"
-        raise ValueError(f"a share of {share} {what} cuts blocks of {max(steps)}; use fewer than {world} processes")
-    return {name: _cut(tensor, cuts.get(name), share, rank) for name, tensor in tensors.items()}
+    style_of(style)
+    return share_of(layer, Split(style, rank, world, layer.shape))
 
 
 def placements(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
@@ -102,7 +99,7 @@ def placements(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for name, module in quantized_modules(model):
-        pattern = _with_wildcards(name)
+        pattern = with_wildcards(name)
         style = plan.get(pattern, plan.get(f"{pattern}.weight"))
         if style is not None and style.startswith((COLWISE, ROWWISE)):
             placed = _placements(module.format, module.shape, style)
@@ -124,47 +121,20 @@ def placements_by_name(
     return found
 
 
-class RowwiseLinear(nn.Module):
-    """The sum over all ranks of what each computes of its own columns, plus bias: whole on every rank."""
+def rule_of(name: str, plan: Mapping[str, str]) -> str | None:
+    """The rule of a plan that a module's name falls under: its own, or that with "*" for numbers."""
+    return next((rule for rule in (name, with_wildcards(name)) if rule in plan), None)
 
-    def __init__(self, share: QuantizedLinear, bias: Tensor | None, group: dist.ProcessGroup | None) -> None:
-        super().__init__()
-        self.share = share
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.group = group
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.share(x).float()
-        dist.all_reduce(y, group=self.group)
-        y = y.to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+def with_wildcards(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def _shape(layer: nn.Module) -> tuple[int, ...]:
+    return layer.shape if isinstance(layer, QuantizedLinear) else tuple(layer.weight.shape)  # type: ignore[arg-type]
 
 
 def _placements(weight_format: WeightFormat, shape: tuple[int, ...], style: str) -> dict[str, str]:
+    along_n = style.startswith(COLWISE)
     specs = weight_format.tensor_specs(shape)
-    return {spec.name: style if _along(spec, style.startswith(COLWISE)) else REPLICATE for spec in specs}
-
-
-def _cut(tensor: Tensor, cut: tuple[int, int] | None, share: int, rank: int) -> Tensor:
-    if cut is None:
-        return tensor.clone()
-    axis, step = cut
-    return tensor.narrow(axis, rank * share // step, share // step).clone(memory_format=torch.contiguous_format)
-
-
-def _along(spec: TensorSpec, along_n: bool) -> tuple[int, int] | None:
-    return spec.along_n if along_n else spec.along_k
-
-
-def _splits_rows(style: str) -> bool:
-    if style not in (COLWISE, ROWWISE):
-        raise ValueError(f"style {style!r:.40} is neither {COLWISE!r} nor {ROWWISE!r}")
-    return style == COLWISE
-
-
-def _style(name: str, plan: Mapping[str, str]) -> str | None:
-    return plan.get(name, plan.get(_with_wildcards(name)))
-
-
-def _with_wildcards(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+    return {spec.name: style if (spec.along_n if along_n else spec.along_k) else REPLICATE for spec in specs}

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantcore.evaluation.intervals import bootstrap_interval
+
 WINDOW = 256  # tokens
 MAX_TOKENS = 40_960
 BATCH = 8  # windows a forward pass
@@ -20,11 +22,15 @@ Progress = Callable[[int, int], None]  # called after each batch: tokens read so
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood, over `tokens` tokens that were read in `seconds`."""
+    """exp of the mean negative log-likelihood, over `tokens` tokens that were read in `seconds`.
+
+    interval: 95 % bounds by the spread between windows; None for a single one.
+    """
 
     perplexity: float
     tokens: int
     seconds: float
+    interval: tuple[float, float] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -33,12 +39,18 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model beside a reference. kl_divergence: KL(reference || model), nats a token. top1_agreement: 0 to 1."""
+    """A model beside a reference. kl_divergence: KL(reference || model), nats a token. top1_agreement: 0 to 1.
+
+    Intervals are 95 % bounds by the spread between windows; None for a single one. ratio_interval: of the model's
+    perplexity over that of the reference, which the spread of the text itself does not widen.
+    """
 
     model: Perplexity
     reference: Perplexity
     kl_divergence: float
     top1_agreement: float
+    kl_interval: tuple[float, float] | None = None
+    ratio_interval: tuple[float, float] | None = None
 
 
 def perplexity(
@@ -81,7 +93,8 @@ def compare(
     windows = cut_windows(token_ids, window, max_tokens, batch)
     total = sum(ids.numel() for ids in windows)
     ours, theirs = _Run(model), _Run(reference)
-    divergence, equal = 0.0, 0
+    divergences: list[float] = []
+    equal = 0
     for ids in windows:
         logits, expected = ours.read(ids), theirs.read(ids)
         if logits.shape[-1] != expected.shape[-1]:
@@ -91,9 +104,13 @@ def compare(
             )
         for window_logits, window_expected in zip(logits, expected, strict=True):  # few, for float32 copies are large
             nats, same = _distance(window_logits, window_expected.to(window_logits.device))
-            divergence, equal = divergence + nats, equal + same
+            divergences.append(nats)
+            equal += same
         progress(ours.tokens, total)
-    return Comparison(ours.result(), theirs.result(), divergence / ours.predicted, equal / ours.predicted)
+    divergence, agreement = sum(divergences) / ours.predicted, equal / ours.predicted
+    interval = bootstrap_interval(divergences, ours.counts)
+    ratio = _exp_both(bootstrap_interval([a - b for a, b in zip(ours.losses, theirs.losses, strict=True)], ours.counts))
+    return Comparison(ours.result(), theirs.result(), divergence, agreement, interval, ratio)
 
 
 def cut_windows(token_ids: Sequence[int] | Tensor, window: int, max_tokens: int, batch: int) -> list[Tensor]:
@@ -118,6 +135,8 @@ class _Run:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.losses: list[float] = []  # a sum for each window
+        self.counts: list[int] = []  # of the tokens that were predicted in it
         self.loss = self.seconds = 0.0
         self.tokens = self.predicted = 0
 
@@ -133,14 +152,24 @@ class _Run:
             losses = [_loss(row, targets) for row, targets in zip(logits, ids[:, 1:], strict=True)]
         self.seconds += time.perf_counter() - start
         self.loss += sum(losses)
+        self.losses += losses
+        self.counts += [ids.shape[1] - 1] * len(losses)
         self.tokens += ids.numel()
         self.predicted += ids[:, 1:].numel()
         return logits
 
     def result(self) -> Perplexity:
-        mean = self.loss / self.predicted
-        value = math.exp(mean) if mean < 700 else math.inf  # exp(710) is no float
-        return Perplexity(value if mean == mean else math.nan, self.tokens, self.seconds)
+        interval = _exp_both(bootstrap_interval(self.losses, self.counts))
+        return Perplexity(_exp(self.loss / self.predicted), self.tokens, self.seconds, interval)
+
+
+def _exp_both(bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+    return None if bounds is None else (_exp(bounds[0]), _exp(bounds[1]))
+
+
+def _exp(mean: float) -> float:
+    value = math.exp(mean) if mean < 700 else math.inf  # exp(710) is no float
+    return value if mean == mean else math.nan
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from quantcore import settings
-from quantcore.kernels.dispatch import Problem, candidates
+from quantcore.kernels.dispatch import candidates
+from quantcore.kernels.kernel import Problem
 from quantcore.nn.linear import QuantizedLinear
 
 _SECONDS = 0.25  # of calls that are timed
+_BRIEFLY = 0.04  # of them where a figure is an estimate
 _FEWEST_CALLS, _MOST_CALLS = 7, 2000
 _CPU_CACHE = 64 << 20  # at least what a core of a server reaches; its layers are larger
 _MOST_COPIES = 256
@@ -105,13 +107,25 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / time_calls(lambda _: target.copy_(source), device).median * 1e3
 
 
-def time_calls(call: Call, device: torch.device) -> Times:
-    """Times of call(0), call(1), ..., after two that do not count: 7 calls to 2000, as fill a quarter of a second."""
+def seconds_of_call(layer: nn.Module, x: Tensor, most: int = _MOST_COPIES) -> float:
+    """The median time of layer(x), in a few hundredths of a second of calls over at most so many copies."""
+    copies = _copies(layer, x.device, most)
+    call = _over(copies, x)
+    for number in range(len(copies)):  # kernels pack at the first call
+        call(number)
+    return time_calls(call, x.device, _BRIEFLY).median / 1e3
+
+
+def time_calls(call: Call, device: torch.device, seconds: float | None = None) -> Times:
+    """Times of call(0), call(1), ..., after two that do not count: 7 calls to 2000, as fill so many seconds.
+
+    seconds: a quarter of one for None.
+    """
     for number in range(2):
         call(number)
     time_some = _time_on_gpu if device.type == "cuda" else _time_on_cpu
     times = time_some(call, _FEWEST_CALLS)
-    missing = _SECONDS * 1e3 - sum(times)
+    missing = (_SECONDS if seconds is None else seconds) * 1e3 - sum(times)
     if missing > 0:
         times += time_some(call, min(_MOST_CALLS, math.ceil(missing / max(statistics.median(times), 1e-3))))
     quantiles = statistics.quantiles(times, n=5)
@@ -155,7 +169,7 @@ def _kernel_timings(copies: Sequence[QuantizedLinear], x: Tensor, shape: tuple[i
     problem = Problem("linear", layer.format, x.device.type, x.dtype, count, *shape)
     with settings.forced_to("reference"):
         expected = layer(x)
-    for kernel in candidates():
+    for kernel in candidates(layer.format):
         untimed = Timing(kernel.name, *shape, count, None, _moved(copies, x, shape), reason=kernel.refuse(problem))
         measure = partial(_kernel_timing, untimed, copies, x, expected)
         yield _unless_it_fails(measure, untimed) if untimed.reason is None else untimed
@@ -194,9 +208,9 @@ def _random_linear(shape: tuple[int, int], dtype: torch.dtype, device: torch.dev
     return dense
 
 
-def _copies(layer: Layer, device: torch.device) -> list[Layer]:
-    """The layer and as many copies of it as fill the cache twice."""
-    count = min(_MOST_COPIES, 1 + math.ceil(2 * _cache_bytes(device) / max(1, _stored_bytes(layer))))
+def _copies(layer: Layer, device: torch.device, most: int = _MOST_COPIES) -> list[Layer]:
+    """The layer and as many copies of it as fill the cache twice, at most so many in all."""
+    count = min(most, 1 + math.ceil(2 * _cache_bytes(device) / max(1, _stored_bytes(layer))))
     return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
 
 

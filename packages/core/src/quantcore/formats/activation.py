@@ -113,6 +113,11 @@ class Activation(Description):
         return self.is_static or self.outer is not None
 
     @property
+    def bits(self) -> int:
+        """Of a code."""
+        return self.integer_bits or self.minifloat.bits
+
+    @property
     def minifloat(self) -> MiniFloat:
         return minifloat(self.element)
 

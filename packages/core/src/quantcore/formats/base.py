@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,10 +12,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from quantcore.formats.pieces import linear_rows
+from quantcore.formats.dtypes import (
+    FLOAT_DTYPES as FLOAT_DTYPES,
+    describe as describe,
+    dtype_name as dtype_name,
+    float_dtype as float_dtype,
+)
+from quantcore.formats.row_chunks import linear_rows
 
 if TYPE_CHECKING:
+    from quantcore.formats.cutting import Opened
     from quantcore.formats.families import Family
+    from quantcore.formats.transforms import Transform
 
 
 @dataclass(frozen=True)
@@ -24,9 +32,10 @@ class TensorSpec:
 
     name: the suffix after the module's name in a checkpoint. metadata: describes the format and is not read by kernels.
     variable: the length follows from the values (a JSON blob); shape is then typical, and only its rank is checked.
+    is_packed: bits that are no numbers, whatever dtype they are stored under.
     along_n, along_k: the axis that runs along N or K, and how many rows or columns of the weight an index of it covers;
     None where the tensor is the same for all of them. A weight is split among processes along a dimension that some
-    tensor of it declares.
+    tensor of it declares. opened: in what the axes are counted where that is not the stored tensor itself.
     """
 
     name: str
@@ -34,8 +43,10 @@ class TensorSpec:
     shape: tuple[int, ...]
     metadata: bool = False
     variable: bool = False
+    is_packed: bool = False
     along_n: tuple[int, int] | None = None
     along_k: tuple[int, int] | None = None
+    opened: Opened | None = None
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +87,8 @@ class WeightFormat:
     rows_apart: ClassVar[bool] = (
         False  # row n of every operand with N rows belongs to row n alone; others serve all rows
     )
-    piece_bytes: ClassVar[int] = 1 << 23  # of floats, that `product` makes of a weight at a time on a CPU
+    tells_shape: ClassVar[bool] = True  # `stored_shape` finds the shape of the weight in what is stored
+    chunk_bytes: ClassVar[int] = 1 << 23  # of floats, that `product` makes of a weight at a time on a CPU
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -84,6 +96,20 @@ class WeightFormat:
             raise TypeError(
                 f"{cls.__qualname__}: define a weight format at the top of a module, so that it can be pickled"
             )
+
+    @property
+    def transform(self) -> Transform | None:
+        """What a layer does to its input before the product; formats that have one declare a field, None by default.
+
+        `quantize` and `dequantize` are of the weight in the layer's own basis; `tensor_specs` names the transform's
+        tensors too. All else (`linear`, `lower`, kernels, decoders) is asked of `untransformed()` alone, for inputs
+        that were transformed before.
+        """
+        return None
+
+    def untransformed(self) -> WeightFormat:
+        """The format of the stored weight as it is, whose input has been transformed; self where nothing is."""
+        return self if self.transform is None else self.replace(transform=None)
 
     def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         """The tensors that store a weight of this shape, in checkpoint order."""
@@ -96,7 +122,11 @@ class WeightFormat:
     def dequantize(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
     ) -> Tensor:
-        """The weight [N, K] in dtype (None: the dtype it was quantized from); reads only what `operands` gives."""
+        """The weight [N, K] in dtype; reads only what `operands` gives.
+
+        None: the dtype that the stored tensors say, in a description or as that of their float scales; else float32.
+        A layer knows the dtype that its model wants, and asks for that.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines no dequantize")
 
     def dequantize_rows(
@@ -107,6 +137,9 @@ class WeightFormat:
         Reads the stored parts of those rows alone where `rows_apart`; otherwise the whole weight is dequantized, unless
         a format overrides this, and with it `reads_rows_alone`. Raises IndexError for a row that does not exist.
         """
+        plain = self.untransformed()
+        if plain is not self:
+            return self._in_own_basis(lambda of: plain.dequantize_rows(tensors, shape, rows, of), tensors, dtype)
         if not self.rows_apart:
             return self.dequantize(tensors, shape, dtype).index_select(0, rows)
         parts = {
@@ -119,6 +152,40 @@ class WeightFormat:
         """Whether `dequantize_rows` of a weight of this shape reads the stored parts of those rows alone."""
         return self.rows_apart
 
+    def quantize_transformed(self, weight: Tensor, own: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What `quantize` of a format with a transform gives: that of the weight as it is stored, and the transform's.
+
+        own: the tensors of the transform; None makes them anew. The turned weight is rounded to the weight's dtype.
+        """
+        assert self.transform is not None
+        own = {**self.transform.create(weight.shape[-1], weight.device), **(own or {})}
+        made = {**self.untransformed().quantize(self.transform.absorb(weight, own)), **own}
+        return {spec.name: made[spec.name] for spec in self.tensor_specs(tuple(weight.shape))}
+
+    def requantize(self, weight: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a layer stores for another weight, which keeps what is not of the weight: transforms, input scales."""
+        shape = tuple(weight.shape)
+        alone = {spec.name for spec in self.untransformed().weight_alone().tensor_specs(shape)}
+        kept = {spec.name: stored[spec.name] for spec in self.tensor_specs(shape) if spec.name in stored.keys() - alone}
+        own = {name: kept[name] for name in kept if self.transform is not None}
+        made = self.quantize_transformed(weight, own) if own else self.quantize(weight)
+        return {**made, **kept}
+
+    def dequantize_transformed(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """What `dequantize` of a format with a transform gives: the stored weight in float32, turned back, rounded."""
+        return self._in_own_basis(lambda of: self.untransformed().dequantize(tensors, shape, of), tensors, dtype)
+
+    def _in_own_basis(
+        self, stored: Callable[[torch.dtype | None], Tensor], tensors: Mapping[str, Tensor], dtype: torch.dtype | None
+    ) -> Tensor:
+        """The weight of the stored one, which is given in any dtype, None for its own."""
+        assert self.transform is not None
+        wanted = dtype or stored(None).dtype
+        weight = stored(torch.promote_types(wanted, torch.float32))
+        return self.transform.transpose(weight, tensors).to(wanted)
+
     def expert(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], index: int, transposed: bool
     ) -> tuple[WeightFormat, dict[str, Tensor]] | None:
@@ -127,6 +194,14 @@ class WeightFormat:
         transposed: the weight is [E, K, N]. None, the default: an expert is multiplied as `dequantize_rows` gives it.
         """
         return None
+
+    def experts(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], transposed: bool
+    ) -> list[tuple[WeightFormat, dict[str, Tensor]]] | None:
+        """As `expert`, of all of them; for formats that find them in less time at once."""
+        found = [self.expert(tensors, shape, index, transposed) for index in range(shape[0])]
+        known = [each for each in found if each is not None]
+        return known if len(known) == len(found) else None
 
     def linear(self, x: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
         """x [..., K] times the weight [N, K], plus bias [N]: what every kernel of a linear layer must give.
@@ -148,7 +223,7 @@ class WeightFormat:
         On a CPU a large weight whose rows can be read alone is dequantized a few rows at a time: it never exists whole,
         and parts that stay in the processor's caches take less time.
         """
-        most = self.piece_bytes // dtype.itemsize
+        most = self.chunk_bytes // dtype.itemsize
         if x.device.type != "cpu" or math.prod(shape) <= most or not self.reads_rows_alone(shape):
             return multiply(x, self.dequantize(operands, shape, dtype), bias)
 
@@ -188,6 +263,10 @@ class WeightFormat:
         """Stored tensors with what they say of the weight's shape made anew, for a part of a weight that was cut."""
         return dict(tensors)
 
+    def why_whole(self, along_n: bool) -> str:
+        """Why no tensor runs along N, or along K, so that the weight cannot be split there; "" where it goes unsaid."""
+        return ""
+
     def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
         """The shape of the weight that stored tensors hold, None when they hold none of this format.
 
@@ -208,6 +287,11 @@ class WeightFormat:
         """Raise ValueError with a remedy when a weight of this shape cannot be stored."""
 
     @property
+    def code_bits(self) -> float | None:
+        """Bits a weight of the codes alone; None where the family, or the size of the largest tensor, says them."""
+        return None
+
+    @property
     def cache_scales(self) -> tuple[str, ...]:
         """Names of stored tensors that are not of the weight: scales of the keys or values that the layer gives."""
         return ()
@@ -221,6 +305,13 @@ class WeightFormat:
         """The same numbers in their canonical family. `raise_` is the exact inverse."""
         raise NotImplementedError(f"{type(self).__name__} lowers to no family")
 
+    def lower_operands(self, operands: Mapping[str, Tensor], shape: tuple[int, ...]) -> Family:
+        """As `lower`, of what `operands` gives, which is all that kernels have.
+
+        By default operands are taken for stored tensors; a format whose operands are derived overrides this.
+        """
+        return self.lower(operands, shape)
+
     def for_family(self, family: Family) -> WeightFormat:
         """The format with those of its details that follow from the numbers to store, such as an order of groups."""
         return self
@@ -228,6 +319,28 @@ class WeightFormat:
     def raise_(self, family: Family) -> dict[str, Tensor]:
         """The stored tensors of numbers that this format can hold exactly. Raises ValueError when it cannot."""
         raise NotImplementedError(f"{type(self).__name__} cannot be raised from a family")
+
+    @property
+    def solved_family(self) -> str | None:
+        """The family of `solver_grid`; None, where no solver of another method may choose the codes.
+
+        This, `solver_grid` and `store_solved` are asked of `untransformed()` alone, as `lower` is.
+        """
+        return self.family if self.family == "affine" else None
+
+    def solver_grid(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Family:
+        """The stored numbers for a solver, which keeps scales and chooses codes; they may differ in the last bit.
+
+        By default those of `lower`. Raises NotImplementedError where `solved_family` is None.
+        """
+        return self.lower(tensors, shape)
+
+    def store_solved(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+        """What is stored once a solver gave the numbers of `solver_grid` other codes; by default those of `raise_`.
+
+        tensors: what is stored before.
+        """
+        return self.raise_(family)
 
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:
         """Stored bits a weight, every metadata tensor counted."""
@@ -245,6 +358,19 @@ class WeightFormat:
         wrong = [fault for name, spec in specs.items() if name in tensors and (fault := spec.fault(tensors[name]))]
         return missing + wrong + surplus
 
+    def value_faults(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> list[str]:
+        """What is wrong with the values of stored tensors that fit, a sentence each that begins with the suffix.
+
+        Here: NaN and infinity among scales, offsets, codebooks. A format whose codes have bounds adds to it.
+        """
+        packed = {name for name, spec in _specs_by_name(self, shape).items() if spec.is_packed}
+        counts = {name: count_non_finite(tensor) for name, tensor in tensors.items() if name not in packed}
+        return [
+            f"{name}: {count} of {tensors[name].numel()} values are NaN or infinite"
+            for name, count in counts.items()
+            if count
+        ]
+
     def replace(self, **changes: Any) -> WeightFormat:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
@@ -256,56 +382,17 @@ def _specs_by_name(weight_format: WeightFormat, shape: tuple[int, ...]) -> dict[
     return {spec.name: spec for spec in weight_format.tensor_specs(shape)}
 
 
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """Stored tensors of one weight, under their checkpoint suffixes, with the format that reads them."""
-
-    format: WeightFormat
-    tensors: Mapping[str, Tensor]
-    shape: tuple[int, ...]
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight in dtype (None: the dtype it was quantized from)."""
-        return self.format.dequantize(self.format.operands(self.tensors, self.shape), self.shape, dtype)
-
-    def lower(self) -> Family:
-        """The same numbers in their canonical family."""
-        return self.format.lower(self.tensors, self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits a weight, measured from the tensors themselves."""
-        return 8 * self.nbytes / max(1, math.prod(self.shape))
+def count_non_finite(tensor: Tensor) -> int:
+    """How many values of a float tensor are NaN or infinite; 0 for codes, to which floats of 8 bits belong."""
+    if tensor.dtype == getattr(torch, "float8_e8m0fnu", None):
+        return int((tensor.view(torch.uint8) == 255).sum())  # its only value that is no power of two
+    if not tensor.is_floating_point() or tensor.itemsize == 1 or tensor.numel() == 0 or tensor.is_meta:
+        return 0
+    least, most = tensor.aminmax()
+    return 0 if bool(least.isfinite() & most.isfinite()) else int((~tensor.isfinite()).sum())
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times a weight [N, K], plus bias [N], in the weight's dtype, cast back to x's."""
     dtype = weight.dtype
     return torch.nn.functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
-
-
-def describe(dtype: torch.dtype, shape: tuple[int, ...] | torch.Size) -> str:
-    """A tensor's dtype and shape as errors spell them: `uint8 [96, 1]`."""
-    return f"{dtype_name(dtype)} {list(shape)}"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The bare name of a dtype: `bfloat16`."""
-    return str(dtype).removeprefix("torch.")
-
-
-FLOAT_DTYPES: dict[str, torch.dtype] = {
-    dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-}
-
-
-def float_dtype(name: str, label: str) -> torch.dtype:
-    """A float dtype by name ("bfloat16", "torch.bfloat16"), looked up in a table. Raises ValueError naming label."""
-    try:
-        return FLOAT_DTYPES[name.removeprefix("torch.")]
-    except KeyError:
-        raise ValueError(f"{label}: {name!r:.60} is none of {', '.join(FLOAT_DTYPES)}") from None

@@ -1,18 +1,17 @@
-"""Weights in rectangular blocks that share a scale: largest magnitudes, codes and values, a few rows at a time.
+"""Weights in rectangular blocks that share a scale: their ends, and what is done with the number of each.
 
 A block is (rows, columns). A weight [N, K] has [ceil(N/rows), ceil(K/columns)] of them; the last ones may be short.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from quantcore.formats.activation import abs_max
-from quantcore.formats.minifloat import MiniFloat, decode, encode
-from quantcore.formats.pieces import row_pieces
+from quantcore.formats.row_chunks import row_chunks
 
 Block = tuple[int, int]
 
@@ -27,7 +26,7 @@ def block_abs_max(weight: Tensor, block: Block) -> Tensor:
     largest = torch.empty(
         weight.shape[0], grid(tuple(weight.shape), block)[1], dtype=weight.dtype, device=weight.device
     )
-    for rows in row_pieces(weight.shape):
+    for rows in row_chunks(weight.shape):
         for groups, part in _column_groups(weight[rows], block[1]):
             largest[rows, groups] = abs_max(part)
     if block[0] == 1:
@@ -37,37 +36,32 @@ def block_abs_max(weight: Tensor, block: Block) -> Tensor:
     return padded.view(-1, block[0], largest.shape[1]).amax(1)
 
 
-def quantize_blocks(
-    weight: Tensor, factor: Tensor, block: Block, element: MiniFloat, *, divide: bool = False, ties: str = "even"
+def block_ends(weight: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """The least and the largest of each block of a weight [N, K] and 0, in its dtype."""
+    across = grid(tuple(weight.shape), block)[1]
+    low, high = weight.new_empty(weight.shape[0], across), weight.new_empty(weight.shape[0], across)
+    for rows in row_chunks(weight.shape):
+        for groups, part in _column_groups(weight[rows], block[1]):
+            low[rows, groups], high[rows, groups] = torch.aminmax(part, dim=-1)
+    padding = (0, 0, 0, -low.shape[0] % block[0])
+    split = (torch.nn.functional.pad(end, padding).unflatten(0, (-1, block[0])) for end in (low, high))
+    least, largest = split
+    return least.amin(1).clamp_(max=0), largest.amax(1).clamp_(min=0)
+
+
+def each_block_(
+    operation: Callable[[Tensor, Tensor], Tensor], part: Tensor, table: Tensor, block: Block, rows: slice
 ) -> Tensor:
-    """Codes [N, K] of weight * factor, or of weight / factor, in float32. factor: float32, one for each block.
+    """The given rows of a weight [r, K] after operation(values, number of their block), which works in place.
 
-    ties: as in `encode`.
+    table: [ceil(N/rows), ceil(K/columns)], a number for each block of the whole weight.
     """
-    codes = torch.empty(weight.shape, dtype=element.dtype or torch.uint8, device=weight.device)
-    for rows in row_pieces(weight.shape):
-        part = weight[rows].to(torch.float32, copy=True)
-        codes[rows] = encode(scale_rows_(part, factor, block, rows, divide=divide), element, ties)
-    return codes
-
-
-def dequantize_blocks(codes: Tensor, scale: Tensor, block: Block, element: MiniFloat, dtype: torch.dtype) -> Tensor:
-    """The weight [N, K]: code * scale in float32, rounded once to dtype. scale: float32, one for each block."""
-    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    for rows in row_pieces(codes.shape):
-        weight[rows] = scale_rows_(decode(codes[rows], element), scale, block, rows)
-    return weight
-
-
-def scale_rows_(part: Tensor, factor: Tensor, block: Block, rows: slice, *, divide: bool = False) -> Tensor:
-    """The given rows of a weight, float32 [r, K], times or divided by their blocks' factors, in place."""
-    if block[0] > 1:
-        index = torch.arange(rows.start, rows.stop, device=factor.device) // block[0]
-        factor = factor.index_select(0, index)
-    else:
-        factor = factor[rows]
+    if table.shape[0] > 1 and block[0] > 1:
+        table = table.index_select(0, torch.arange(rows.start, rows.stop, device=table.device) // block[0])
+    elif table.shape[0] > 1:
+        table = table[rows]
     for groups, values in _column_groups(part, block[1]):
-        (values.div_ if divide else values.mul_)(factor[:, groups, None])
+        operation(values, table[:, groups, None])
     return part
 
 

@@ -43,26 +43,34 @@ def _parse(text: str) -> WeightFormat:
 
 
 def _build(call: ast.expr, base: type[Any]) -> Any:
-    """A subclass of base from the syntax of its repr; its fields are literals or Descriptions."""
+    """A subclass of base from the syntax of its repr."""
     if not isinstance(call, ast.Call) or call.args:
         raise ValueError("not of the form Name(field=literal, ...)")
-    values = {
-        str(word.arg): _build(word.value, Description)
-        if isinstance(word.value, ast.Call)
-        else ast.literal_eval(word.value)
-        for word in call.keywords
-    }
+    values = {str(word.arg): _value(word.value) for word in call.keywords}
     return _class(ast.unparse(call.func), base)(**values)
+
+
+def _value(node: ast.expr) -> Any:
+    """A field: a literal, a Description, a weight format, or a tuple of those."""
+    if isinstance(node, ast.Call):
+        is_format = bool(_named(ast.unparse(node.func), WeightFormat))
+        return _build(node, WeightFormat if is_format else Description)
+    return tuple(_value(each) for each in node.elts) if isinstance(node, ast.Tuple) else ast.literal_eval(node)
 
 
 def _class(name: str, base: type[Any]) -> type[Any]:
     kind = "weight format" if base is WeightFormat else "description"
-    named = [cls for cls in _subclasses(base) if name in (cls.__qualname__, f"{cls.__module__}.{cls.__qualname__}")]
+    named = _named(name, base)
     if not named:
         raise ValueError(f"{kind} {name!r} is unknown here; import the backend that defines it")
     if len(named) > 1:
         raise ValueError(f"{name!r} is the name of {len(named)} {kind}s; put the module before it")
     return named[0]
+
+
+def _named(name: str, base: type[Any]) -> list[type[Any]]:
+    known = dict.fromkeys(_subclasses(base))  # a class that has two bases is found by way of both
+    return [cls for cls in known if name in (cls.__qualname__, f"{cls.__module__}.{cls.__qualname__}")]
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:

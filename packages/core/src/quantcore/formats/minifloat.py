@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcore.formats.constants import kept
+from quantcore.formats.cached import cached_tensors
 
 TIES = ("even", "away", "zero")
 E8M0_RULES = ("floor", "ceil", "floor_log2", "ceil_log2", "even", "even_fp4", "round_up", "rceil")
@@ -52,6 +52,11 @@ class MiniFloat:
     @property
     def smallest_normal(self) -> float:
         return float(2.0 ** (1 - self.bias))
+
+    @property
+    def least(self) -> float:
+        """The least positive number."""
+        return self.smallest_normal * 2.0**-self.mantissa_bits
 
     @property
     def largest_exponent(self) -> int:
@@ -259,7 +264,7 @@ def _cells(values: Tensor, element: MiniFloat) -> Tensor:
     return cells.add_(2 * int(farthest)).clamp_(0, 4 * int(farthest))
 
 
-@kept
+@cached_tensors
 def _nearest(element: MiniFloat, ties: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Code (uint8) and level (float32) of every boundary, level, and open interval between two of them."""
     if ties not in TIES:
@@ -277,19 +282,19 @@ def _nearest(element: MiniFloat, ties: str, device: torch.device) -> tuple[Tenso
     return codes.to(device, torch.uint8), levels(element)[codes].to(device)
 
 
-@kept
+@cached_tensors
 def _powers(dtype: torch.dtype, device: torch.device) -> Tensor:
     bits = torch.arange(256, dtype=torch.int32) << _FLOAT32_MANTISSA
     bits[0], bits[E8M0_NAN] = 1 << (_FLOAT32_MANTISSA - 1), 0x7FC00000
     return bits.view(torch.float32).to(device, dtype)
 
 
-@kept
+@cached_tensors
 def _levels(element: MiniFloat, dtype: torch.dtype, device: torch.device) -> Tensor:
     return levels(element).to(device, dtype)
 
 
-@kept
+@cached_tensors
 def _pairs(element: MiniFloat, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Two values in one integer for every two codes that lie side by side: in one byte, or in two."""
     table, count = levels(element).to(dtype), 1 << element.bits

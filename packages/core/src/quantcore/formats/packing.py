@@ -8,7 +8,7 @@ block at once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -91,6 +91,19 @@ def planar_layout(bits: int, word_bits: int = 32) -> Layout:
         ]
         low += width
     return Layout(bits, word_bits, word_bits, bits, tuple(pieces))
+
+
+@cache
+def ordered_layout(layout: Layout, order: tuple[int, ...]) -> Layout:
+    """A layout of whole codes in each word, of which code i stands in place order[i], the lowest bits first.
+
+    Raises ValueError where codes cross words, or order is none of a word's codes.
+    """
+    count = layout.word_bits // layout.bits
+    if layout.bits * count != layout.word_bits or sorted(order) != list(range(count)):
+        raise ValueError(f"order {order} is none of the {count} codes of {layout.bits} bits in {layout.word_bits}")
+    pieces = tuple(replace(piece, shift=order[piece.code % count] * layout.bits) for piece in layout.pieces)
+    return replace(layout, pieces=pieces, bytewise=False)
 
 
 def pack_words(codes: Tensor, layout: Layout, dim: int = 0) -> Tensor:

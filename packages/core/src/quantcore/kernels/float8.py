@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantcore.formats.activation import Activation, QuantizedInput
-from quantcore.kernels.dispatch import Problem
+from quantcore.kernels.kernel import Problem
 
 _MULTIPLE = 16  # of N and K, for torch._scaled_mm
 _LEAST_CAPABILITY = (8, 9)

@@ -7,20 +7,27 @@ expert; expert e has the rows from ends[e - 1] to ends[e], and all rows have one
 `quantcore::grouped_linear_input_grad(grad, ends, tensors, format, in_features)`: its gradient for x.
 `quantcore::embedding(ids, tensors, format, shape, dtype)`: the rows [..., K] of a quantized weight that ids number.
 `format` is the repr of a weight format and `tensors` are its operands in `operand_names` order.
+A format's transform is applied here, once for all kernels: they are chosen for, and see, the weight as it is stored.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from quantcore.formats.interning import format_from_key
-from quantcore.kernels.dispatch import Problem, compute
+from quantcore.formats.base import WeightFormat
+from quantcore.formats.interning import format_from_key, format_key
+from quantcore.kernels.dispatch import compute
+from quantcore.kernels.kernel import Problem
 from quantcore.kernels.reference import rows_of_experts
+
+if TYPE_CHECKING:
+    from quantcore.formats.transforms import Transform
 
 _LIBRARY = torch.library.Library("quantcore", "DEF")
 _LIBRARY.define("linear(Tensor x, Tensor[] tensors, Tensor? bias, str format, SymInt out_features) -> Tensor")
@@ -35,6 +42,9 @@ _LIBRARY.define("embedding(Tensor ids, Tensor[] tensors, str format, SymInt[] sh
 def _linear(x: Tensor, tensors: list[Tensor], bias: Tensor | None, format: str, out_features: int) -> Tensor:
     _check_device(x, tensors)
     weight_format = format_from_key(format)
+    if weight_format.transform is not None:
+        stored = _Stored.of(weight_format, tensors, (out_features, x.shape[-1]))
+        return _linear(stored.apply(x), stored.tensors, bias, stored.key, out_features).to(x.dtype)
     rows = math.prod(x.shape[:-1])
     problem = Problem("linear", weight_format, x.device.type, x.dtype, rows, out_features, x.shape[-1])
     y = compute(problem, x, tensors, bias, weight_format, out_features)
@@ -45,6 +55,9 @@ def _linear(x: Tensor, tensors: list[Tensor], bias: Tensor | None, format: str, 
 def _linear_input_grad(grad: Tensor, tensors: list[Tensor], format: str, in_features: int) -> Tensor:
     _check_device(grad, tensors)
     weight_format = format_from_key(format)
+    if weight_format.transform is not None:
+        stored = _Stored.of(weight_format, tensors, (grad.shape[-1], in_features))
+        return stored.transpose(_linear_input_grad(grad, stored.tensors, stored.key, in_features))
     rows = math.prod(grad.shape[:-1])
     problem = Problem(
         "linear_input_grad", weight_format, grad.device.type, grad.dtype, rows, grad.shape[-1], in_features
@@ -56,6 +69,11 @@ def _grouped_linear(x: Tensor, ends: Tensor, tensors: list[Tensor], format: str,
     _check_device(x, tensors)
     weight_format = format_from_key(format)
     experts = _by_expert(tensors, ends)
+    if weight_format.transform is not None:
+        found = [_Stored.of(weight_format, expert, (out_features, x.shape[-1])) for expert in experts]
+        turned = torch.cat([each.apply(rows) for each, rows in zip(found, rows_of_experts(x, ends), strict=True)])
+        operands = [tensor for each in found for tensor in each.tensors]
+        return _grouped_linear(turned, ends, operands, found[0].key, out_features).to(x.dtype)
     rows = -(-x.shape[0] // len(experts))
     problem = Problem("grouped_linear", weight_format, x.device.type, x.dtype, rows, out_features, x.shape[-1])
     return compute(problem, x, ends, experts, weight_format, out_features)
@@ -66,6 +84,34 @@ def _grouped_linear_input_grad(
 ) -> Tensor:
     parts = zip(rows_of_experts(grad, ends), _by_expert(tensors, ends), strict=True)
     return torch.cat([_linear_input_grad(rows, operands, format, in_features) for rows, operands in parts])
+
+
+class _Stored(NamedTuple):
+    """The weight of a format with a transform as it is stored. named: its operands, and the transform's tensors."""
+
+    transform: Transform
+    named: Mapping[str, Tensor]
+    tensors: list[Tensor]
+    key: str
+
+    @classmethod
+    def of(cls, weight_format: WeightFormat, tensors: Sequence[Tensor], shape: tuple[int, int]) -> _Stored:
+        assert weight_format.transform is not None
+        plain, key = _plain(weight_format)
+        named = dict(zip(weight_format.operand_names(shape), tensors, strict=True))
+        return cls(weight_format.transform, named, [named[name] for name in plain.operand_names(shape)], key)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.transform.apply(x, self.named)
+
+    def transpose(self, grad: Tensor) -> Tensor:
+        return self.transform.transpose(grad, self.named)
+
+
+@lru_cache(maxsize=1024)
+def _plain(weight_format: WeightFormat) -> tuple[WeightFormat, str]:
+    plain = weight_format.untransformed()
+    return plain, format_key(plain)
 
 
 def _check_device(x: Tensor, tensors: list[Tensor]) -> None:

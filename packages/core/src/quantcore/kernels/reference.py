@@ -21,10 +21,9 @@ def linear(
 def linear_input_grad(
     grad: Tensor, operands: Sequence[Tensor], weight_format: WeightFormat, in_features: int
 ) -> Tensor:
-    """grad @ W, the gradient for x of `linear`. grad: [..., N]; W is dequantized to its own dtype, then cast."""
+    """grad @ W, the gradient for x of `linear`. grad: [..., N]; W is dequantized to its dtype."""
     shape = (grad.shape[-1], in_features)
-    weight = weight_format.dequantize(_named(weight_format, operands, shape), shape)
-    return grad @ weight.to(grad.dtype)
+    return grad @ weight_format.dequantize(_named(weight_format, operands, shape), shape, grad.dtype)
 
 
 def grouped_linear(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quantcore.formats.base import WeightFormat, dtype_name
 from quantcore.kernels import ops
 from quantcore.nn.dense import DenseLinear, check_finite
+from quantcore.nn.held import stored_tensors
 from quantcore.nn.linear import resolve_format
 from quantcore.nn.module import QuantizedModule
 
@@ -33,12 +34,11 @@ class QuantizedEmbedding(QuantizedModule):
         dtype: torch.dtype | None = None,
         name: str = "",
     ) -> None:
-        self.dtype = dtype  # of the result; None until the stored tensors have their values and say it
-        super().__init__(weight_format, tensors, (num_embeddings, embedding_dim), name)
+        super().__init__(weight_format, tensors, (num_embeddings, embedding_dim), name, dtype)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
-        self._find_dtype()
+        self._settle_dtype()
 
     @classmethod
     def from_embedding(cls, embedding: nn.Module, config_or_format: Any, *, name: str = "") -> QuantizedEmbedding:
@@ -62,7 +62,7 @@ class QuantizedEmbedding(QuantizedModule):
             weight_format.check_shape(dense.shape)
         except ValueError as error:
             raise ValueError(f"{label}: {error}") from error
-        tensors = weight_format.quantize(dense.weight)
+        tensors = stored_tensors(weight_format, dense.weight, label)
         return cls._in_place_of(embedding, weight_format, tensors, name, dense.weight.dtype)
 
     @classmethod
@@ -79,7 +79,7 @@ class QuantizedEmbedding(QuantizedModule):
     ) -> QuantizedEmbedding:
         """An embedding of stored tensors as a checkpoint holds them; keys are suffixes such as "weight.absmax".
 
-        dtype: of the result; None takes the one that the weight was quantized from.
+        dtype: of the result; None takes the one that the format gives.
         Raises CheckpointError listing every missing, surplus, wrong-shape and wrong-dtype tensor.
         """
         with torch.device("meta"):
@@ -96,7 +96,7 @@ class QuantizedEmbedding(QuantizedModule):
 
     def bind(self) -> None:
         super().bind()
-        self._find_dtype()
+        self._settle_dtype()
 
     def forward(self, ids: Tensor) -> Tensor:
         if ids.is_floating_point() or ids.dtype == torch.bool:
@@ -108,7 +108,7 @@ class QuantizedEmbedding(QuantizedModule):
         """The nn.Embedding with a float weight again, in dtype (None: that of the result)."""
         with torch.device("meta"):
             embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx)
-        embedding.weight = nn.Parameter(self.dequantize(dtype or self.dtype), requires_grad=False)
+        embedding.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
         return embedding
 
     def extra_repr(self) -> str:
@@ -134,19 +134,10 @@ class QuantizedEmbedding(QuantizedModule):
             name=name,
         )
 
-    def _find_dtype(self) -> None:
-        if self.dtype is None and not any(tensor.is_meta for tensor in self.operands):
-            names = self.format.operand_names(self.shape)
-            first = torch.zeros(1, dtype=torch.int64, device=self.operands[0].device)
-            operands = dict(zip(names, self.operands, strict=True))
-            self.dtype = self.format.dequantize_rows(operands, self.shape, first).dtype
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedEmbedding:
-        super()._apply(fn, recurse)
-        results = {fn(torch.empty(0, dtype=dtype)).dtype for dtype in (torch.float32, torch.float16)}
-        if len(results) == 1:  # a cast, not a move
-            self.dtype = results.pop()
-        return self
+    def _settle_dtype(self) -> None:
+        """Know the dtype of the result before the first forward, which may be traced."""
+        if not any(tensor.is_meta for tensor in self.operands):
+            self.dtype = self.dtype
 
 
 def view_embedding(module: nn.Module) -> DenseLinear | None:

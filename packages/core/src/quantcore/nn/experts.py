@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from quantcore.kernels.reference import rows_of_experts
-from quantcore.nn.dense import build_dense, view_dense
+from quantcore.nn.dense import build_dense, view_dense, weight_dtype
+from quantcore.nn.expert_weights import StackedWeight
 from quantcore.nn.fused import (
     FusedWeight as FusedWeight,
     PartNames,
@@ -21,7 +23,6 @@ from quantcore.nn.grouped import grouped_linear, is_served, sorted_forward
 from quantcore.nn.linear import QuantizedLinear
 from quantcore.nn.replace import quantized_modules, replace_module
 from quantcore.nn.stack import STACK, QuantizedStack, stored_whole
-from quantcore.nn.standins import StackedWeight
 
 NamesByModule = Mapping[str, PartNames]  # experts module -> its part names
 
@@ -61,7 +62,6 @@ class QuantizedExperts(nn.Module):
         self._fused = {weight.name: weight for weight in weights}
         self._biases: dict[str, str] = {}  # 2-D biases of which each layer has its own part -> their weights
         self.added: dict[str, Addition] = {}  # to 3-D weights, while adapters are active
-        self._dtypes: dict[Any, torch.dtype] = {}  # of weights, by how they are stored
         experts = [nn.ModuleDict() for _ in range(weights[0].shape[0])]
         for weight in weights:
             parameter = self._parameters.pop(weight.name)
@@ -136,13 +136,19 @@ class QuantizedExperts(nn.Module):
 
     def run_grouped(self, weight: str, x: Tensor, ends: Tensor) -> Tensor:
         """Rows ends[e - 1] to ends[e] of x [M, K] times the part of a 3-D weight for expert e: [M, N]."""
-        if weight not in self.added and self.stack(weight) is None:
-            by_part = zip(*(self.layers(expert, weight) for expert in range(self._fused[weight].shape[0])), strict=True)
-            parts = [grouped_linear(layers, x, ends) for layers in by_part]
-            found = [part for part in parts if part is not None]
-            if len(found) == len(parts):
-                return self._fused[weight].join(found)
+        if weight not in self.added and (y := self._run_at_once(weight, x, ends)) is not None:
+            return y
         return torch.cat([self.run(weight, expert, rows) for expert, rows in enumerate(rows_of_experts(x, ends))])
+
+    def _run_at_once(self, weight: str, x: Tensor, ends: Tensor) -> Tensor | None:
+        """What `run_grouped` gives without adapters, where kernels multiply all experts at once."""
+        stack = self.stack(weight)
+        if stack is not None:
+            return stack.run_grouped(x, ends, transposed=self._fused[weight].transposed)
+        by_part = zip(*(self.layers(expert, weight) for expert in range(self._fused[weight].shape[0])), strict=True)
+        parts = [grouped_linear(layers, x, ends) for layers in by_part]
+        found = [part for part in parts if part is not None]
+        return self._fused[weight].join(found) if len(found) == len(parts) else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         run = type(self)._run
@@ -160,17 +166,19 @@ class QuantizedExperts(nn.Module):
         """The forward that multiplies all experts at once, where kernels serve it. args: x, the experts of each row."""
         if len(args) < 2 or (found := sorted_forward(self, forward, args[0])) is None:
             return None
-        if self.added or any(self.stack(weight) is not None for weight in self._fused):
-            return None
-        layers = [layer for weight in self._fused for layer in self.layers(0, weight)]
         x, rows, experts = args[0], args[1].numel(), self.fused[0].shape[0]
-        return found if all(is_served(layer, rows, experts, x) for layer in layers) else None
+        layers = [layer for weight in self._fused for layer in self.layers(0, weight)]
+        stacks = [(stack, fused) for name, fused in self._fused.items() if (stack := self.stack(name)) is not None]
+        are_served = all(is_served(layer, rows, experts, x) for layer in layers) and all(
+            stack.is_served(x, rows, fused.transposed) for stack, fused in stacks
+        )
+        return found if are_served and not self.added else None
 
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The fused module again, with float weights (dtype None: the one that each had)."""
         fused = self._architecture.__new__(self._architecture)
         vars(fused).update(_shallow(vars(self)))
-        for attribute in ("_architecture", "_fused", "_biases", "added", "_dtypes"):
+        for attribute in ("_architecture", "_fused", "_biases", "added"):
             del vars(fused)[attribute]
         for weight in self._fused.values():
             trained = any(p.requires_grad for layer in self.layers(0, weight.name) for p in layer.parameters())
@@ -213,13 +221,10 @@ class QuantizedExperts(nn.Module):
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The float dtype of a 3-D weight: that of its first expert."""
-        layers = [layer for layer in self.layers(0, name) if isinstance(layer, QuantizedLinear)]
-        key = tuple((layer._format_key, *(operand.dtype for operand in layer.operands)) for layer in layers)
-        if not key:
-            return self.expert_weight(name, 0).dtype
-        if key not in self._dtypes:  # model code asks for it at each call
-            self._dtypes[key] = self.expert_weight(name, 0).dtype
-        return self._dtypes[key]
+        stack = self.stack(name)
+        if stack is not None:
+            return stack.dtype
+        return reduce(torch.promote_types, [_dtype_of(layer) for layer in self.layers(0, name)])
 
     def device_of(self, name: str) -> torch.device:
         """The device of a 3-D weight."""
@@ -336,6 +341,10 @@ def weight_of(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         return layer.dequantize(dtype)
     assert isinstance(layer.weight, Tensor)
     return layer.weight.detach().to(dtype or layer.weight.dtype)
+
+
+def _dtype_of(layer: nn.Module) -> torch.dtype:
+    return layer.dtype if isinstance(layer, QuantizedLinear) else weight_dtype(layer)
 
 
 def _shallow(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from quantcore import transformers_names as inside
+
 PartNames = Mapping[str, Sequence[str]]  # parameter -> the linear layers of one expert that it holds
 
 
@@ -54,7 +56,7 @@ def fused_weights(module: nn.Module, names: PartNames | None = None) -> tuple[Fu
     A module holds experts when it has `num_experts`, and float parameters with as many matrices. names: the parts of a
     parameter; where it says nothing, "gate_up_proj" holds "gate_proj" and "up_proj", and others are whole.
     """
-    count = getattr(module, "num_experts", None)
+    count = getattr(module, inside.EXPERTS_COUNT, None)
     weights = {
         name: parameter
         for name, parameter in module._parameters.items()
@@ -63,7 +65,7 @@ def fused_weights(module: nn.Module, names: PartNames | None = None) -> tuple[Fu
     if not all(weight.is_floating_point() for weight in weights.values()):
         return ()
     transposed = _is_transposed(module, list(weights.values()))
-    interleaved = not getattr(module, "is_concatenated", True)
+    interleaved = not getattr(module, inside.EXPERTS_CONCATENATED, True)
     return tuple(
         FusedWeight(
             name,
@@ -76,12 +78,17 @@ def fused_weights(module: nn.Module, names: PartNames | None = None) -> tuple[Fu
     )
 
 
+def stored_whole_as(name: str, shape: tuple[int, int, int], *, transposed: bool, interleaved: bool) -> FusedWeight:
+    """A parameter by its name, whose module is not there to tell."""
+    return FusedWeight(name, _usual_parts(name), shape, transposed, interleaved)
+
+
 def _is_transposed(module: nn.Module, weights: Sequence[Tensor]) -> bool:
     """Whether 3-D weights are [E, K, N]: as the module says, else as two weights fit together.
 
     The gate and up projections give twice what the down projection takes.
     """
-    stated = getattr(module, "is_transposed", None)
+    stated = getattr(module, inside.EXPERTS_TRANSPOSED, None)
     if isinstance(stated, bool) or len(weights) != 2:
         return bool(stated)
     (_, rows, columns), (_, next_rows, next_columns) = weights[0].shape, weights[1].shape

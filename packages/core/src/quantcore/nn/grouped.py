@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantcore import transformers_names as inside
 from quantcore.errors import KernelUnavailableError
+from quantcore.formats.base import WeightFormat
 from quantcore.kernels import ops
-from quantcore.kernels.dispatch import REFERENCE, Problem, choose
+from quantcore.kernels.dispatch import REFERENCE, choose
+from quantcore.kernels.kernel import Problem
 from quantcore.nn.linear import QuantizedLinear
 
-_TRANSFORMERS = "transformers.integrations.moe"
 _LEAST_CAPABILITY = (8, 0)  # of a GPU on which transformers calls torch's grouped product
 
 
@@ -35,9 +37,14 @@ def is_served(layer: nn.Module, rows: int, experts: int, x: Tensor) -> bool:
     """Whether a kernel other than the reference multiplies `rows` rows like those of x by so many layers like this."""
     if not isinstance(layer, QuantizedLinear):
         return False
-    sizes = (-(-rows // experts), layer.out_features, layer.in_features)
+    return is_format_served(layer.format, (layer.out_features, layer.in_features), rows, experts, x)
+
+
+def is_format_served(weight_format: WeightFormat, shape: tuple[int, int], rows: int, experts: int, x: Tensor) -> bool:
+    """As `is_served`, of weights [N, K] in a format."""
+    problem = Problem("grouped_linear", weight_format, x.device.type, x.dtype, -(-rows // experts), *shape)
     try:
-        kernel = choose(Problem("grouped_linear", layer.format, x.device.type, x.dtype, *sizes)).kernel
+        kernel = choose(problem).kernel
     except KernelUnavailableError:  # QUANTCORE_KERNEL names one that multiplies layers one by one
         return False
     return kernel is not REFERENCE
@@ -58,9 +65,13 @@ def sorted_forward(experts: nn.Module, forward: Callable[..., Any], x: Tensor) -
     forward: that of the architecture, between which and this one transformers chooses for float experts.
     """
     settings = vars(experts)
-    if not hasattr(forward, "__wrapped__") or "has_gate" not in settings or settings.get("_is_expert_parallel"):
+    if (
+        not hasattr(forward, "__wrapped__")
+        or inside.EXPERTS_GATED not in settings
+        or settings.get(inside.EXPERT_PARALLEL)
+    ):
         return None
     if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) < _LEAST_CAPABILITY:
         return None
-    functions = getattr(sys.modules.get(_TRANSFORMERS), "ALL_EXPERTS_FUNCTIONS", {})
-    return functions.get("grouped_mm") if hasattr(torch.nn.functional, "grouped_mm") else None
+    functions = getattr(sys.modules.get(inside.EXPERTS_MODULE), inside.EXPERTS_FUNCTIONS, {})
+    return functions.get(inside.GROUPED_EXPERTS) if hasattr(torch.nn.functional, "grouped_mm") else None

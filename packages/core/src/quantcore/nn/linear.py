@@ -12,7 +12,9 @@ from quantcore.errors import CheckpointError
 from quantcore.formats.base import WeightFormat, describe
 from quantcore.kernels import ops
 from quantcore.nn.dense import DenseLinear, build_dense, check_finite, view_dense
+from quantcore.nn.held import stored_tensors
 from quantcore.nn.module import QuantizedModule
+from quantcore.plugins.manager import plugins
 
 
 class QuantizedLinear(QuantizedModule):
@@ -31,8 +33,9 @@ class QuantizedLinear(QuantizedModule):
         out_features: int,
         name: str = "",
         dense_type: type[nn.Module] = nn.Linear,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(weight_format, tensors, (out_features, in_features), name)
+        super().__init__(weight_format, tensors, (out_features, in_features), name, dtype)
         self.in_features = in_features
         self.out_features = out_features
         self.dense_type = dense_type  # what `to_dense` gives back
@@ -64,9 +67,9 @@ class QuantizedLinear(QuantizedModule):
             weight_format.check_shape(dense.shape)
         except ValueError as error:
             raise ValueError(f"{name or 'layer'}: {error}") from error
-        tensors = weight_format.quantize(dense.weight)
+        tensors = stored_tensors(weight_format, dense.weight, name)
         bias = None if dense.bias is None else dense.bias.clone()
-        return cls._build(weight_format, tensors, bias, dense, name)
+        return cls._build(weight_format, tensors, bias, dense, name, dense.weight.dtype)
 
     @classmethod
     def from_tensors(
@@ -77,43 +80,58 @@ class QuantizedLinear(QuantizedModule):
         in_features: int,
         out_features: int,
         name: str = "",
+        dtype: torch.dtype | None = None,
     ) -> QuantizedLinear:
         """A layer of stored tensors as a checkpoint holds them; keys are suffixes such as "weight.absmax" and "bias".
 
+        dtype: of the weight, dequantized; None takes the one that the format gives.
         Raises CheckpointError listing every missing, surplus, wrong-shape and wrong-dtype tensor.
         """
         with torch.device("meta"):
             linear = nn.Linear(in_features, out_features, bias="bias" in tensors)
         weight_format = resolve_format(config_or_format, name, linear, stored=True)
-        return cls.from_stored(weight_format, tensors, _dense(linear, name), name)
+        return cls.from_stored(weight_format, tensors, _dense(linear, name), name, dtype)
 
     @classmethod
     def from_stored(
-        cls, weight_format: WeightFormat, tensors: Mapping[str, Tensor], dense: DenseLinear, name: str
+        cls,
+        weight_format: WeightFormat,
+        tensors: Mapping[str, Tensor],
+        dense: DenseLinear,
+        name: str,
+        dtype: torch.dtype | None = None,
     ) -> QuantizedLinear:
-        """A layer of stored tensors in place of a dense one, which gives shape and kind; "bias" may be among them."""
+        """A layer of stored tensors in place of a dense one, which gives shape and kind; "bias" may be among them.
+
+        dtype: of the weight, dequantized; None takes the one that the format gives.
+        """
         tensors = dict(tensors)
         bias = tensors.pop("bias", None)
         fault = _bias_fault(bias, dense)
         if fault is None:
-            return cls._build(weight_format, tensors, bias, dense, name)
+            return cls._build(weight_format, tensors, bias, dense, name, dtype)
         try:
-            cls._build(weight_format, tensors, None, dense, name)
+            cls._build(weight_format, tensors, None, dense, name, dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {fault}") from error
         raise CheckpointError(f"{name or 'layer'}: {fault}")
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x times the weight, plus a bias [out_features]. Raises as `forward` for an input that does not fit."""
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"{self._label()}: expected input [..., {self.in_features}], got {list(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"{self._label()}: expected a float input, got {x.dtype}")
-        y: Tensor = ops.linear(x, self.operands, self.bias, self._format_key, self.out_features)
+        y: Tensor = ops.linear(x, self.operands, bias, self._format_key, self.out_features)
         return y
 
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The layer with a float weight again, of the kind it was quantized from."""
-        return build_dense(self.dense_type, self.dequantize(dtype), self.bias)
+        """The layer with a float weight again, in dtype (None: its own), of the kind it was quantized from."""
+        weight = self.dequantize(dtype)
+        return build_dense(self.dense_type, weight, None if self.bias is None else self.bias.to(weight.dtype))
 
     def extra_repr(self) -> str:
         return (
@@ -129,6 +147,7 @@ class QuantizedLinear(QuantizedModule):
         bias: Tensor | None,
         dense: DenseLinear,
         name: str,
+        dtype: torch.dtype | None,
     ) -> QuantizedLinear:
         out_features, in_features = dense.shape
         return cls(
@@ -139,6 +158,7 @@ class QuantizedLinear(QuantizedModule):
             out_features=out_features,
             name=name,
             dense_type=dense.kind,
+            dtype=dtype,
         )
 
 
@@ -149,34 +169,20 @@ def resolve_format(config_or_format: Any, name: str, module: nn.Module, *, store
     """
     if isinstance(config_or_format, WeightFormat):
         return config_or_format
-    from quantcore.quantizers.auto import AutoHfQuantizer
-    from quantcore.quantizers.weight import WeightQuantizer
-
-    quantizer = AutoHfQuantizer.from_config(config_or_format, pre_quantized=stored)
-    if not isinstance(quantizer, WeightQuantizer):
-        raise TypeError(
-            f"{type(quantizer).__name__} has no weight format for single layers; quantize the model instead"
-        )
-    weight_format = quantizer.format_of(name, module)
-    if weight_format is None and stored:
-        return quantizer.fallback_format(name, module)
-    if weight_format is None:
-        raise ValueError(
-            f"{name or 'layer'}: the config leaves this layer unquantized; name another or change the config"
-        )
-    return weight_format
+    found: WeightFormat | None = plugins().hook.quantcore_layer_format(
+        config=config_or_format, name=name, module=module, stored=stored
+    )
+    assert found is not None  # the quantizers answer, or raise
+    return found
 
 
 def _calibrated(linear: nn.Module, config_or_format: Any, name: str, inputs: Any) -> QuantizedLinear:
-    from quantcore.quantizers.auto import AutoHfQuantizer
-    from quantcore.quantizers.calibrated import CalibratedQuantizer
-
-    quantizer: Any = config_or_format
-    if not isinstance(config_or_format, WeightFormat):
-        quantizer = AutoHfQuantizer.from_config(config_or_format, pre_quantized=False)
-    if not isinstance(quantizer, CalibratedQuantizer):
-        raise ValueError(f"{name or 'layer'}: {type(quantizer).__name__} takes no calibration data; leave it out")
-    return quantizer.calibrate_layer(linear, inputs, name)
+    if isinstance(config_or_format, WeightFormat):
+        kind = type(config_or_format).__name__
+        raise ValueError(f"{name or 'layer'}: the format {kind} takes no calibration data; leave it out")
+    layer = plugins().hook.quantcore_calibrated_layer(config=config_or_format, name=name, module=linear, inputs=inputs)
+    assert isinstance(layer, QuantizedLinear)  # the quantizers answer, or raise
+    return layer
 
 
 def _dense(module: nn.Module, name: str) -> DenseLinear:

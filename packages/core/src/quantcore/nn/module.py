@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantcore.errors import CheckpointError
-from quantcore.formats.base import QuantizedWeight, WeightFormat
+from quantcore.formats.base import WeightFormat
 from quantcore.formats.interning import format_key
+from quantcore.formats.layouts import Layout, Prepared
+from quantcore.formats.quantized_weight import QuantizedWeight, reading_faults
+from quantcore.kernels.dispatch import layout_for
+from quantcore.nn.offloaded import ByAttribute
+from quantcore.nn.stored_bits import frozen, is_same, picklable, without_cast
 
 
 class QuantizedModule(nn.Module):
@@ -19,7 +23,7 @@ class QuantizedModule(nn.Module):
 
     Each stored tensor is a frozen parameter. `state_dict` shows it under its checkpoint suffix, dots included; the
     attribute has underscores instead, since torch allows no dots there. `.to(dtype)` moves stored tensors and never
-    casts them.
+    casts them: what changes is `dtype`, that of the weight as model code sees it.
     """
 
     format: WeightFormat
@@ -27,24 +31,53 @@ class QuantizedModule(nn.Module):
     name: str
 
     def __init__(
-        self, weight_format: WeightFormat, tensors: Mapping[str, Tensor], shape: tuple[int, ...], name: str = ""
+        self,
+        weight_format: WeightFormat,
+        tensors: Mapping[str, Tensor],
+        shape: tuple[int, ...],
+        name: str = "",
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        self._dtype = dtype
         self.shape = tuple(shape)
         self.name = name
         self._attributes: dict[str, str] = {}  # checkpoint suffix -> attribute
         self._operands: list[str] = []  # attributes of what kernels read
         self._format_key = ""
+        self._layout: Layout | None = None  # of a kernel's own, in which the operands are held
+        self._packed: dict[str, str] = {}  # names of the layout -> attributes
+        self._replaced: dict[str, str] = {}  # attributes that are packed meanwhile -> names of operands
         self.store(tensors, weight_format)
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        """The stored tensors under their checkpoint suffixes."""
+        """The stored tensors under their checkpoint suffixes; those of a prepared layer are unpacked at each call."""
+        if self._layout is not None:
+            return self._unpacked()
         held = self._parameters
         return {
             suffix: getattr(self, name) if held.get(name) is None else held[name]  # type: ignore[misc]
             for suffix, name in self._attributes.items()
         }
+
+    @property
+    def weight_attributes(self) -> frozenset[str]:
+        """The attributes that belong to the weight, stored or packed."""
+        return frozenset((*self._attributes.values(), *self._packed.values()))
+
+    @property
+    def held(self) -> list[Tensor]:
+        """What the layer keeps of its weight as it is kept: the stored tensors, or a kernel's packed ones."""
+        if self._layout is None:
+            return list(self.stored.values())
+        own = self.weight_attributes
+        return [tensor for name, tensor in self._parameters.items() if tensor is not None and name in own]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weight."""
+        return self.held[0].device
 
     @property
     def operands(self) -> list[Tensor]:
@@ -63,12 +96,93 @@ class QuantizedModule(nn.Module):
     @property
     def bits_per_weight(self) -> float:
         """Stored bits a weight, measured from the tensors."""
-        return self.quantized_weight.bits_per_weight
+        return (
+            self.quantized_weight.bits_per_weight if self._layout is None else self.format.bits_per_weight(self.shape)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight, dequantized: that of the float weight it stands for, or of the last cast.
+
+        Where nobody said it, the one that the format gives; stored tensors on meta do not tell it.
+        """
+        if self._dtype is None:
+            first = torch.zeros(1, dtype=torch.int64, device=self.device)
+            self._dtype = self.format.dequantize_rows(self._named_operands(), self.shape, first).dtype
+        return self._dtype
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype | None) -> None:
+        self._dtype = dtype
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight in dtype (None: the dtype it was quantized from)."""
-        names = self.format.operand_names(self.shape)
-        return self.format.dequantize(dict(zip(names, self.operands, strict=True)), self.shape, dtype)
+        """The weight in dtype (None: the layer's own)."""
+        return self.format.dequantize(self._named_operands(), self.shape, dtype or self._dtype)
+
+    def prepare(self) -> bool:
+        """Hold the operands in the layout that a kernel for this device wants, and nothing twice; whether one does.
+
+        What the layer shows, saves and dequantizes to does not change by a bit: a layout that does not undo itself
+        exactly raises ValueError, and leaves the layer as it was. A layer whose tensors are away, or come and go, is
+        left alone.
+        """
+        self.restore()
+        if self.is_offloaded or "_hf_hook" in self.__dict__:
+            return False
+        layout = layout_for(self.format, self.shape, self.device)
+        if layout is not None:
+            self._pack(layout)
+        return layout is not None
+
+    def restore(self) -> None:
+        """Hold the stored tensors themselves again, where a kernel's layout is in their place."""
+        if self._layout is None:
+            return
+        stored = self._unpacked()
+        for attribute in self._packed.values():
+            del self._parameters[attribute]
+        self._layout, self._packed, self._replaced = None, {}, {}
+        others = {name: value for name, value in self._parameters.items() if name not in self._attributes.values()}
+        self._parameters.clear()
+        self._parameters.update({attribute: frozen(stored[suffix]) for suffix, attribute in self._attributes.items()})
+        self._parameters.update(others)
+        self._derive()
+
+    def _pack(self, layout: Layout) -> None:
+        plain, named = self.format.untransformed(), self._named_operands()
+        replaced = {name: named[name] for name in layout.replaces(plain, self.shape)}
+        packed = layout.pack(replaced, plain, self.shape)
+        again = layout.unpack(packed, plain, self.shape)
+        wrong = [name for name, tensor in replaced.items() if not is_same(again.get(name), tensor)]
+        if wrong or tuple(packed) != layout.packed_names(plain, self.shape):
+            raise ValueError(
+                f"{self._label()}: {layout!r} gives {', '.join(packed)}, and back {', '.join(wrong) or 'all'} not as "
+                "it was; pack must give what packed_names says, and unpack be its exact inverse"
+            )
+        attributes = dict(zip(named, self._operands, strict=True))
+        for name in replaced:
+            self._parameters.pop(attributes[name], None)
+            self._buffers.pop(attributes[name], None)
+        self._packed = {name: f"_packed_{name.replace('.', '_')}" for name in packed}
+        self._parameters.update({self._packed[name]: frozen(tensor) for name, tensor in packed.items()})
+        self._replaced = {attributes[name]: name for name in replaced}
+        self._operands = [*self._packed.values(), *(attributes[name] for name in named if name not in replaced)]
+        self._layout, self._format_key = layout, format_key(Prepared(self.format, layout))
+
+    def _unpacked(self) -> dict[str, Tensor]:
+        """The stored tensors of a prepared layer."""
+        named, parameters = self._named_operands(), self._parameters
+        return {
+            suffix: named[self._replaced[attribute]] if attribute in self._replaced else parameters[attribute]  # type: ignore[misc]
+            for suffix, attribute in self._attributes.items()
+        }
+
+    def _named_operands(self) -> dict[str, Tensor]:
+        """The operands as the format reads them."""
+        if self._layout is None:
+            return dict(zip(self.format.operand_names(self.shape), self.operands, strict=True))
+        prepared = Prepared(self.format, self._layout)
+        return prepared.unpacked(dict(zip(prepared.operand_names(self.shape), self.operands, strict=True)), self.shape)
 
     def store(self, tensors: Mapping[str, Tensor], weight_format: WeightFormat | None = None) -> None:
         """Replace the stored tensors, after checking them all; the format is read anew from what they describe.
@@ -76,11 +190,12 @@ class QuantizedModule(nn.Module):
         Raises CheckpointError listing every missing, surplus, wrong-shape and wrong-dtype tensor.
         """
         base = weight_format or self.format
+        self.restore()
         try:
             new_format = base.read(tensors, self.shape)
             faults = new_format.faults(tensors, self.shape)
         except (LookupError, RuntimeError, TypeError, ValueError) as error:  # what reading garbage may end in
-            faults = _unreadable(error, base, tensors, self.shape)
+            faults = reading_faults(error, base, tensors, self.shape)
         if faults:
             raise CheckpointError(f"{self._label()}: " + "; ".join(faults))
         if tensors.keys() != self._attributes.keys():
@@ -88,7 +203,7 @@ class QuantizedModule(nn.Module):
                 delattr(self, attribute)
             self._attributes = self._name_attributes(tensors)
         for suffix, tensor in tensors.items():
-            self._parameters[self._attributes[suffix]] = _frozen(tensor)
+            self._parameters[self._attributes[suffix]] = frozen(tensor)
         self.format = new_format
         self._derive()
 
@@ -98,6 +213,7 @@ class QuantizedModule(nn.Module):
         The format is read anew, now that every tensor has its values, and the operands are derived from them.
         Raises CheckpointError naming the layer when the values contradict the format.
         """
+        self.restore()
         stored = self.stored
         try:
             if not any(tensor.is_meta for tensor in stored.values()):
@@ -124,7 +240,7 @@ class QuantizedModule(nn.Module):
     @property
     def is_offloaded(self) -> bool:
         """Whether stored tensors are away, and come back for each forward."""
-        return any(tensor.device.type == "meta" for tensor in self.stored.values())
+        return any(tensor.device.type == "meta" for tensor in self.held)
 
     @property
     def _hf_hook(self) -> Any:
@@ -138,7 +254,7 @@ class QuantizedModule(nn.Module):
     def _hf_hook(self, hook: Any) -> None:
         for part in getattr(hook, "hooks", (hook,)):
             if getattr(part, "offload", False) and part.weights_map is not None:
-                part.weights_map = _ByAttribute(part.weights_map, self)
+                part.weights_map = ByAttribute(part.weights_map, self._attributes, self.full_name)
         self.__dict__["_hf_hook"] = hook
 
     @_hf_hook.deleter
@@ -149,38 +265,49 @@ class QuantizedModule(nn.Module):
         return f"shape={list(self.shape)}, format={self.format!r}, bits_per_weight={self.bits_per_weight:.3f}"
 
     def __getattr__(self, name: str) -> Any:
-        # Model code reads `linear.weight.dtype` or `.device` whatever the format calls its tensors.
-        if name == "weight" and "_attributes" in self.__dict__ and "weight" not in self._attributes:
+        if name in self.__dict__.get("_replaced", ()):
+            return next(tensor for suffix, tensor in self._unpacked().items() if self._attributes[suffix] == name)
+        # Model code reads `linear.weight`, its dtype and slices of it, whatever the format calls its tensors.
+        if name == "weight" and "_attributes" in self.__dict__:
             return self.dequantize()
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch 2.13 cannot pickle floats of 8 bits; their bytes it can.
-        small = {
-            name: value.dtype for name, value in self._parameters.items() if value is not None and _is_float8(value)
-        }
-        as_bytes = {name: _frozen(self._parameters[name].view(torch.uint8)) for name in small}  # type: ignore[union-attr]
-        return {**self.__dict__, "_parameters": {**self._parameters, **as_bytes}, "_float8": small}
+        if self._layout is not None:  # a process without the kernel reads the stored tensors
+            twin = type(self).__new__(type(self))
+            parts = {name: dict(self.__dict__[name]) for name in ("_parameters", "_buffers")}
+            vars(twin).update({**self.__dict__, **parts})
+            twin.restore()
+            return twin.__getstate__()
+        parameters, dtypes = picklable(self._parameters)
+        return {**self.__dict__, "_parameters": parameters, "_as_bytes": dtypes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        small = state.pop("_float8", {})
+        small = state.pop("_as_bytes", {})
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for name, dtype in small.items():
-            self._parameters[name] = _frozen(self._parameters[name].view(dtype))  # type: ignore[union-attr]
+            self._parameters[name] = frozen(self._parameters[name].view(dtype))  # type: ignore[union-attr]
         self._format_key = format_key(self.format)  # the op finds the format by this key, in this process too
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
-        kept = {id(tensor) for tensor in (*self.stored.values(), *self.operands)}
+        kept = {id(tensor) for tensor in (*self.held, *self.operands)}
+        before = self.device
 
         def move(tensor: Tensor) -> Tensor:
-            return _without_cast(fn, tensor) if id(tensor) in kept else fn(tensor)
+            return without_cast(fn, tensor) if id(tensor) in kept else fn(tensor)
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        cast, other = (fn(torch.empty(0, dtype=dtype)).dtype for dtype in (torch.float32, torch.float16))
+        self._dtype = cast if cast == other else self._dtype  # else it was a move
+        if self._layout is not None and self.device != before:
+            self.prepare()  # anew, for kernels of the device that it is on now
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        stored = {suffix: destination.pop(prefix + attribute) for suffix, attribute in self._attributes.items()}
+        for attribute in self.weight_attributes:
+            destination.pop(prefix + attribute, None)
+        stored = {suffix: tensor if keep_vars else tensor.detach() for suffix, tensor in self.stored.items()}
         destination.update({self.full_name(prefix, suffix): tensor for suffix, tensor in stored.items()})
 
     def full_name(self, prefix: str, suffix: str) -> str:
@@ -232,7 +359,7 @@ class QuantizedModule(nn.Module):
 
     def _plain(self) -> dict[str, Tensor]:
         """What this module saves besides the stored tensors: the bias, and what others registered on it."""
-        stored = set(self._attributes.values())
+        stored = self.weight_attributes
         parameters = {name: value for name, value in self._parameters.items() if name not in stored}
         buffers = {name: value for name, value in self._buffers.items() if name not in self._non_persistent_buffers_set}
         return {name: value for name, value in {**parameters, **buffers}.items() if value is not None}
@@ -248,8 +375,7 @@ class QuantizedModule(nn.Module):
 
     def _place(self, value: Tensor, assign: bool) -> Tensor:
         """A copy of value on this layer's device; value itself when it is assigned, or the layer is on meta."""
-        device = next(iter(self.stored.values())).device
-        return value if assign or device.type == "meta" else value.to(device, copy=True)
+        return value if assign or self.device.type == "meta" else value.to(self.device, copy=True)
 
     def _name_attributes(self, suffixes: Iterable[str]) -> dict[str, str]:
         """An attribute for each checkpoint suffix: underscores for dots, and one more at the end while it is taken."""
@@ -270,57 +396,5 @@ class QuantizedModule(nn.Module):
         return self.name or f"{type(self).__name__} {list(self.shape)}"
 
 
-class _ByAttribute(Mapping[str, Tensor]):
-    """Offloaded tensors of one module by attribute, whether the map below has them so or by their checkpoint names."""
-
-    def __init__(self, tensors: Any, module: QuantizedModule) -> None:
-        # accelerate gives a module a view of one map for the whole model: `dataset`, less the `prefix` of names.
-        self._own = tensors
-        self._all = getattr(tensors, "dataset", tensors)
-        prefix = getattr(tensors, "prefix", "")
-        self._names = {attribute: module.full_name(prefix, suffix) for suffix, attribute in module._attributes.items()}
-
-    def __getitem__(self, attribute: str) -> Tensor:
-        try:
-            found: Tensor = self._all[self._names[attribute]]
-        except KeyError:
-            found = self._own[attribute]
-        return found
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-_RESERVED = frozenset(("bias", "dense_type", "format", "in_features", "out_features"))  # set after the stored tensors
-
-
-def _is_float8(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.itemsize == 1
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach(), requires_grad=False)
-
-
-def _without_cast(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """fn on the bytes of a tensor: it moves like any other, but a cast of floats finds nothing to cast."""
-    data = tensor.detach().reshape(math.prod(tensor.shape)).view(torch.uint8)
-    moved = fn(data)
-    if moved.dtype != torch.uint8:  # `Module.type` casts integers too
-        moved = data.to(moved.device)
-    return moved.view(tensor.dtype).reshape(tensor.shape)
-
-
-def _unreadable(
-    error: Exception, expected: WeightFormat, tensors: Mapping[str, Tensor], shape: tuple[int, ...]
-) -> list[str]:
-    """The faults of tensors whose description cannot be read: the error's own, and those by the format expected."""
-    own = f"{error.args[0]}: missing" if isinstance(error, KeyError) else str(error)
-    try:
-        others = expected.faults(tensors, shape)
-    except ValueError:  # the expected format cannot store this shape; what it would hold says nothing
-        others = []
-    return [*([] if any(fault.startswith(own) for fault in others) else [own]), *others]
+# "weight" is the float matrix that model code reads; the others are set after the stored tensors.
+_RESERVED = frozenset(("bias", "dense_type", "format", "in_features", "out_features", "weight"))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from quantcore.memory import give_back_freed_memory
 from quantcore.nn.module import QuantizedModule
 
 # What hooks of forward and backward passes a module has, and how each is called.
@@ -44,9 +45,23 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantizedModule]]
             yield name, module
 
 
+def prepare(model: nn.Module) -> int:
+    """Let kernels hold the weights of a model in layouts of their own, see `QuantizedModule.prepare`; how many they do.
+
+    Weights that several layers share are left as they are.
+    """
+    layers = list(quantized_modules(model))
+    holders = Counter(id(tensor) for _, layer in layers for tensor in layer.held)
+    alone = [layer for _, layer in layers if all(holders[id(tensor)] == 1 for tensor in layer.held)]
+    held = sum(layer.prepare() for layer in alone)
+    if held:
+        give_back_freed_memory()  # of the tensors that the layouts replace
+    return held
+
+
 def usual_dtype(model: nn.Module) -> torch.dtype | None:
     """The dtype of most of a model's float values outside of quantized weights; None where it has none."""
-    stored = {id(tensor) for _, module in quantized_modules(model) for tensor in module.stored.values()}
+    stored = {id(tensor) for _, module in quantized_modules(model) for tensor in module.held}
     counts: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         if parameter.is_floating_point() and id(parameter) not in stored:

@@ -44,7 +44,7 @@ def head_over(embedding: QuantizedEmbedding, head: nn.Module, name: str) -> Quan
     tensors: dict[str, Tensor] = dict(embedding.stored)
     if dense.bias is not None:
         tensors["bias"] = dense.bias
-    layer = QuantizedLinear.from_stored(embedding.format, tensors, dense, name).train(head.training)
+    layer = QuantizedLinear.from_stored(embedding.format, tensors, dense, name, embedding._dtype).train(head.training)
     for suffix, attribute in layer._attributes.items():
         layer._parameters[attribute] = embedding._parameters[embedding._attributes[suffix]]
     return layer
@@ -59,7 +59,7 @@ def tie_dense_heads(model: nn.Module, heads: Mapping[str, str]) -> None:
 def _shared_part(module: nn.Module) -> nn.Parameter | None:
     """The parameter by which it shows that two modules share a weight; None for modules that hold none."""
     if isinstance(module, QuantizedEmbedding | QuantizedLinear):
-        return module.get_parameter(next(iter(module._attributes.values())))
+        return module._parameters.get(next(iter(module._attributes.values())))  # a prepared layer shares none
     if view_dense(module) is None and view_embedding(module) is None:
         return None
     return module.get_parameter("weight")

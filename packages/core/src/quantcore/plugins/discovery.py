@@ -12,16 +12,19 @@ from quantcore._metadata import metadata
 from quantcore.plugins.known import KNOWN_METHODS
 
 GROUP = "quantcore"
+GROUPS = (GROUP, "quantcore.match", "quantcore.kernels", "quantcore.containers")
 
 
 @dataclass(frozen=True)
-class Claim:
+class Provider:
     """One entry point: a distribution says that a module provides a method."""
 
     name: str
     module: str
     distribution: str
     version: str
+    summary: str = ""  # of the distribution
+    is_installed: bool = True  # False for a module that QUANTCORE_PLUGINS names
 
     def __str__(self) -> str:
         return f"{self.distribution} {self.version}".strip()
@@ -36,16 +39,17 @@ class MethodInfo:
     distributions: tuple[str, ...]
     extra: str | None
     summary: str
+    is_available: bool = True  # whether a backend has it
 
 
-def claims(group: str = GROUP) -> dict[str, tuple[Claim, ...]]:
+def providers(group: str = GROUP) -> dict[str, tuple[Provider, ...]]:
     """Entry points of a group by name, less the disabled ones; more than one value means a conflict."""
     disabled = settings.disabled_plugins()
-    found: dict[str, dict[str, Claim]] = {}
-    for claim in _installed(group):
-        if disabled.isdisjoint((claim.name, claim.module, claim.distribution)):
+    found: dict[str, dict[str, Provider]] = {}
+    for provider in _installed(group):
+        if disabled.isdisjoint((provider.name, provider.module, provider.distribution)):
             # The same distribution can be seen twice on sys.path (an editable install beside its build folder).
-            found.setdefault(claim.name, {}).setdefault(claim.distribution.lower().replace("_", "-"), claim)
+            found.setdefault(provider.name, {}).setdefault(provider.distribution.lower().replace("_", "-"), provider)
     return {name: tuple(by_distribution.values()) for name, by_distribution in sorted(found.items())}
 
 
@@ -54,13 +58,17 @@ def methods() -> list[MethodInfo]:
 
     Methods of modules named in QUANTCORE_PLUGINS are included: those modules are imported, for only they know.
     """
-    installed = {name: tuple(str(claim) for claim in found) for name, found in claims().items()}
+    installed, summaries = {}, {}
+    for name, found in providers().items():
+        installed[name] = tuple(str(provider) for provider in found)
+        summaries[name] = found[0].summary
     if settings.plugin_modules():
         from quantcore.plugins.manager import plugins
 
-        for method, claim in plugins().named_claims().items():
-            installed[method] = (str(claim),)
-    return [_describe(method, installed.get(method, ())) for method in sorted({*installed, *KNOWN_METHODS})]
+        for method, provider in plugins().named_providers().items():
+            installed[method] = (str(provider),)
+    names = sorted({*installed, *KNOWN_METHODS})
+    return [_describe(method, installed.get(method, ()), summaries.get(method, "")) for method in names]
 
 
 def without(method: str) -> str | None:
@@ -76,16 +84,17 @@ def clear_cache() -> None:
     _installed.cache_clear()
 
 
-def _describe(method: str, distributions: tuple[str, ...]) -> MethodInfo:
+def _describe(method: str, distributions: tuple[str, ...], summary: str) -> MethodInfo:
     known = KNOWN_METHODS.get(method)
-    return MethodInfo(
-        method, bool(distributions), distributions, known.extra if known else None, known.summary if known else ""
-    )
+    if known is None:
+        return MethodInfo(method, bool(distributions), distributions, None, summary)
+    is_available = known.is_available or bool(distributions)
+    return MethodInfo(method, bool(distributions), distributions, known.extra, known.summary, is_available)
 
 
 @functools.lru_cache(maxsize=8)
-def _installed(group: str) -> tuple[Claim, ...]:
-    return tuple(Claim(entry.name, _module_of(entry), *_owner_of(entry)) for entry in _entry_points(group))
+def _installed(group: str) -> tuple[Provider, ...]:
+    return tuple(Provider(entry.name, _module_of(entry), *_owner_of(entry)) for entry in _entry_points(group))
 
 
 def _entry_points(group: str) -> Iterable[Any]:
@@ -110,12 +119,13 @@ def _module_of(entry: Any) -> str:
         return str(entry.value)
 
 
-def _owner_of(entry: Any) -> tuple[str, str]:
-    """Name and version of an entry point's distribution; ("?", "") for what a broken uninstall left behind.
+def _owner_of(entry: Any) -> tuple[str, str, str]:
+    """Name, version and summary of an entry point's distribution; ("?", "", "") after a broken uninstall.
 
-    The two lines are read here, for the metadata library loads the e-mail parser to read them: half of the time.
+    The lines are read here, for the metadata library loads the e-mail parser to read them: half of the time.
     """
     text = (entry.dist.read_text("METADATA") or entry.dist.read_text("PKG-INFO") or "") if entry.dist else ""
     head = text.partition("\n\n")[0].splitlines()
-    fields = dict(line.split(": ", 1) for line in head if line.startswith(("Name: ", "Version: ")))
-    return fields.get("Name", "?").strip(), fields.get("Version", "").strip()
+    fields = dict(line.split(": ", 1) for line in head if line.startswith(("Name: ", "Version: ", "Summary: ")))
+    name, version, summary = (fields.get(key, "").strip() for key in ("Name", "Version", "Summary"))
+    return name or "?", version, summary

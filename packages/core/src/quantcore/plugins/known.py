@@ -1,4 +1,4 @@
-"""Methods that the ecosystem knows, and the extra of quantcore that serves each. A row a method."""
+"""Methods that the ecosystem knows, and the backend of each. A row a method; `docs/names.py` makes pages of them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 
 class KnownMethod(NamedTuple):
-    extra: str  # of the distribution quantcore: pip install 'quantcore[extra]'
+    extra: str  # that installs its backend
     summary: str
+    is_available: bool = True  # whether that backend has it
 
 
 KNOWN_METHODS: dict[str, KnownMethod] = {
@@ -28,12 +29,13 @@ KNOWN_METHODS: dict[str, KnownMethod] = {
     "higgs": KnownMethod("misc", "Hadamard transform and MSE-optimal grids, 2 to 4 bits"),
     "hqq": KnownMethod("hqq", "half-quadratic zero points, 1 to 8 bits, no calibration"),
     "metal": KnownMethod("misc", "affine groups in MLX layout, 2 to 8 bits"),
-    "mxfp4": KnownMethod("misc", "OCP MXFP4 experts"),
+    "modelopt": KnownMethod("misc", "files of NVIDIA's Model Optimizer: NVFP4 and FP8"),
+    "mxfp4": KnownMethod("misc", "OCP MXFP4: the experts of gpt-oss, or linear layers"),
     "mxfp8": KnownMethod("fp8", "OCP MXFP8, blocks of 32"),
     "nvfp4": KnownMethod("misc", "FP4 with FP8 block scales"),
     "quanto": KnownMethod("misc", "int2 to int8 and float8 per channel or group"),
     "quark": KnownMethod("misc", "AMD Quark exports: FP8, int4, OCP MX"),
-    "sinq": KnownMethod("hqq", "dual-scale Sinkhorn normalisation"),
+    "sinq": KnownMethod("hqq", "dual-scale Sinkhorn normalisation, 1 to 8 bits"),
     "spqr": KnownMethod("misc", "sparse outliers over 3-bit groups"),
     "torchao": KnownMethod("misc", "int4, int8 and float8 layouts of torchao"),
     "vptq": KnownMethod("misc", "vector codebooks with residuals"),
@@ -54,6 +56,24 @@ ALIASES: dict[str, str] = {
     "bitblas": "gptq",
 }
 
+# What users call a method, though it is a setting of one: the flags that ask for it.
+SETTINGS: dict[str, str] = {
+    "nf4": "bitsandbytes --load-in-4bit --bnb-4bit-quant-type nf4",
+    "fp4": "bitsandbytes --load-in-4bit --bnb-4bit-quant-type fp4",
+    "int8": "bitsandbytes --load-in-8bit",
+    "llm.int8": "bitsandbytes --load-in-8bit",
+    "int4": "hqq --nbits 4 --group-size 64",
+    "q4": "hqq --nbits 4 --group-size 64",
+    "w4": "hqq --nbits 4 --group-size 64",
+    "q8": "hqq --nbits 8 --group-size 128",
+    "w8": "hqq --nbits 8 --group-size 128",
+    **{f"{name}_{mix}": f"gguf --type {name.upper()}_{mix.upper()}" for name in ("q4_k", "q5_k") for mix in ("s", "m")},
+    "w4a16": "compressed-tensors --scheme W4A16",
+    "w8a8": "compressed-tensors --scheme W8A8",
+}
+# Dtypes, in which a model is float.
+FLOATS = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
+
 
 def normalize_method(method: object) -> str:
     """The canonical spelling of a method name; names nobody knows come back unchanged.
@@ -65,8 +85,3 @@ def normalize_method(method: object) -> str:
     name = str(getattr(method, "value", method))
     folded = name.strip().lower()
     return ALIASES.get(folded, folded if folded in KNOWN_METHODS else name)
-
-
-def install_line(method: str) -> str:
-    """The shell command that installs the backend of a known method."""
-    return f"pip install 'quantcore[{KNOWN_METHODS[method].extra}]'"

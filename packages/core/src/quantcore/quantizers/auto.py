@@ -13,6 +13,7 @@ from quantcore.plugins.known import normalize_method
 from quantcore.plugins.manager import plugins
 from quantcore.quantization_config import QuantizationConfigMixin, check_nesting
 from quantcore.quantizers.base import HfQuantizer
+from quantcore.quantizers.mappings import VARIANTS, ServedClasses
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,25 @@ def quantizer_class(config: QuantizationConfigMixin) -> type[HfQuantizer]:
     return _expect_class(target if inspect.isclass(target) else target(config), HfQuantizer, name)
 
 
+def _usual_quantizer(method: str) -> type[HfQuantizer]:
+    """The quantizer class of a method's name; of a method that has several, that of its first example config."""
+    name = normalize_method(method)
+    if name in _registered_quantizers:
+        return _registered_quantizers[name]
+    example = VARIANTS.get(method) or next(iter(plugins().backend(name).example_configs), {})
+    config = config_class(name).from_dict({"quant_method": name, **example})
+    assert isinstance(config, QuantizationConfigMixin)
+    return quantizer_class(config)
+
+
+AUTO_QUANTIZER_MAPPING: Mapping[str, type[HfQuantizer]] = ServedClasses(
+    _usual_quantizer, lambda: _registered_quantizers
+)
+AUTO_QUANTIZATION_CONFIG_MAPPING: Mapping[str, type[QuantizationConfigMixin]] = ServedClasses(
+    config_class, lambda: _registered_configs
+)
+
+
 def is_served(method: str) -> bool:
     """Whether a backend or this program provides a method; imports no plugin."""
     name = normalize_method(method)
@@ -108,9 +128,15 @@ class AutoHfQuantizer:
 
     @classmethod
     def from_config(cls, quantization_config: Any, **kwargs: Any) -> HfQuantizer:
-        """The quantizer of a config or dict; keywords such as pre_quantized go to its constructor."""
+        """The quantizer of a config or dict; keywords such as pre_quantized go to its constructor.
+
+        Raises ValueError for a key that nobody knows, which only what is stored quantized may have.
+        """
         config = as_config(quantization_config)
-        kwargs.setdefault("pre_quantized", False)
+        if not kwargs.setdefault("pre_quantized", False):
+            config.check_quantizes()
+        elif unknown := config.unknown_keys():
+            logger.warning("%s has %s; that is kept, and changes nothing", type(config).__name__, "; ".join(unknown))
         return quantizer_class(config)(config, **kwargs)
 
     @classmethod

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from quantcore import transformers_names as inside
+from quantcore.errors import MissingExtraError
+from quantcore.plugins.manager import plugins
 from quantcore.quantization_config import QuantizationConfigMixin
 from quantcore.quantizers import selection
+from quantcore.quantizers.hook_rules import check_overrides
 
 
 class HfQuantizer:
@@ -19,10 +23,16 @@ class HfQuantizer:
     Order of calls around a load: validate_environment, update_device_map, update_dtype, preprocess_model (which calls
     _process_model_before_weight_loading), the weights, postprocess_model (which calls
     _process_model_after_weight_loading).
+
+    A subclass that overrides a hook which nothing calls is refused with an `UncalledHookError` when it is defined.
     """
 
     requires_calibration: bool = False
     serialized_names: Mapping[str, list[str]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_overrides(cls)
 
     def __init__(self, quantization_config: QuantizationConfigMixin, pre_quantized: bool = True, **kwargs: Any) -> None:
         self.quantization_config = quantization_config
@@ -35,7 +45,10 @@ class HfQuantizer:
     # Environment and placement
 
     def validate_environment(self, *args: Any, device_map: Any = None, weights_only: Any = None, **kwargs: Any) -> None:
-        """Raise when this machine lacks what the method needs. May be called twice."""
+        """Raise when this machine lacks what the method needs, such as `required_packages`. May be called twice."""
+        missing = [package for package in self.required_packages or () if find_spec(package) is None]
+        if missing:
+            raise MissingExtraError(f"{self._method()} needs {', '.join(missing)}; pip install {' '.join(missing)}")
 
     def update_device_map(self, device_map: Any) -> Any:
         """The device map to use for the user's, which may be None or a string."""
@@ -58,9 +71,7 @@ class HfQuantizer:
         return None
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
-        size = self.quantized_element_size
-        quantized = size is not None and self.param_needs_quantization(model, param_name)
-        return float(size) if quantized and size is not None else float(param.element_size())
+        return float(param.element_size())
 
     # Loading
 
@@ -81,7 +92,8 @@ class HfQuantizer:
 
     def postprocess_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Finish the model after its weights are in place, and leave the config on it for saving."""
-        model.hf_quantizer = self._as_held_by(model)
+        held: Any = plugins().hook.quantcore_held_quantizer(quantizer=self, model=model)
+        model.hf_quantizer = self if held is None else held  # type: ignore[assignment]
         if self.pre_quantized and getattr(self.quantization_config, "dequantize", False):
             self.remove_quantization_config(model)
         else:
@@ -91,15 +103,6 @@ class HfQuantizer:
                 config._is_quantized = True
         self._process_model_after_weight_loading(model, **kwargs)
         return model
-
-    def _as_held_by(self, model: nn.Module) -> Any:
-        """This quantizer, for a model of transformers behind the interface that its methods look for."""
-        modeling_utils = sys.modules.get("transformers.modeling_utils")  # there is none while it is not imported
-        if modeling_utils is None or not isinstance(model, modeling_utils.PreTrainedModel):
-            return self
-        from quantcore.integrations.transformers.adapter import shown_to_transformers
-
-        return shown_to_transformers(self, model)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Replace modules; called with the model on the meta device."""
@@ -173,8 +176,10 @@ class HfQuantizer:
 
     def remove_quantization_config(self, model: nn.Module) -> None:
         """Delete what marks a model as quantized."""
-        for attribute in ("hf_quantizer", "quantization_method"):
+        for attribute in ("hf_quantizer", "quantization_method", inside.CONVERSIONS_OF_LOAD):
             model.__dict__.pop(attribute, None)
+        for module in model.modules():
+            vars(module).pop(inside.COUNT, None)
         model.is_quantized = False  # type: ignore[assignment]
         for config in _transformers_configs(model.modules()):
             vars(config).pop("quantization_config", None)
@@ -193,9 +198,9 @@ class HfQuantizer:
         use_automatic = skip_modules is None or add_default_skips
         return list(dict.fromkeys((automatic if use_automatic else []) + given + list(keep_in_fp32_modules or ())))
 
-    # Hooks of transformers 4.x, which older third-party quantizers override; each gives way to the one above
+    # Names of transformers 4.x. `update_torch_dtype` may be overridden; of the others see `hook_rules`
 
-    required_packages: list[str] | None = None
+    required_packages: ClassVar[list[str] | None] = None
     requires_parameters_quantization: bool = False
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
@@ -239,7 +244,7 @@ class HfQuantizer:
         return self.get_accelerator_warm_up_factor()
 
     def get_accelerator_warm_up_factor(self) -> int:
-        """Divisor of the allocator warm-up: 4 reserves half of the float16 size."""
+        """Divisor of what is reserved before a load: 4 reserves half of the float16 size."""
         return 4
 
     def update_tp_plan(self, config: Any) -> Any:

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from quantcore.formats.base import WeightFormat
-from quantcore.nn.dense import DenseLinear
+from quantcore.nn.planned import PlannedLayer as PlannedLayer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """One layer that will be quantized."""
-
-    name: str
-    dense: DenseLinear
-    weight_format: WeightFormat
 
 
 @dataclass(frozen=True)
@@ -45,13 +35,30 @@ class Plan:
         specs = (layer.weight_format.tensor_specs(layer.dense.shape) for layer in self.layers)
         return sum(spec.nbytes for each in specs for spec in each)
 
+    def reasons(self, names: Iterable[str]) -> list[str]:
+        """A line for each reason for which layers of these names are left float, with the first few of them."""
+        return by_reason({name: self.left[name] for name in names})
+
+
+def by_reason(reasons: Mapping[str, str], shown: int = 4) -> list[str]:
+    """A line for each reason, with how many layers it holds for and the first few names."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return [
+        f"{', '.join(of[:shown])}{f' and {len(of) - shown} more' if len(of) > shown else ''}: {reason}"
+        for reason, of in names.items()
+    ]
+
 
 def nothing_to_do(model: nn.Module, left: Mapping[str, str]) -> str:
     """The error for a model of which no layer is taken."""
     if not left:
         return f"{type(model).__name__} has no Linear layers to quantize"
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:5])
-    return f"every Linear layer of {type(model).__name__} is left float ({reasons}); shorten the skip list"
+    reasons = "; ".join(by_reason(left)[:5])
+    return (
+        f"every Linear layer of {type(model).__name__} is left float ({reasons}); change the config, or its skip list"
+    )
 
 
 def report_plan(plan: Plan, model: nn.Module) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Collection
 
 from torch import nn
 
+from quantcore import patterns, transformers_names as inside
+
 
 def matches_pattern(name: str, pattern: str) -> bool:
     """Whether a skip pattern hits a module's name, by the rule of transformers.
@@ -18,10 +20,10 @@ def matches_pattern(name: str, pattern: str) -> bool:
     """
     if name.endswith(pattern):
         return True
-    try:
-        return re.match(rf"(?:{pattern})(?:\.|$)", name) is not None
-    except re.error:  # published skip lists hold plain names that are no valid expression
-        return name == pattern or name.startswith(pattern + ".")
+    expression = rf"(?:{pattern})(?:\.|$)"
+    if patterns.is_pattern(expression):
+        return patterns.matches(expression, name)
+    return name == pattern or name.startswith(pattern + ".")  # published skip lists hold plain names that are none
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -101,6 +103,6 @@ def _multiplied(cls: type[nn.Module]) -> frozenset[str]:
 def kept_in_float32(model: nn.Module) -> list[str]:
     """Names of modules that the model class says must stay in float32."""
     kept: list[str] = []
-    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+    for attribute in inside.KEPT_IN_FLOAT32:
         kept += list(getattr(model, attribute, None) or ())
     return kept

@@ -57,7 +57,7 @@ def quantize_stacks(model: nn.Module, formats: Mapping[str, WeightFormat]) -> se
                 parameter = module.get_parameter(weight.name)
                 stacks[weight.name] = QuantizedStack.from_weight(parameter, formats[label], name=label)
                 after = stacks[weight.name].quantized_weight
-                plugins().hook.quantcore_weight_quantized(name=label, before=parameter.detach(), after=after)
+                plugins().notify("quantcore_weight_quantized", name=label, before=parameter.detach(), after=after)
                 done.add(label)
         if stacks:
             split = QuantizedExperts(module, names.get(name), stacks).train(module.training)

@@ -62,11 +62,12 @@ def rounding(*dtypes: torch.dtype) -> float:
 def forward_tolerance(weight_format: WeightFormat, dtype: torch.dtype) -> float:
     """The `linear_error` that a layer may have on an input of this dtype, against its dequantized weight.
 
-    A format that defines `linear` itself rounds the input too, to 8 bits or fewer: the step of an e4m3 is 1/8 of the
-    value, and hundreds of roundings average out in a sum.
+    A format that defines `linear` itself rounds the input too: the step of an e4m3 is 1/8 of the value, and hundreds of
+    roundings average out in a sum; that of an e2m1 is 1/3 to 1/2 of it.
     """
     if type(weight_format).linear is not WeightFormat.linear:
-        return 0.05
+        roundings = [getattr(weight_format, name) for name in weight_format.activations]
+        return 0.05 if all(rounding is None or rounding.bits >= 8 for rounding in roundings) else 0.25
     return rounding(dtype, weight_format.compute_torch_dtype or dtype)
 
 

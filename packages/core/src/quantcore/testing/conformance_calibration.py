@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,15 +53,27 @@ def test_calibrated_model_is_loaded_without_data(calibrated_example: Example, tm
     assert torch.equal(loaded(token_ids()), made.model(token_ids()))
 
 
-def test_calibration_gives_the_same_bits_again_and_from_its_finished_blocks(
+def test_calibration_from_file_to_file_gives_the_files_of_the_saved_model_and_again_from_its_finished_blocks(
     calibrated_example: Example, tmp_path: Path
 ) -> None:
-    first = _calibrated(calibrated_example).model.state_dict()
-    for _ in ("again", "from finished blocks"):
-        second = _calibrate(calibrated_example, resume_dir=tmp_path / "state").state_dict()
-        assert first.keys() == second.keys()
-        differing = [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]
-        assert not differing
+    build = model_factory(calibrated_example)
+    quantcore.save(filled(build()), tmp_path / "float")
+    (tmp_path / "float" / "config.json").write_text('{"architectures": ["SmallModel"]}')
+    quantcore.save(_calibrated(calibrated_example).model, tmp_path / "saved")
+    saved = _contents(tmp_path / "saved")
+    for target in ("made", "from finished blocks"):
+        given: dict[str, Any] = {"calibration": token_ids(), "resume_dir": tmp_path / "state"}
+        config = dict(calibrated_example.config_dict)
+        quantcore.quantize_checkpoint(tmp_path / "float", tmp_path / target, config, model=build, **given)
+        made = _contents(tmp_path / target)
+        assert saved.keys() == made.keys()
+        assert not [name for name, content in saved.items() if made[name] != content]
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    """The files of a folder; of config.json what is said of the quantization."""
+    files: dict[str, Any] = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {**files, "config.json": json.loads(files["config.json"])["quantization_config"]}
 
 
 def _calibrated(example: Example) -> Calibrated:
@@ -74,7 +87,7 @@ def _calibrated(example: Example) -> Calibrated:
     return _cache[key]
 
 
-def _calibrate(example: Example, resume_dir: Path | None = None) -> SmallModel:
+def _calibrate(example: Example) -> SmallModel:
     model = filled(model_factory(example)())
-    quantcore.quantize(model, dict(example.config_dict), calibration=token_ids(), resume_dir=resume_dir)
+    quantcore.quantize(model, dict(example.config_dict), calibration=token_ids())
     return model

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 import quantcore
@@ -14,11 +13,11 @@ from quantcore.checkpoints.write import write_tensors
 from quantcore.errors import CheckpointError
 from quantcore.nn.module import QuantizedModule
 from quantcore.testing.damage import SURPLUS, damage_each, misshape, recast, required_names
+from quantcore.testing.files import read_tensors, remove_weights, weights_file
 from quantcore.testing.models import model_factory, quantized_model
 from quantcore.testing.subjects import LAYER_NAME, Example
 
 OTHER_LAYER = "model.layers.0.mlp.down_proj"
-FILE = "model.safetensors"
 
 
 def test_each_missing_tensor_is_named(example: Example, tmp_path: Path) -> None:
@@ -44,6 +43,7 @@ def test_each_tensor_of_wrong_dtype_is_named(example: Example, tmp_path: Path) -
         assert _unnamed(error, [LAYER_NAME, name]) == []
 
 
+@pytest.mark.side_by_side
 def test_surplus_tensor_of_a_layer_is_named(example: Example, tmp_path: Path) -> None:
     tensors = _save(example, tmp_path)
     error = _error(example, tmp_path, {**tensors, f"{LAYER_NAME}.{SURPLUS}": torch.zeros(1)})
@@ -72,10 +72,10 @@ def test_all_faults_of_a_checkpoint_are_in_one_error(example: Example, tmp_path:
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.9], ids=["empty", "header", "most"])
 def test_truncated_file_is_named(example: Example, tmp_path: Path, kept: float) -> None:
     _save(example, tmp_path)
-    path = tmp_path / "saved" / FILE
+    path = weights_file(tmp_path / "saved")
     data = path.read_bytes()
     path.write_bytes(data[: int(kept * len(data))])
-    with pytest.raises(CheckpointError, match=FILE):
+    with pytest.raises(CheckpointError, match=path.name):
         quantcore.load(tmp_path / "saved", model_factory(example))
 
 
@@ -100,12 +100,12 @@ def _stored(example: Example) -> dict[str, Tensor]:
 def _save(example: Example, folder: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint that is saved under folder / "saved"."""
     quantcore.save(quantized_model(example), folder / "saved")
-    with safe_open(folder / "saved" / FILE, framework="pt") as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - a handle is no mapping
+    return read_tensors(weights_file(folder / "saved"))
 
 
 def _error(example: Example, folder: Path, tensors: dict[str, Tensor]) -> str:
     """The text of the error that the checkpoint gives when it holds these tensors instead."""
+    remove_weights(folder / "saved")
     write_tensors(tensors, folder / "saved")
     with pytest.raises(CheckpointError) as caught:
         quantcore.load(folder / "saved", model_factory(example))

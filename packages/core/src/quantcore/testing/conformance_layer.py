@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantcore.distributed.parallel_layers import share_of
+from quantcore.distributed.split import Split
+from quantcore.formats.cutting import join
 from quantcore.nn import QuantizedLinear
 from quantcore.nn.module import QuantizedModule
 from quantcore.testing.compare import differences, forward_tolerance, linear_error, rounding, same_bytes
@@ -18,6 +21,7 @@ N, K = REGULAR_SHAPE
 LEADING_SHAPES = [(), (1,), (5,), (2, 3), (1, 1, 4), (0,), (2, 0)]
 
 
+@pytest.mark.side_by_side
 def test_forward_is_that_of_the_dequantized_weight(example: Example, dtype: torch.dtype, device: torch.device) -> None:
     layer = example.layer(make_linear(dtype=dtype, device=device))
     x = _input((5,), dtype, device)
@@ -28,7 +32,7 @@ def test_forward_a_few_rows_at_a_time_is_that_of_the_dequantized_weight(
     example: Example, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, x = example.layer(make_linear(dtype=dtype)), _input((5,), dtype)
-    monkeypatch.setattr(type(layer.format), "piece_bytes", 12 * K)
+    monkeypatch.setattr(type(layer.format), "chunk_bytes", 12 * K)
     assert _forward_error(layer, x) <= forward_tolerance(layer.format, dtype)
 
 
@@ -78,7 +82,7 @@ def test_default_device_of_the_caller_plays_no_part(example: Example, device: to
     dense, x = make_linear(device=device), _input((5,), torch.float32, device)
     expected = example.layer(dense)(x)
     with torch.device("meta"):
-        assert same_bytes(example.layer(dense)(x), expected)
+        assert same_bytes(example.make_layer(dense)(x), expected)
 
 
 def test_input_of_the_wrong_width_is_refused(example: Example) -> None:
@@ -87,6 +91,7 @@ def test_input_of_the_wrong_width_is_refused(example: Example) -> None:
         layer(torch.zeros(5, K + 1))
 
 
+@pytest.mark.side_by_side
 def test_gradient_of_the_input_is_that_of_the_dequantized_weight(
     example: Example, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -153,7 +158,7 @@ def test_compiled_layer_gives_the_same_gradient(example: Example, device: torch.
 
 
 def test_deep_copy_computes_the_same_and_shares_nothing(example: Example) -> None:
-    layer = example.layer(make_linear())
+    layer = example.make_layer(make_linear())
     x, before = _input((5,)), layer(_input((5,)))
     twin = copy.deepcopy(layer)
     assert same_bytes(twin(x), before)
@@ -181,7 +186,7 @@ def test_layer_from_a_single_linear_is_that_of_a_model(example: Example, dtype: 
 
 def test_linear_that_was_quantized_is_left_as_it_was(example: Example, dtype: torch.dtype) -> None:
     linear = make_linear(dtype=dtype)
-    example.layer(linear)
+    example.make_layer(linear)
     assert differences(linear.state_dict(), make_linear(dtype=dtype).state_dict()) == []
 
 
@@ -190,6 +195,32 @@ def _checks(layer: QuantizedModule) -> tuple[str, ...]:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     has_float8 = any(operand.is_floating_point() and operand.itemsize == 1 for operand in layer.operands)
     return checks[1:] if has_float8 else checks
+
+
+@pytest.mark.parametrize("style", ["colwise", "rowwise"])
+def test_shares_of_two_processes_are_the_weight_cut_in_two(example: Example, style: str) -> None:
+    layer = example.layer(make_linear((2 * N, 2 * K)))
+    assert isinstance(layer, QuantizedLinear)
+    shares, axis = _shares(layer, style), int(style == "rowwise")
+    if not shares:
+        return
+    assert torch.equal(torch.cat([share.dequantize() for share in shares], axis), layer.dequantize())
+    parts = {spec.name: spec for spec in shares[0].format.tensor_specs(shares[0].shape)}
+    for spec in layer.format.tensor_specs(layer.shape):
+        if not spec.metadata:
+            own = [share.stored[spec.name] for share in shares]
+            joined = join(own, [parts[spec.name]] * 2, spec, along_n=style == "colwise")
+            assert same_bytes(joined, layer.stored[spec.name]), spec.name
+
+
+def _shares(layer: QuantizedLinear, style: str) -> list[QuantizedLinear]:
+    """What each of two processes holds; nothing where the format says what cannot be cut."""
+    try:
+        return [share_of(layer, Split(style, rank, 2, layer.shape)) for rank in range(2)]
+    except ValueError as error:
+        if not any(words in str(error) for words in ("cannot be split", "cuts blocks", "is not a multiple")):
+            raise
+        return []
 
 
 def _input(leading: tuple[int, ...], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 import quantcore
@@ -17,7 +16,8 @@ from quantcore.plugins.manager import plugins
 from quantcore.quantizers.auto import AutoQuantizationConfig
 from quantcore.quantizers.base import HfQuantizer
 from quantcore.testing.compare import cosine, differences, forward_tolerance, relative_error, same_bytes
-from quantcore.testing.models import SmallModel, filled, model_factory, quantized_model, token_ids
+from quantcore.testing.files import read_tensors, weights_file
+from quantcore.testing.models import SmallModel, filled, model_factory, quantize_anew, quantized_model, token_ids
 from quantcore.testing.subjects import Example
 
 PROJECTIONS = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
@@ -58,12 +58,13 @@ def test_observer_sees_every_weight(example: Example) -> None:
     observer = _Observer(seen)
     plugins().register(observer)
     try:
-        model = quantized_model(example)
+        model = quantize_anew(example)
     finally:
         plugins().unregister(observer)
     assert seen == {name: module.shape for name, module in quantized_modules(model)}
 
 
+@pytest.mark.side_by_side
 def test_loaded_model_gives_the_same_bits(example: Example, dtype: torch.dtype, tmp_path: Path) -> None:
     model = quantized_model(example, dtype)
     quantcore.save(model, tmp_path / "saved")
@@ -79,6 +80,7 @@ def test_loaded_model_is_on_no_meta_device_and_tied(example: Example, tmp_path: 
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
+@pytest.mark.side_by_side
 def test_loaded_layers_are_those_that_were_saved(example: Example, tmp_path: Path) -> None:
     model = quantized_model(example)
     quantcore.save(model, tmp_path / "saved")
@@ -101,6 +103,7 @@ def test_model_that_holds_values_takes_the_checkpoint_too(example: Example, tmp_
     assert same_bytes(loaded(token_ids()), model(token_ids()))
 
 
+@pytest.mark.side_by_side
 def test_config_of_the_checkpoint_is_that_of_the_model(example: Example, tmp_path: Path) -> None:
     model = quantized_model(example)
     quantcore.save(model, tmp_path / "saved")
@@ -114,7 +117,7 @@ def test_saved_tensors_are_those_of_the_state_dict(example: Example, dtype: torc
     quantcore.save(model, tmp_path / "saved")
     expected = model.state_dict()
     del expected["lm_head.weight"]  # tied
-    assert differences(_read(tmp_path / "saved" / "model.safetensors"), expected) == []
+    assert differences(read_tensors(weights_file(tmp_path / "saved")), expected) == []
 
 
 def test_saving_again_writes_the_same_bytes(example: Example, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def test_saving_again_writes_the_same_bytes(example: Example, dtype: torch.dtype
 
 def test_quantizing_again_writes_the_same_bytes(example: Example, tmp_path: Path) -> None:
     quantcore.save(quantized_model(example), tmp_path / "first")
-    quantcore.save(quantized_model(example), tmp_path / "second")
+    quantcore.save(quantize_anew(example), tmp_path / "second")
     assert _contents(tmp_path / "second") == _contents(tmp_path / "first")
 
 
@@ -134,9 +137,9 @@ def test_shards_and_their_index_hold_the_same_tensors(example: Example, tmp_path
     quantcore.save(model, tmp_path / "whole")
     quantcore.save(model, tmp_path / "shards", max_shard_size="10KB")
     weight_map = json.loads((tmp_path / "shards" / INDEX).read_text())["weight_map"]
-    found = {name: _read(tmp_path / "shards" / file)[name] for name, file in weight_map.items()}
+    found = {name: read_tensors(tmp_path / "shards" / file)[name] for name, file in weight_map.items()}
     assert len(set(weight_map.values())) > 2
-    assert differences(found, _read(tmp_path / "whole" / "model.safetensors")) == []
+    assert differences(found, read_tensors(weights_file(tmp_path / "whole"))) == []
 
 
 def test_model_loaded_from_shards_gives_the_same_bits(example: Example, tmp_path: Path) -> None:
@@ -155,17 +158,27 @@ def test_dequantized_model_has_float_layers_alone(example: Example, dtype: torch
     assert not hasattr(model, "hf_quantizer")
 
 
-def test_dequantized_model_gives_the_same_logits(example: Example) -> None:
-    model = quantized_model(example)
-    tolerance = max(forward_tolerance(module.format, torch.float32) for _, module in quantized_modules(model))
+@pytest.mark.side_by_side
+def test_dequantized_model_gives_the_same_logits(example: Example, dtype: torch.dtype) -> None:
+    model = quantized_model(example, dtype)
+    tolerance = max(forward_tolerance(module.format, dtype) for _, module in quantized_modules(model))
     before = model(token_ids())
-    assert relative_error(quantcore.dequantize(model)(token_ids()), before) <= tolerance
+    after = quantcore.dequantize(model)(token_ids())
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert after.dtype == dtype
+    assert relative_error(after, before) <= tolerance
 
 
-def test_loaded_model_dequantizes_to_the_same_weights(example: Example, tmp_path: Path) -> None:
-    loaded = _saved_and_loaded(example, tmp_path / "saved")
-    expected = quantcore.dequantize(quantized_model(example))
+def test_loaded_model_dequantizes_to_the_same_weights(example: Example, dtype: torch.dtype, tmp_path: Path) -> None:
+    loaded = _saved_and_loaded(example, tmp_path / "saved", dtype)
+    expected = quantcore.dequantize(quantized_model(example, dtype))
     assert differences(quantcore.dequantize(loaded).state_dict(), expected.state_dict()) == []
+
+
+def test_cast_model_dequantizes_to_the_dtype_of_its_floats(example: Example, dtype: torch.dtype) -> None:
+    model = quantcore.dequantize(quantized_model(example).to(dtype))
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model(token_ids()).dtype == dtype
 
 
 def test_dequantized_model_can_be_quantized_again(example: Example) -> None:
@@ -193,8 +206,8 @@ def _needs_calibration(example: Example) -> bool:
     return False
 
 
-def _saved_and_loaded(example: Example, folder: Path) -> SmallModel:
-    quantcore.save(quantized_model(example), folder)
+def _saved_and_loaded(example: Example, folder: Path, dtype: torch.dtype = torch.float32) -> SmallModel:
+    quantcore.save(quantized_model(example, dtype), folder)
     model = quantcore.load(folder, model_factory(example))
     assert isinstance(model, SmallModel)
     return model
@@ -207,8 +220,3 @@ def _described(model: nn.Module) -> dict[str, tuple[type[QuantizedModule], str, 
 
 def _contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    with safe_open(file, framework="pt") as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - a handle is no mapping

@@ -17,7 +17,7 @@ def misshape(tensor: Tensor) -> Tensor:
 
 def recast(tensor: Tensor) -> Tensor:
     """The values in a dtype that no format stores this tensor in."""
-    return tensor.to(torch.float32 if tensor.dtype == torch.int64 else torch.int64)
+    return tensor.to(torch.float32 if tensor.dtype in (torch.int32, torch.int64) else torch.int64)
 
 
 def required_names(layer: QuantizedModule) -> list[str]:

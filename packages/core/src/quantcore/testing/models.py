@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -86,15 +88,23 @@ class SmallModel(nn.Module):
 
 def model_factory(example: Example, dtype: torch.dtype = torch.float32) -> Callable[[], SmallModel]:
     """A function that builds the model in a size that the example's format can store, an odd one where it can."""
-    inner = next((size for size in ODD_INNER if _fits(example, size, dtype)), USUAL_INNER)
+    inner = _inner(example, dtype)
     return lambda: SmallModel(inner, dtype)
 
 
 def quantized_model(example: Example, dtype: torch.dtype = torch.float32) -> SmallModel:
-    """The model, quantized with the example config."""
+    """The model, quantized with the example config: a copy of one that is made once."""
+    return copy.deepcopy(_quantized_once(example, dtype))
+
+
+def quantize_anew(example: Example, dtype: torch.dtype = torch.float32) -> SmallModel:
+    """The model, quantized with the example config, whatever was made before."""
     model = example.quantize_model(filled(model_factory(example, dtype)()))
     assert isinstance(model, SmallModel)
     return model
+
+
+_quantized_once = functools.lru_cache(maxsize=256)(quantize_anew)  # 0.2 MB each
 
 
 def filled(model: SmallModel) -> SmallModel:
@@ -108,6 +118,11 @@ def filled(model: SmallModel) -> SmallModel:
 def token_ids() -> Tensor:
     """Two rows of ids, among them the first and the last token."""
     return torch.arange(2 * TOKENS).view(2, -1) % TOKENS
+
+
+@functools.cache
+def _inner(example: Example, dtype: torch.dtype) -> int:
+    return next((size for size in ODD_INNER if _fits(example, size, dtype)), USUAL_INNER)
 
 
 def _fits(example: Example, inner: int, dtype: torch.dtype) -> bool:

@@ -12,6 +12,7 @@ from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from quantcore.distributed.parallel_layers import ParallelLinear
 from quantcore.integrations.peft.merging import Requantizing
 from quantcore.nn.dense import build_dense
 from quantcore.nn.embedding import QuantizedEmbedding
@@ -22,6 +23,11 @@ class LoraQuantizedLinear(Requantizing, Linear):  # type: ignore[misc]  # peft i
     """A quantized layer and its adapters."""
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.get_base_layer(), ParallelLinear):  # its input or output is a part of what adapters know
+            raise ValueError(
+                "adapters go on whole layers, and these are split among processes; load the model without tp_plan, and "
+                "train it under DDP or fully_shard"
+            )
         self.fan_in_fan_out = False  # a quantized weight is [N, K], also where it was a Conv1D
         super().update_layer(adapter_name, *args, **kwargs)
 

@@ -125,7 +125,7 @@ class Requantizing:
 
     def _get_base_layer_device_and_dtype(self, base_layer: QuantizedModule) -> tuple[torch.device, None]:
         # Stored tensors say nothing of a dtype for adapters: a float one among them may hold packed bits.
-        return next(iter(base_layer.stored.values())).device, None
+        return base_layer.device, None
 
 
 def kept(layer: nn.Module) -> dict[str, Tensor]:
@@ -156,5 +156,5 @@ def requantize(layer: nn.Module, wanted: Tensor, adapter_names: list[str]) -> fl
         weight = layer.get_parameter("weight")
         weight.data = wanted.to(weight.dtype)
         return float((weight.detach() - wanted).norm())
-    layer.store({**layer.stored, **layer.format.quantize(wanted.to(layer.dequantize().dtype))})
+    layer.store({**layer.stored, **layer.format.requantize(wanted.to(layer.dtype), layer.stored)})
     return float((layer.dequantize(torch.float32) - wanted).norm())

@@ -230,7 +230,7 @@ def _hidden_stored_tensors(model: nn.Module) -> Iterator[None]:
     """A block in which quantized layers show no stored tensors among their parameters."""
     taken = []
     for _, module in quantized_modules(model):
-        attributes = list(module._attributes.values())
+        attributes = [name for name in module._parameters if name in module.weight_attributes]
         taken.append((module, {attribute: module._parameters.pop(attribute) for attribute in attributes}))
     try:
         yield

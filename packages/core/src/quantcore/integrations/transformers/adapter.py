@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers.quantizers import HfQuantizer as TransformersQuantizer, auto as stock
 
+from quantcore import transformers_names as inside
+from quantcore.checkpoints.described import told_with_place
+from quantcore.checkpoints.layers import stored_layers
+from quantcore.checkpoints.names import name_in_checkpoint
 from quantcore.checkpoints.offload import offloaded_state_dict
 from quantcore.checkpoints.read import quantization_beside
+from quantcore.distributed.parallel_layers import parallel_layers, whole_layers
+from quantcore.integrations.transformers.calibrating import CalibratingLoad, calibrates, check_data
+from quantcore.integrations.transformers.counting import count_float_weights
 from quantcore.integrations.transformers.quantizing import QuantizingLoad
+from quantcore.integrations.transformers.splitting import TensorSplit, refuse_untold
 from quantcore.integrations.transformers.stored import StoredLoad
 from quantcore.plugins.manager import plugins
 from quantcore.quantization_config import QuantizationConfigMixin, as_dtype
@@ -35,7 +44,8 @@ class ServedQuantizer(TransformersQuantizer):  # type: ignore[misc]  # transform
     def __init__(self, quantizer: HfQuantizer, shown: Any = None) -> None:
         super().__init__(shown or quantizer.quantization_config, pre_quantized=quantizer.pre_quantized)
         self.quantizer = quantizer
-        self._load: StoredLoad | QuantizingLoad | None = None
+        self.split: TensorSplit | None = None  # how the load splits the model
+        self._load: StoredLoad | QuantizingLoad | CalibratingLoad | None = None
 
     @property
     def method(self) -> str:
@@ -71,7 +81,9 @@ class ServedQuantizer(TransformersQuantizer):  # type: ignore[misc]  # transform
     def preprocess_model(
         self, model: nn.Module, dtype: Any = None, device_map: Any = None, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
-        kind = StoredLoad if self.pre_quantized else QuantizingLoad
+        kind: type[StoredLoad | QuantizingLoad | CalibratingLoad] = StoredLoad if self.pre_quantized else QuantizingLoad
+        if calibrates(self.quantizer):
+            kind = CalibratingLoad
         files = [Path(file) for file in checkpoint_files or ()]
         self._load = kind(self.quantizer, model, files, dtype, device_map)
 
@@ -80,7 +92,9 @@ class ServedQuantizer(TransformersQuantizer):  # type: ignore[misc]  # transform
         assert self._load is not None
         conversions = self._load.begin(weight_conversions)
         self._load.model.quantization_method = SERVED  # type: ignore[assignment]
-        plugins().hook.quantcore_before_weight_loading(quantizer=self.quantizer, model=self._load.model)
+        plugins().notify("quantcore_before_weight_loading", quantizer=self.quantizer, model=self._load.model)
+        if self.split is not None:
+            self.split.take(self._load.model, *self._load.weights())
         return conversions
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -92,19 +106,48 @@ class ServedQuantizer(TransformersQuantizer):  # type: ignore[misc]  # transform
 
     def postprocess_model(self, model: nn.Module, **kwargs: Any) -> None:
         assert self._load is not None
+        if self.split is None:
+            refuse_untold(model)
         self._load.finish()
         self._load = None
+        if self.split is not None:
+            self.split.finish(model)
+            self.split = None
         self.quantizer.postprocess_model(model)
         if hasattr(model, "hf_quantizer"):  # a config may ask for float weights
             model.hf_quantizer = self
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
-        plugins().hook.quantcore_after_weight_loading(quantizer=self.quantizer, model=model)
+        plugins().notify("quantcore_after_weight_loading", quantizer=self.quantizer, model=model)
 
     # Saving, training, leaving
 
     def get_state_dict_and_metadata(self, model: nn.Module, *args: Any) -> tuple[dict[str, Tensor] | None, Any]:
+        if next(parallel_layers(model), None) is not None:
+            return self._whole_state_dict(model)
         tensors, metadata = self.quantizer.get_state_dict_and_metadata(model, *args)
+        self._describe(model)
         return (offloaded_state_dict(model) if tensors is None else tensors), metadata
+
+    def _whole_state_dict(self, model: nn.Module) -> tuple[dict[str, Tensor], Any]:
+        """As `get_state_dict_and_metadata`, with whole layers on the first process, which writes."""
+        with whole_layers(model):
+            metadata: dict[str, str] = {}
+            if distributed.get_rank() == 0:
+                metadata = self.quantizer.get_state_dict_and_metadata(model)[1]
+                self._describe(model)
+            return {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}, metadata
+
+    def _describe(self, model: nn.Module) -> None:
+        """Have the model's config say of the layers what the method says; transformers writes it next."""
+        if not isinstance(self.quantizer, WeightQuantizer):
+            return
+        described = self.quantizer.checkpoint_config(list(stored_layers(model, name_in_checkpoint(model))))
+        config = self.quantizer.quantization_config
+        usual = config.to_dict()
+        of_layers = described.pop("quantization_config", {}).items()
+        config.update(**{key: value for key, value in of_layers if key not in usual or usual[key] != value})
+        for key, value in described.items():
+            setattr(model.config, key, value)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return self.quantizer.is_serializable()
@@ -122,9 +165,8 @@ class ServedQuantizer(TransformersQuantizer):  # type: ignore[misc]  # transform
         return self.quantizer.is_compileable
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """The model with float weights in dtype (None: the dtype of the model's config)."""
-        wanted = as_dtype(dtype or getattr(model.config, "dtype", None), "dtype")  # a saved config holds a name
-        return self.quantizer.dequantize(model, wanted)
+        """The model with float weights in dtype (None: that of its other floats, whatever its config says)."""
+        return self.quantizer.dequantize(model, as_dtype(dtype, "dtype"))
 
     def remove_quantization_config(self, model: nn.Module) -> None:
         self.quantizer.remove_quantization_config(model)
@@ -140,15 +182,15 @@ def choose(config: Any, requested: Any, takes: Callable[[str], bool]) -> ServedQ
     source = requested if found is None else found
     if source is None:
         return None
-    described = source if isinstance(source, Mapping) else source.to_dict()
-    method = method_of(described)
-    if not takes(method):
-        _check_stock(method, source)
+    folder = _folder_of(config)
+    with told_with_place(folder, vars(config)) if found and folder.name else contextlib.nullcontext():
+        quantizer = _quantizer_of(source, found, requested, takes)
+    if quantizer is None:
         return None
-    merged = AutoHfQuantizer.merge_quantization_configs(found, requested and as_config(requested)) if found else source
-    quantizer = AutoHfQuantizer.from_config(merged, pre_quantized=found is not None)
     if not isinstance(quantizer, WeightQuantizer) and found is None:
         raise TypeError(f"{type(quantizer).__name__} only loads checkpoints; it cannot quantize a model")
+    if calibrates(quantizer):
+        check_data(quantizer)
     served = ServedQuantizer(quantizer, None if found or isinstance(requested, dict) else requested)
     config.quantization_config = served.quantization_config
     return served
@@ -157,15 +199,30 @@ def choose(config: Any, requested: Any, takes: Callable[[str], bool]) -> ServedQ
 def shown_to_transformers(quantizer: HfQuantizer, model: nn.Module) -> ServedQuantizer:
     """What a transformers model carries as `hf_quantizer`, so that its own save_pretrained and dequantize work."""
     model.quantization_method = SERVED  # type: ignore[assignment]
+    count_float_weights(model)
     return ServedQuantizer(quantizer)
 
 
 def _found_in(config: Any) -> Any:
     found = getattr(config, "quantization_config", None)
-    if found is None and hasattr(config, "get_text_config"):
-        found = getattr(config.get_text_config(decoder=True), "quantization_config", None)
-    folder = Path(getattr(config, "_name_or_path", None) or "")
+    if found is None:
+        found = getattr(inside.text_config(config, decoder=True), "quantization_config", None)
+    folder = _folder_of(config)
     return quantization_beside(folder) if found is None and folder.name and folder.is_dir() else found
+
+
+def _folder_of(config: Any) -> Path:
+    return Path(getattr(config, inside.NAME_OR_PATH, None) or "")
+
+
+def _quantizer_of(source: Any, found: Any, requested: Any, takes: Callable[[str], bool]) -> HfQuantizer | None:
+    """The quantizer that a checkpoint, or else the caller, asks for; None where it is left to stock."""
+    method = method_of(source if isinstance(source, Mapping) else source.to_dict())
+    if not takes(method):
+        _check_stock(method, source)
+        return None
+    merged = AutoHfQuantizer.merge_quantization_configs(found, requested and as_config(requested)) if found else source
+    return AutoHfQuantizer.from_config(merged, pre_quantized=found is not None)
 
 
 def _check_stock(method: str, source: Any) -> None:

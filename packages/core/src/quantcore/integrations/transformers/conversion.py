@@ -1,7 +1,7 @@
 """How tensors get from transformers' loader to quantized layers.
 
-The loader renames every checkpoint tensor, collects those that one converter claims, and calls the converter.
-`LayerConverter` claims what quantcore takes; everything else is left to transformers.
+The loader renames every checkpoint tensor, collects those that one converter takes, and calls the converter.
+`LayerConverter` takes what belongs to quantized layers; everything else is left to transformers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
+from quantcore import transformers_names as inside
+from quantcore.checkpoints.names import renamed_modules
+
 Receive = Callable[[str, dict[str, Tensor], set[str]], dict[str, Tensor]]
 Source = Callable[[str, str, Any], Any]
 
@@ -21,17 +24,21 @@ Source = Callable[[str, str, Any], Any]
 class LayerConverter(WeightConverter):  # type: ignore[misc]  # transformers is untyped
     """Collects the tensors that go to one place and hands them over together.
 
-    label: a text that no other converter of the load has. claim: the model's parameter under which a tensor is
-    collected, by the tensor's name after renamings; None for what is not claimed. operation: receives that parameter's
+    label: a text that no other converter of the load has. parameter_for: the model's parameter under which a tensor is
+    collected, by the tensor's name after renamings; None for what is not taken. operation: receives that parameter's
     name and the tensors by their names in the file. source: what a tensor is read with, by that parameter's name, its
     own name in the file, and transformers' way of reading it, which is the default.
     """
 
     def __init__(
-        self, label: str, claim: Callable[[str], str | None], operation: LayerOperation, source: Source | None = None
+        self,
+        label: str,
+        parameter_for: Callable[[str], str | None],
+        operation: LayerOperation,
+        source: Source | None = None,
     ) -> None:
         super().__init__(label, label, [operation])
-        self.claim = claim
+        self.parameter_for = parameter_for
         self.source = source
 
     def __deepcopy__(self, memo: Any) -> LayerConverter:
@@ -41,7 +48,7 @@ class LayerConverter(WeightConverter):  # type: ignore[misc]  # transformers is 
         return made
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        target = self.claim(source_key)
+        target = self.parameter_for(source_key)
         return (source_key, None) if target is None else (target, self.source_patterns[0])
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
@@ -93,9 +100,15 @@ def names_after_renaming(names: Iterable[str], conversions: Iterable[Any]) -> di
     return renamed
 
 
+def modules_after_renaming(model: nn.Module, names: Iterable[str], conversions: Iterable[Any]) -> dict[str, str]:
+    """{module of a model: what a checkpoint with tensors of these names calls it}, where the two differ."""
+    renamed = names_after_renaming(names, conversions)
+    return renamed_modules((name_with_prefix(here, model), stored) for stored, here in renamed.items())
+
+
 def name_with_prefix(name: str, model: nn.Module) -> str:
     """The name with the base model's prefix where only that leads to a module of the model, or without it."""
-    prefix = getattr(model, "base_model_prefix", "")
+    prefix = getattr(model, inside.BASE_PREFIX, "")
     head, _, rest = name.partition(".")
     if not prefix or head in model._modules:
         return name

@@ -14,11 +14,18 @@ from transformers.integrations.accelerate import get_device
 from quantcore.checkpoints.devices import is_on_disk
 from quantcore.checkpoints.read import Checkpoint
 from quantcore.errors import CheckpointError
-from quantcore.integrations.transformers.conversion import LayerConverter, LayerOperation, name_with_prefix
-from quantcore.integrations.transformers.placing import restore_operands, settle
+from quantcore.formats.base import WeightFormat
+from quantcore.integrations.transformers.conversion import (
+    LayerConverter,
+    LayerOperation,
+    modules_after_renaming,
+    name_with_prefix,
+)
+from quantcore.integrations.transformers.placing import hold_buffers, restore_operands
 from quantcore.nn.experts import FusedWeight, QuantizedExperts, fused_weights
 from quantcore.nn.module import QuantizedModule
 from quantcore.nn.replace import quantized_modules
+from quantcore.nn.tied import tied_heads
 from quantcore.quantizers.base import HfQuantizer
 from quantcore.quantizers.plan import PlannedLayer, report_plan
 from quantcore.quantizers.stacks import quantize_stacks
@@ -42,7 +49,7 @@ class QuantizingLoad:
         self.device_map = device_map
         self.operation = LayerOperation(self._receive)
         self._dtype = dtype
-        self._checkpoint = Checkpoint.of_files(files) if _can_be_read(files) else None
+        self._checkpoint = Checkpoint.of_files(files) if can_be_read(files) else None
         self._layers: dict[str, PlannedLayer] = {}  # by the name of the weight
         self._stacks: dict[str, PlannedLayer] = {}  # 3-D weights of experts that are stored whole, by name
         self._fused: dict[str, tuple[str, FusedWeight]] = {}  # by the name of the parameter: its module, what it holds
@@ -53,6 +60,9 @@ class QuantizingLoad:
         Experts that are taken apart take their tensors before transformers would put them together. Other weights are
         taken when no conversion of transformers changes them; those that one makes come through `operation`.
         """
+        if self._checkpoint is not None:
+            stored = modules_after_renaming(self.model, self._checkpoint.headers, conversions)
+            self.quantizer.know_names(self.model, stored)
         plan = self.quantizer.plan(self.model)
         report_plan(plan, self.model)
         for layer in plan.layers:
@@ -76,6 +86,11 @@ class QuantizingLoad:
         """Stored bits a weight of a parameter that will be quantized, None for another."""
         layer = self._layers.get(name) or self._stacks.get(name)
         return None if layer is None else layer.weight_format.bits_per_weight(layer.dense.shape)
+
+    def weights(self) -> tuple[dict[str, WeightFormat], list[str]]:
+        """The format of each layer to quantize by name, and names of heads that share such an embedding."""
+        found = {str(layer.name): layer.weight_format for layer in self._layers.values()}
+        return found, [head for embedding, head in tied_heads(self.model).items() if embedding in found]
 
     def finish(self) -> None:
         """Called when transformers has filled the model.
@@ -157,7 +172,7 @@ class QuantizingLoad:
         quantize_stacks(self.model, formats)
         result: dict[str, Tensor] = {}
         for stack_name, stack in quantized_modules(self.model.get_submodule(owner)):
-            result |= self._settle(f"{owner}.{stack_name}", stack)
+            result |= self._finish(f"{owner}.{stack_name}", stack)
         return result
 
     def _quantize(self, name: str, tensor: Tensor, missing: set[str]) -> dict[str, Tensor]:
@@ -170,16 +185,16 @@ class QuantizingLoad:
         missing.discard(name)
         module = self.model.get_submodule(planned.name)
         assert isinstance(module, QuantizedModule)
-        return self._settle(planned.name, module)
+        return self._finish(planned.name, module)
 
-    def _settle(self, name: str, module: QuantizedModule) -> dict[str, Tensor]:
+    def _finish(self, name: str, module: QuantizedModule) -> dict[str, Tensor]:
         on_disk = is_on_disk(self.device_map, name)
         stored = {module.full_name(f"{name}.", suffix): value.detach() for suffix, value in module.stored.items()}
-        settle(module, on_disk)
+        hold_buffers(module, on_disk)
         return stored if on_disk else {}
 
 
-def _can_be_read(files: list[Path]) -> bool:
+def can_be_read(files: list[Path]) -> bool:
     """Whether weights can be read here: whole, for this process alone, and not from a pickle."""
     is_alone = not (distributed.is_available() and distributed.is_initialized())
     return is_alone and bool(files) and all(file.suffix == ".safetensors" for file in files)

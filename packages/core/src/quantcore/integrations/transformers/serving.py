@@ -130,6 +130,7 @@ def _get_hf_quantizer(
 ) -> Any:
     """What transformers' function of this name returns: (quantizer or None, config, device_map)."""
     from quantcore.integrations.transformers.adapter import ServedQuantizer, choose
+    from quantcore.integrations.transformers.splitting import split_of
 
     selection = _here.get() or _everywhere
     quantizer = None
@@ -138,6 +139,7 @@ def _get_hf_quantizer(
     if not isinstance(quantizer, ServedQuantizer):
         assert _stock is not None
         return _stock(config, quantization_config, device_map, weights_only, user_agent, *rest, **named)
+    quantizer.split = split_of(config)
     quantizer.validate_environment(device_map=device_map, weights_only=weights_only)
     device_map = quantizer.update_device_map(device_map)
     config = quantizer.update_attn_implementation(config)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from quantcore.formats.base import WeightFormat
 from quantcore.kernels import reference
-from quantcore.kernels.dispatch import Kernel
+from quantcore.kernels.kernel import Kernel
 
-_LONGEST_CHILD = 600
+_LONGEST_CHILD = 3600
 
 
 def run_in_interpreter(test_file: str) -> None:
@@ -130,9 +130,21 @@ def _check_near(
 ) -> None:
     expected = reference.linear(x, list(named.values()), bias, weight_format, shape[0])
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    error = (found.double() - expected.double()).abs()
     allowed = tolerance(weight_format, named, x, bias, shape)
-    assert bool((error <= allowed).all()), f"{label} {tuple(x.shape)}: {_difference(found, expected)}"
+    least, most = expected.double(), expected.double()
+    if getattr(weight_format, "output", None) is not None:
+        # A sum near the middle of two steps may round to either, and the largest sum of a row may set the step of all:
+        # that moves what is rounded, and the result, by as much as the largest sum may move.
+        allowed = 2 * allowed.amax(-1, keepdim=True)
+        plain = weight_format.replace(output=None)
+        total = reference.linear(x, [named[name] for name in plain.operand_names(shape)], bias, plain, shape[0])
+        rounded = [
+            weight_format.round_activation("output", (total + shift).to(total.dtype), named).double()
+            for shift in (-2 * allowed, 2 * allowed)
+        ]
+        least, most = torch.stack([least, *rounded]).aminmax(dim=0)
+    is_near = (found.double() >= least - allowed) & (found.double() <= most + allowed)
+    assert bool(is_near.all()), f"{label} {tuple(x.shape)}: {_difference(found, expected)}"
 
 
 def tolerance(

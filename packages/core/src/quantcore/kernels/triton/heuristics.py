@@ -65,8 +65,12 @@ def serves(launch: Launch, shape: Shape) -> bool:
 
 
 def default(shape: Shape) -> Launch:
-    """The launch of an unmeasured shape."""
-    return _DEFAULTS[shape.skeleton](shape)
+    """The launch of an unmeasured shape, with tiles wide enough for its words."""
+    launch = _DEFAULTS[shape.skeleton](shape)
+    fewest = 0 if shape.words is None else shape.words.fewest_columns
+    if launch == DENSE or fewest <= launch.BK:
+        return launch
+    return launch._replace(BN=max(GEMV_ROWS, launch.BN * launch.BK // fewest), BK=fewest)
 
 
 def candidates(shape: Shape) -> list[Launch]:
@@ -79,7 +83,7 @@ def _holds_words(launch: Launch, words: Words | None) -> bool:
     """Whether a tile is made of whole words."""
     if words is None or launch == DENSE:
         return True
-    return (launch.BK if words.along == "k" else launch.BN) >= words.codes
+    return words.fewest_columns <= launch.BK and (words.along in ("k", "stream") or words.codes <= launch.BN)
 
 
 def _dequantize(shape: Shape) -> Launch:
@@ -105,7 +109,7 @@ def _grouped(shape: Shape) -> Launch:
     if shape.itemsize > 2:  # float32 tiles hold twice the registers: larger ones spill
         return Launch(32, 32, 32)
     BM = min(64, max(GEMV_ROWS, _next_power_of_2(shape.M)))
-    if shape.words is None:
+    if shape.words is None or shape.words.vector > 1:  # entries of codebooks are gathered, and then laid out anew
         return Launch(BM, 32, 64)
     return Launch(BM, 64 if BM == 64 else 128, 64)
 
@@ -114,12 +118,14 @@ def _one_row_tile(words: Words | None) -> tuple[int, int]:
     """[BN, BK] of a tile whose words are neighbours in memory as far as they go."""
     if words is None:
         return 8, 256
-    values = min(_MOST_VALUES, 8 * _BYTES // words.bits)
+    bits = max(1, (words.bits + words.high_bits) * words.books // words.vector)
+    values = min(_MOST_VALUES, (1 << (8 * _BYTES // bits).bit_length()) // 2)
     if words.along == "n":
         return 16 * words.codes, values // (16 * words.codes)
     if words.transposed:
-        return 64, values // 64
-    return max(8, words.codes), values // max(8, words.codes)
+        return 64, max(values // 64, words.fewest_columns)
+    BN = words.codes if words.along == "apart" else 8
+    return max(8, BN), max(values // max(8, BN), words.fewest_columns)
 
 
 def _splits(shape: Shape, tiles: int, BK: int) -> int:

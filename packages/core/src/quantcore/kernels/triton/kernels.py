@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from quantcore.formats.base import WeightFormat, dtype_name
-from quantcore.kernels.dispatch import REFERENCE, Kernel, Problem
+from quantcore.kernels.dispatch import REFERENCE
+from quantcore.kernels.kernel import Kernel, Problem
 from quantcore.kernels.triton.decoder import Decoder
 from quantcore.kernels.triton.heuristics import DENSE_ROWS
 from quantcore.plugins.backend import import_string
@@ -28,20 +29,31 @@ def kernels_for(label: str, target: str) -> list[Kernel]:
     triton: it is imported when the first problem on a GPU is asked about.
     """
     served = _Served(target)
-    grad, grouped = served.linear_input_grad, served.grouped_linear
-    return [
-        Kernel(f"gemv_{label}", "triton", served.refuse_gemv, served.gemv, grad, _PRIORITY + 1, on_trial=True),
-        Kernel(
-            f"gemm_{label}",
-            "triton",
-            served.refuse,
-            served.gemm,
-            grad,
-            _PRIORITY,
-            on_trial=True,
-            grouped_linear=grouped,
-        ),
-    ]
+    gemv = Kernel(
+        name=f"gemv_{label}",
+        group="triton",
+        refuse=served.refuse_gemv,
+        linear=served.gemv,
+        linear_input_grad=served.linear_input_grad,
+        priority=_PRIORITY + 1,
+        on_trial=True,
+        decoder=target,
+    )
+    gemm = replace(
+        gemv,
+        name=f"gemm_{label}",
+        refuse=served.refuse,
+        linear=served.gemm,
+        priority=_PRIORITY,
+        grouped_linear=served.grouped_linear,
+    )
+    return [gemv, gemm]
+
+
+@cache
+def scaled_kernels() -> tuple[Kernel, ...]:
+    """The kernels of every `Scaled` format, whatever backend it is of."""
+    return tuple(kernels_for("scaled", "quantcore.kernels.triton.scaled:decoder_for"))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from triton.runtime.errors import InterpreterError
 
 from quantcore import settings
 from quantcore.formats.base import dtype_name
-from quantcore.formats.constants import kept
+from quantcore.formats.cached import cached_tensors
 from quantcore.kernels.triton import skeletons
 from quantcore.kernels.triton.decoder import Decoder, Words
 from quantcore.kernels.triton.heuristics import DENSE, GEMV_ROWS, Launch, Shape
@@ -45,7 +45,7 @@ def dequantize(
     def run(launch: Launch) -> Tensor:
         y = tensors[0].new_empty(shape, dtype=dtype)
         grid = (_ceil_div(N, launch.BN), _ceil_div(K, launch.BK))
-        seen, decoding = _seen(decoder, tensors, N, K, launch, torch.float32)
+        seen, decoding = _seen(decoder, tensors, N, K, launch, dtype)
         arguments = (seen, y, N, K, *decoding)
         options = {name: getattr(launch, name) for name in ("BN", "BK", "num_warps")}
         _launch(skeletons.dequantize_kernel, grid, decoder, y.device, arguments, options)
@@ -135,7 +135,7 @@ def _arrivals(tiles: int, device: torch.device) -> Tensor:
     return _kept_arrivals(_next_power_of_2(max(tiles, _FEWEST_TILES)), device, stream)
 
 
-@partial(kept, most=256)
+@partial(cached_tensors, most=256)
 def _kept_arrivals(tiles: int, device: torch.device, stream: int) -> Tensor:
     return torch.zeros(tiles, dtype=torch.int32, device="cpu").to(device)
 
@@ -173,7 +173,7 @@ def grouped(
     return _result(x, N, lambda: launch or _choose("grouped", decoder, shape, dtype, x.device, run), run)
 
 
-@partial(kept, most=4096)
+@partial(cached_tensors, most=4096)
 def _table(pointers: tuple[int, ...], device: torch.device) -> Tensor:
     """Addresses as int64 on a device. Kept, since copying them there anew would take longer than small products.
 
@@ -183,9 +183,8 @@ def _table(pointers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def linear_input_grad(grad: Tensor, operands: Sequence[Tensor], decoder: Decoder, in_features: int) -> Tensor:
-    """grad [..., N] times the weight, dequantized to its own dtype and then cast: it exists whole meanwhile."""
-    weight = dequantize(operands, decoder, (grad.shape[-1], in_features), decoder.dtype)
-    return grad @ weight.to(grad.dtype)
+    """grad [..., N] times the weight, dequantized to its dtype: it exists whole meanwhile."""
+    return grad @ dequantize(operands, decoder, (grad.shape[-1], in_features), grad.dtype)
 
 
 # Triton's own of these two, which are made for kernels too, take a few microseconds.
@@ -248,11 +247,16 @@ def _decoding(
     if spread > 1 and stored is not None:
         wide = torch.int32 if spread * stored.itemsize == _WIDEST else torch.int16
     is_whole = N % launch.BN == 0 and K % launch.BK == 0
-    return wide, (decoder.on_device(compute), Tiling(_index_type(N, K), is_whole, spread, run))
+    return wide, (
+        decoder.on_device(compute),
+        Tiling(_index_type(N, _row_length(decoder.words, K)), is_whole, spread, run),
+    )
 
 
 def _spread(words: Words, stored: torch.dtype, K: int, BK: int) -> int:
     """How many words that are neighbours in a row are loaded as one."""
+    if words.along == "stream" or words.is_blocked or words.vector > 1:
+        return 1
     codes = words.codes if words.along == "k" else 1
     spread = min(_WIDEST // stored.itemsize, BK // codes)
     is_full = words.codes * words.bits == 8 * stored.itemsize  # else codes of neighbours do not follow each other
@@ -260,8 +264,13 @@ def _spread(words: Words, stored: torch.dtype, K: int, BK: int) -> int:
     return spread if can_split and K // codes % spread == 0 else 1
 
 
-def _index_type(N: int, K: int) -> Any:
-    return tl.int64 if N * K >= 1 << 31 else tl.int32
+def _index_type(N: int, length: int) -> Any:
+    return tl.int64 if N * length >= 1 << 31 else tl.int32
+
+
+def _row_length(words: Words | None, K: int) -> int:
+    """Of a row the weights, or the words of its blocks where these are more."""
+    return max(K, K // words.block * words.stride) if words is not None and words.block else K
 
 
 def _choose(

@@ -48,45 +48,49 @@ def e8m0_values(code):
 
 
 @triton.jit
-def block_index(n, k, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where the scale of row n and column k stands among those of blocks of ROWS by COLUMNS, 0 for all of them."""
-    row, column = n * 0, k * 0
-    columns = tl.full([], 1, n.dtype)
-    if ROWS > 0:
-        row = n // ROWS
-    if COLUMNS > 0:
-        column = k // COLUMNS
-        columns = columns * (K + COLUMNS - 1) // COLUMNS
-    return row * columns + column
+def float16_values(address):
+    """float32 of float16 numbers that stand in bytes, the low one first, at any address."""
+    low = tl.load(address).to(tl.uint16)
+    high = tl.load(address + 1).to(tl.uint16)
+    return (low | (high << 8)).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def load_codes(codes, k, n, K, BITS: tl.constexpr):
-    """Codes of columns k and rows n of a matrix [N, K] as `formats.minifloat` packs them; K fills whole bytes.
-
-    BITS: 8, 6 (four in three bytes) or 4 (two in a byte, the even column low).
-    """
-    if BITS == 8:
-        code = tl.load(codes + n * K + k)
-    elif BITS == 6:
-        place = n * (K * 6 // 8) + k * 6 // 8
-        shift = (k * 6 % 8).to(tl.int32)
-        crosses = shift > 2
-        low = tl.load(codes + place).to(tl.int32)
-        high = tl.load(codes + place + crosses.to(place.dtype)).to(tl.int32)
-        code = (low | (high << 8)) >> shift & 0x3F
-    else:
-        code = tl.load(codes + n * (K // 2) + k // 2).to(tl.int32) >> (4 * (k % 2)).to(tl.int32) & 0xF
-    return code
+def e5m2_values(code):
+    """float32 of E5M2 codes, which are the upper bytes of float16."""
+    return (code.to(tl.int32) << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def element_values(code, BITS: tl.constexpr):
-    """float32 of E4M3 (8 bits), E2M3 (6) or E2M1 (4) codes."""
-    if BITS == 8:
+def e3m2_values(code):
+    """float32 of E3M2 codes, integers."""
+    return small_float(code.to(tl.int32), 5, 2) * 2.1267647932558654e37  # 2**(127 - 3)
+
+
+@triton.jit
+def e5m3_values(code):
+    """float32 of unsigned E5M3 codes, integers."""
+    code = code.to(tl.int32) & 0xFF
+    normal = ((code << 20) + (112 << 23)).to(tl.float32, bitcast=True)
+    return tl.where(code < 8, code.to(tl.float32) * 7.62939453125e-06, normal)  # 2**-17, the least subnormal
+
+
+@triton.jit
+def minifloat_values(code, NAME: tl.constexpr):
+    """float32 of codes of the minifloat of this name, integers; of "e8m0" too."""
+    if NAME == "e4m3":
         values = e4m3_values(code)
-    elif BITS == 6:
-        values = e2m3_values(code)
-    else:
+    elif NAME == "e5m2":
+        values = e5m2_values(code)
+    elif NAME == "e2m1":
         values = e2m1_values(code)
+    elif NAME == "e2m3":
+        values = e2m3_values(code)
+    elif NAME == "e3m2":
+        values = e3m2_values(code)
+    elif NAME == "e5m3":
+        values = e5m3_values(code)
+    else:
+        tl.static_assert(NAME == "e8m0", "no minifloat is called " + NAME)
+        values = e8m0_values(code)
     return values

@@ -88,8 +88,11 @@ def level_tile(
     BN: tl.constexpr = n.shape[0]
     RUN: tl.constexpr = T.run  # what functions are given must be a constexpr, not an int
     rows, groups = tile_index(n, N, T), tile_groups(start, K, D, T, BK // RUN)[None, :]
-    codes = load_codes(tensors[0], block, start, N, K, D, T, BN, BK)
-    levels = D.level(tensors, tl.reshape(codes, (BN, BK // RUN, RUN)), rows, groups, N, K, D)
+    if D.words_vector > 1:
+        levels = vector_tile(tensors, block, start, rows, groups, N, K, D, T, BK)
+    else:
+        codes = load_codes(tensors[0], block, start, N, K, D, T, BN, BK)
+        levels = D.level(tensors, tl.reshape(codes, (BN, BK // RUN, RUN)), rows, groups, N, K, D)
     check_values(levels, (BN, BK // RUN, RUN), D)
     factors = D.factor(tensors, rows, groups, N, K, D)
     check_values(factors, (BN, BK // RUN), D)
@@ -113,6 +116,47 @@ def tile_groups(start, K, D: tl.constexpr, T: tl.constexpr, RUNS: tl.constexpr):
 
 
 @triton.jit
+def vector_tile(tensors, block, start, rows, groups, N, K, D: tl.constexpr, T: tl.constexpr, BK: tl.constexpr):
+    """float32 [BN, BK / T.run, T.run]: sums of the codebooks' entries, in the order of the codebooks."""
+    BN: tl.constexpr = rows.shape[0]
+    V: tl.constexpr = D.words_vector
+    BOOKS: tl.constexpr = D.words_books  # what static_range is given must be a constexpr, not an int
+    CODES: tl.constexpr = T.run // V  # codes of a group
+    shape: tl.constexpr = (BN, BK // T.run, CODES, V)
+    total = tl.zeros(shape, tl.float32)
+    for book in tl.static_range(BOOKS):
+        if BOOKS > 1:  # the codes of a vector's books are neighbours
+            first, columns = start // V, K // V
+            codes = load_plane(
+                tensors[0],
+                block,
+                first,
+                N,
+                columns,
+                D.words_bits,
+                1,
+                1,
+                1,
+                BOOKS,
+                book,
+                0,
+                D.words_transposed,
+                T,
+                BN,
+                BK // V,
+            )
+        else:
+            codes = load_codes(tensors[0], block, start // V, N, K // V, D, T, BN, BK // V)
+            if D.words_codes == 1:  # in words of their own dtype, of which codes may be a part
+                codes = codes.to(tl.int32) & ((1 << D.words_bits) - 1)
+        codes = tl.reshape(codes, (BN, BK // T.run, CODES, 1))
+        values = D.vector(tensors, codes, book, rows, groups, N, K, D)
+        check_values(values, shape, D)
+        total += values
+    return tl.reshape(total, (BN, BK // T.run, T.run))
+
+
+@triton.jit
 def load_codes(
     words,
     block,
@@ -124,7 +168,160 @@ def load_codes(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """[BN, BK] of codes, zero outside the weight: each word is loaded once, neighbours in memory together."""
+    """[BN, BK] of codes, zero outside the weight: each word of a tile is loaded once, neighbours in memory together."""
+    if D.words_along == "stream":
+        codes = load_stream(words, block, start, N, K, D, T, BN, BK)
+    elif D.words_block > 0 or D.words_lanes > 1:
+        codes = load_planes(words, block, start, N, K, D, T, BN, BK)
+    else:
+        codes = load_runs(words, block, start, N, K, D, T, BN, BK)
+    return codes
+
+
+@triton.jit
+def load_planes(words, block, start, N, K, D: tl.constexpr, T: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """int32 or float32 [BN, BK]: codes in blocks of columns, whose high bits may stand in words of their own."""
+    codes = load_plane(
+        words,
+        block,
+        start,
+        N,
+        K,
+        D.words_bits,
+        D.words_codes,
+        D.words_lanes,
+        D.words_block,
+        D.words_stride,
+        D.words_offset,
+        D.words_order,
+        D.words_transposed,
+        T,
+        BN,
+        BK,
+    )
+    if D.words_high_bits > 0:
+        high = load_plane(
+            words,
+            block,
+            start,
+            N,
+            K,
+            D.words_high_bits,
+            D.words_codes * D.words_bits // D.words_high_bits,
+            D.words_high_lanes,
+            D.words_block,
+            D.words_stride,
+            D.words_high_offset,
+            0,
+            D.words_transposed,
+            T,
+            BN,
+            BK,
+        )
+        codes |= high << D.words_bits
+    if D.words_numbers:
+        codes = codes.to(tl.float32)
+    return codes
+
+
+@triton.jit
+def load_plane(
+    words,
+    block,
+    start,
+    N,
+    K,
+    BITS: tl.constexpr,
+    CODES: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ORDER: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    T: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """int32 [BN, BK] of some bits of codes, zero outside the weight.
+
+    Columns come in runs of CODES * LANES: word l of a run holds those of its columns l, l + LANES, l + 2 * LANES, ...
+    A tile may hold a part of a run, whose words the tiles of the other parts load too. BLOCK: columns, a whole number
+    of runs, whose words follow each other from word OFFSET of STRIDE; 0 where the runs of a row are one block.
+    """
+    HELD: tl.constexpr = CODES if CODES * LANES <= BK else BK // LANES  # codes of a word that a tile holds
+    RUNS: tl.constexpr = BK // (LANES * HELD)
+    row = (block * BN + tl.arange(0, BN))[:, None, None, None]
+    first = start + tl.arange(0, RUNS) * (LANES * HELD)
+    if BLOCK > 0:
+        width = K // BLOCK * STRIDE
+        word = first // BLOCK * STRIDE + OFFSET + first % BLOCK // (CODES * LANES) * LANES
+    else:
+        width = K // CODES
+        word = first // (CODES * LANES) * LANES
+    word = word[None, :, None, None] + tl.arange(0, LANES)[None, None, None, :]
+    if TRANSPOSED:
+        offsets = word.to(T.index) * N + row
+    else:
+        offsets = row.to(T.index) * width + word
+    if T.whole:
+        loaded = tl.load(words + offsets)
+    else:
+        loaded = tl.load(words + offsets, mask=(row < N) & (first < K)[None, :, None, None], other=0)
+    code = tl.arange(0, HELD)[None, :]
+    if HELD < CODES:
+        code += (first // LANES % CODES)[:, None]
+    if ORDER != 0:
+        code = ((ORDER >> (4 * code).to(tl.int64)) & 0xF).to(tl.int32)
+    codes = (loaded.to(tl.int32) >> (code * BITS)[None, :, :, None]) & (0xFFFFFFFF >> (32 - BITS))
+    return tl.reshape(codes, (BN, BK))
+
+
+@triton.jit
+def load_stream(words, block, start, N, K, D: tl.constexpr, T: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """int32 or float32 [BN, BK]: codes of rows that are streams of bits, in units of whole words, zero outside."""
+    CODES: tl.constexpr = D.words_codes
+    WORDS: tl.constexpr = D.words_stride  # that hold so many codes
+    SIZE: tl.constexpr = CODES * D.words_bits // WORDS  # bits of a word
+    units = K // CODES
+    row = (block * BN + tl.arange(0, BN))[:, None, None]
+    unit = (start // CODES + tl.arange(0, BK // CODES))[None, :, None]
+    bit = (tl.arange(0, CODES) * D.words_bits)[None, None, :]
+    codes = tl.zeros((BN, BK // CODES, CODES), tl.uint32)
+    for i in tl.static_range(WORDS):
+        if D.words_transposed:
+            offsets = (unit.to(T.index) * WORDS + i) * N + row
+        else:
+            offsets = (row.to(T.index) * units + unit) * WORDS + i
+        if T.whole:
+            loaded = tl.load(words + offsets)
+        else:
+            loaded = tl.load(words + offsets, mask=(row < N) & (unit < units), other=0)
+        loaded = loaded.to(tl.int32).to(tl.uint32, bitcast=True)
+        if SIZE < 32:
+            loaded &= (1 << SIZE) - 1
+        place = bit - i * SIZE  # of each code in this word; negative for one that begins in an earlier word
+        part = tl.where(place < 0, loaded << tl.maximum(-place, 0), loaded >> tl.maximum(place, 0))
+        codes |= tl.where((place < SIZE) & (place > -D.words_bits), part, 0)
+    codes = (codes & ((1 << D.words_bits) - 1)).to(tl.int32)
+    if D.words_numbers:
+        codes = codes.to(tl.float32)
+    return tl.reshape(codes, (BN, BK))
+
+
+@triton.jit
+def load_runs(
+    words,
+    block,
+    start,
+    N,
+    K,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """[BN, BK] of codes, zero outside the weight, of words that follow each other without gaps."""
     ALONG_K: tl.constexpr = D.words_along == "k"
     DOWN: tl.constexpr = 1 if ALONG_K else D.words_codes  # codes of a column in what is loaded at once
     ACROSS: tl.constexpr = T.spread * (D.words_codes if ALONG_K else 1)  # and of a row

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-import quantcore
 from quantcore import settings
+from quantcore._metadata import own_version
 from quantcore.kernels.triton.heuristics import Launch, Shape, candidates, default, serves
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def best_launch(
 @cache
 def _tuner(device: torch.device) -> Tuner:
     name = _slug(torch.cuda.get_device_name(device))
-    versions = f"{quantcore.__version__}-triton{triton.__version__}"
+    versions = f"{own_version()}-triton{triton.__version__}"
     return Tuner(settings.cache_folder() / "tuning" / versions / name, dict(_shipped(name)))
 
 

@@ -1,0 +1,1 @@
+"""What is done with whole models and checkpoints: load, save, quantize, convert. Above the quantizers."""
