@@ -1,0 +1,15 @@
+// Which instruction sets this library has, this processor runs, and a call uses.
+#pragma once
+#include "weight.h"
+
+namespace qcpu {
+
+struct Machine {
+  const char* name;
+  const Kernels* kernels;
+  const TileKernels* tiles;  // null without AMX
+};
+
+const Machine& machine();  // the one in use
+
+}  // namespace qcpu
