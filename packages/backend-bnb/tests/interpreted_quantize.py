@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcore.kernels import trial
+from quantcore.kernels import verification
 from quantcore.kernels.triton.checks import poisoned_buffers
 from quantcore_bnb.bitsandbytes import blockwise, quantize_kernel
 
@@ -54,9 +54,9 @@ def test_ties_between_levels_go_the_same_way(quant_type: str) -> None:
 
 
 def test_kernel_passes_its_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "may_use_triton", lambda device: True)
+    monkeypatch.setattr(verification, "may_use_triton", lambda device: True)
     weight = torch.randn(33, 80, generator=torch.Generator().manual_seed(1))
     blockwise.quantize_blocks(weight, "nf4", 64)
-    assert trial.failures() == 0
+    assert verification.failures() == 0
     monkeypatch.setattr(blockwise, "_quantize_in_torch", lambda *arguments: pytest.fail("compared again"))
     blockwise.quantize_blocks(weight, "nf4", 64)

@@ -325,7 +325,8 @@ def test_result_can_be_saved_for_backward():
     weight = dequantize_blocks(packed, absmax, code_table("nf4"), 64, (64, 64), torch.float32)
     x = torch.ones(2, 64, requires_grad=True)
     (x @ weight.t()).sum().backward()
-    assert torch.equal(x.grad[0], torch.ones(64) @ weight)
+    # Two products of one sum: the order in which a processor adds is its own.
+    torch.testing.assert_close(x.grad[0], weight.sum(0), rtol=1e-5, atol=1e-5)
 
 
 def test_decoding_uses_the_given_table():

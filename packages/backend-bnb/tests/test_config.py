@@ -95,7 +95,7 @@ def test_files_without_a_method_are_recognised(config: dict[str, object]) -> Non
 
 
 def test_no_flag_means_four_bits_and_the_saved_config_says_so() -> None:
-    config = BitsAndBytesConfig()
+    config = BitsAndBytesConfig.from_dict({"bnb_4bit_quant_type": "nf4"})
     quantizer = AutoHfQuantizer.from_config(config)
     assert isinstance(quantizer, Bnb4BitQuantizer)
     assert quantizer.quantization_config.load_in_4bit

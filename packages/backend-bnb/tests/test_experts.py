@@ -58,7 +58,7 @@ def test_golden_set_has_a_stack() -> None:
 
 
 def test_quantizing_gives_the_golden_bytes(case: GoldenLayer) -> None:
-    weight_format = Bnb4Bit(double_quant=True, dtype="bfloat16")
+    weight_format = Bnb4Bit(double_quant=True, source_dtype="bfloat16")
     assert differences(QuantizedStack.from_weight(case.weight, weight_format).stored, stored_tensors(case)) == []
 
 

@@ -84,7 +84,7 @@ def test_description_wins_over_the_config() -> None:
     stored = Bnb4Bit("nf4", blocksize=128).quantize(torch.randn(16, 64, dtype=torch.bfloat16))
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
     layer = QuantizedLinear.from_tensors(config, stored, in_features=64, out_features=16)
-    assert (layer.format.quant_type, layer.format.blocksize, layer.format.dtype) == ("nf4", 128, "bfloat16")
+    assert (layer.format.quant_type, layer.format.blocksize, layer.format.source_dtype) == ("nf4", 128, "bfloat16")
 
 
 def test_tables_of_the_file_are_used_not_rebuilt() -> None:

@@ -11,7 +11,7 @@ from quantcore.errors import CheckpointError
 from quantcore.nn import QuantizedLinear
 from quantcore.testing.compare import differences
 from quantcore.testing.golden import GoldenLayer, golden_folder
-from quantcore_bnb.bitsandbytes import int8
+from quantcore_bnb.bitsandbytes import llm_int8
 from quantcore_bnb.bitsandbytes.format_int8 import Bnb8Bit
 
 GOLDEN = golden_folder("bitsandbytes", Path(__file__).parents[3] / "tests" / "golden")
@@ -34,16 +34,16 @@ def test_golden_set_covers_outliers_one_row_and_odd_shapes() -> None:
 
 
 def test_quantizing_gives_the_golden_bytes(case: GoldenLayer) -> None:
-    codes, row_max = int8.quantize_rows(case.weight)
+    codes, row_max = llm_int8.quantize_rows(case.weight)
     assert torch.equal(codes, case.stored["weight"])
     assert torch.equal(row_max, case.stored["SCB"])
 
 
 def test_rows_of_the_golden_embedding_are_quantized_and_dequantized_alike() -> None:
     case = GoldenLayer.read(GOLDEN / "embedding8bit-float16.safetensors")
-    codes, row_max = int8.quantize_rows(case.weight)
+    codes, row_max = llm_int8.quantize_rows(case.weight)
     assert differences({"weight": codes, "SCB": row_max}, case.stored) == []
-    assert torch.equal(int8.dequantize_rows(codes, row_max, torch.float32), case.expected["weight"])
+    assert torch.equal(llm_int8.dequantize_rows(codes, row_max, torch.float32), case.expected["weight"])
 
 
 def test_stored_layer_dequantizes_to_golden_weight(case: GoldenLayer) -> None:
@@ -68,25 +68,25 @@ def test_outlier_columns_are_computed_in_float() -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(32, 64), torch.randn(8, 64)
     x[3, 5] = 60.0
-    codes, row_max = int8.quantize_rows(weight)
+    codes, row_max = llm_int8.quantize_rows(weight)
     exact = x @ weight.t()
-    split, whole = (int8.linear(x, codes, row_max, None, threshold) for threshold in (6.0, 0.0))
+    split, whole = (llm_int8.linear(x, codes, row_max, None, threshold) for threshold in (6.0, 0.0))
     assert (split - exact).norm() < 0.5 * (whole - exact).norm()
 
 
 def test_row_of_zeros_stays_zero() -> None:
     weight = torch.randn(4, 16)
     weight[2] = 0
-    codes, row_max = int8.quantize_rows(weight)
+    codes, row_max = llm_int8.quantize_rows(weight)
     assert row_max[2] == 0
-    assert not int8.dequantize_rows(codes, row_max, torch.float32)[2].any()
+    assert not llm_int8.dequantize_rows(codes, row_max, torch.float32)[2].any()
 
 
 def test_weight_is_read_by_chunks_to_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(37, 64).bfloat16()
-    whole = int8.quantize_rows(weight)
-    monkeypatch.setattr(int8, "_CHUNK", 128)
-    parts = int8.quantize_rows(weight)
+    whole = llm_int8.quantize_rows(weight)
+    monkeypatch.setattr(llm_int8, "_CHUNK", 128)
+    parts = llm_int8.quantize_rows(weight)
     assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
 
 

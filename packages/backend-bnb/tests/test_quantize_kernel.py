@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantcore.kernels import trial
+from quantcore.kernels import verification
 from quantcore_bnb.bitsandbytes import blockwise
 
 pytest.importorskip("triton", reason="triton has no build for this platform")
@@ -39,10 +39,10 @@ def test_kernel_compiles_without_spills_and_divides_exactly(target: str, quant_t
 @pytest.fixture
 def may_use_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within, weights on a CPU are taken for weights on a GPU."""
-    monkeypatch.setattr(trial, "may_use_triton", lambda device: True)
-    trial.forget()
+    monkeypatch.setattr(verification, "may_use_triton", lambda device: True)
+    verification.forget()
     yield
-    trial.forget()
+    verification.forget()
 
 
 @pytest.mark.usefixtures("may_use_triton")
@@ -67,7 +67,7 @@ def test_kernel_that_gives_other_bits_is_left(
     for _ in range(2):
         found = blockwise.quantize_blocks(weight, "nf4", 64)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
-    assert (trial.failures() == 0) == passes
+    assert (verification.failures() == 0) == passes
     assert len(calls) == (2 if passes else 1)
 
 
@@ -76,7 +76,7 @@ def test_block_size_that_the_kernel_does_not_serve_is_no_failure() -> None:
     weight = torch.randn(4, 96, generator=torch.Generator().manual_seed(4))
     found = blockwise.quantize_blocks(weight, "nf4", 48)
     assert torch.equal(found[0], blockwise._quantize_in_torch(weight, "nf4", 48)[0])
-    assert trial.failures() == 0
+    assert verification.failures() == 0
 
 
 @pytest.mark.gpu
@@ -86,14 +86,14 @@ def test_block_size_that_the_kernel_does_not_serve_is_no_failure() -> None:
 def test_kernel_on_a_gpu_gives_the_bytes_of_the_reference(
     quant_type: str, dtype: torch.dtype, forced: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trial.forget()
+    verification.forget()
     weight = torch.randn(257, 1031, generator=torch.Generator().manual_seed(3)).to(dtype)
     packed, absmax = blockwise.quantize_blocks(weight, quant_type, 64)
     monkeypatch.setenv("QUANTCORE_KERNEL", forced)
     found = blockwise.quantize_blocks(weight.cuda(), quant_type, 64)
     assert torch.equal(found[0].cpu(), packed)
     assert torch.equal(found[1].cpu(), absmax)
-    assert trial.failures() == 0
+    assert verification.failures() == 0
 
 
 def test_block_sizes_that_the_kernel_serves() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from quantcore.plugins import Backend, hookimpl
+from quantcore.sdk import Backend, Guide, hookimpl
 
 if TYPE_CHECKING:
-    from quantcore.kernels.dispatch import Kernel
+    from quantcore.sdk import Kernel
 
 _MODULE = "quantcore_bnb.bitsandbytes"
+
+_NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 BACKEND = Backend(
     method="bitsandbytes",
@@ -19,11 +21,23 @@ BACKEND = Backend(
     kernels=(f"{_MODULE}:triton_kernels",),
     upstream=f"{_MODULE}.upstream:linear",
     summary="NF4 and FP4 with double quantization, LLM.int8",
+    default=_NF4,
     example_configs=(
-        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        _NF4,
         {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"},
         {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "float16"},
         {"load_in_8bit": True},
+    ),
+    guide=Guide(
+        purposes=("inference", "fine-tuning"),
+        pros="No data, seconds to quantize, on the fly while a model loads; what QLoRA was made with.",
+        cons="Slower than group-wise integers at many rows; LLM.int8 keeps outlier columns in float at run time.",
+        paper="https://arxiv.org/abs/2305.14314",
+        served_by={
+            "vllm": "with vllm-bnb-plugin",
+            "sglang": "by the source of SGLang 0.5.23",
+            "transformers": "tested with transformers 5.23 and bitsandbytes 0.50",
+        },
     ),
 )
 
@@ -41,6 +55,6 @@ def quantcore_match_config(config_dict: Mapping[str, Any]) -> str | None:
 
 def triton_kernels() -> list[Kernel]:
     """The Triton kernels of this method; triton is imported when a problem on a GPU is asked about."""
-    from quantcore.kernels.triton.kernels import kernels_for
+    from quantcore.sdk import kernels_for
 
     return kernels_for("bitsandbytes", f"{_MODULE}.decode:decoder_for")

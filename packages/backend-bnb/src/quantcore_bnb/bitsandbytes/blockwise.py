@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import dtype_name
-from quantcore.kernels import trial
-from quantcore.threads import run_in_threads
+from quantcore.sdk import dtype_name, threads, verification
 from quantcore_bnb.bitsandbytes.tables import code_midpoints, code_order, dynamic_bins, dynamic_map
 
 if TYPE_CHECKING:
@@ -46,7 +44,7 @@ def quantize_blocks(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Te
     if not weight.is_floating_point():
         raise TypeError(f"weight has dtype {weight.dtype}; 4-bit quantization needs a float dtype")
     weight = weight.detach()
-    if weight.numel() and trial.may_use_triton(weight.device):
+    if weight.numel() and verification.may_use_triton(weight.device):
         return _quantize_with_triton(weight, quant_type, blocksize)
     return _quantize_in_torch(weight, quant_type, blocksize)
 
@@ -106,7 +104,7 @@ def _quantize_with_triton(weight: Tensor, quant_type: str, blocksize: int) -> tu
 
     if not quantize_kernel.fits(blocksize):
         return _quantize_in_torch(weight, quant_type, blocksize)
-    return trial.run(
+    return verification.run(
         f"quantize_blocks ({dtype_name(weight.dtype)} to {quant_type} in blocks of {blocksize})",
         weight.numel(),
         weight.device,
@@ -264,7 +262,7 @@ def _share(consume: Callable[[Iterator[tuple[int, Tensor]], int], None], pieces:
     if pieces[0].device.type != "cpu" or longest <= _UNDIVIDED or torch.get_num_threads() == 1:
         job()
     else:
-        run_in_threads(job, min(torch.get_num_threads(), len(pieces)))
+        threads.run_in_threads(job, min(torch.get_num_threads(), len(pieces)))
 
 
 def _consume(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from quantcore.quantization_config import (
+from quantcore.sdk import (
     Config,
     QuantizationConfigMixin,
     QuantizationMethod,
@@ -31,20 +31,35 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
     """
 
     quant_method = QuantizationMethod.BITS_AND_BYTES
+    _is_width_open: ClassVar[bool] = False  # of a config that was read from a dict without either flag
 
     load_in_8bit: bool = option(False, help="8-bit weights, LLM.int8()")
     load_in_4bit: bool = option(False, help="4-bit weights")
     llm_int8_threshold: float = option(
-        6.0, minimum=0.0, help="activation magnitude above which 8-bit keeps a column float"
+        6.0,
+        minimum=0.0,
+        needs=("load_in_8bit", True),
+        help="activation magnitude above which 8-bit keeps a column float",
     )
     llm_int8_skip_modules: list[str] | None = option(None, help="modules that stay float; none means the output head")
     llm_int8_enable_fp32_cpu_offload: bool = option(False, help="modules that a device map puts on the CPU stay float")
-    llm_int8_has_fp16_weight: bool = option(False, help="8-bit keeps float weights and quantizes them in each forward")
-    bnb_4bit_compute_dtype: Any = option(None, dtype=True, help="dtype of the matmul; float32 when absent")
-    bnb_4bit_quant_type: str = option("fp4", choices=QUANT_TYPES, help="code table of 4-bit weights")
-    bnb_4bit_use_double_quant: bool = option(False, help="store the block scales in 8 bits")
+    llm_int8_has_fp16_weight: bool = option(
+        False, needs=("load_in_8bit", True), help="8-bit keeps float weights and quantizes them in each forward"
+    )
+    bnb_4bit_compute_dtype: Any = option(
+        None, dtype=True, needs=("load_in_4bit", True), help="dtype of the matmul; float32 when absent"
+    )
+    bnb_4bit_quant_type: str = option(
+        "fp4", choices=QUANT_TYPES, needs=("load_in_4bit", True), help="code table of 4-bit weights"
+    )
+    bnb_4bit_use_double_quant: bool = option(
+        False, needs=("load_in_4bit", True), help="store the block scales in 8 bits"
+    )
     bnb_4bit_quant_storage: Any = option(
-        None, dtype=True, help="dtype under which packed bytes are stored; uint8 when absent"
+        None,
+        dtype=True,
+        needs=("load_in_4bit", True),
+        help="dtype under which packed bytes are stored; uint8 when absent",
     )
 
     def validate(self) -> None:
@@ -73,7 +88,10 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
         if isinstance(config_dict, Mapping):
             flags = {flag: config_dict[copy] for copy, flag in _COPIES.items() if copy in config_dict}
             config_dict = {**flags, **{key: value for key, value in config_dict.items() if key not in _COPIES}}
-        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        result = super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        config._is_width_open = not {*config_dict, *kwargs} & set(_COPIES.values())  # type: ignore[attr-defined]
+        return result
 
     def to_dict(self) -> dict[str, Any]:
         """The 13 keys of config.json; each flag stands there twice, as upstream's readers expect."""
@@ -82,6 +100,12 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         """What differs from the defaults."""
         return diff_from_default(self)
+
+    def check_quantizes(self) -> None:
+        """Raise ValueError for keys that nobody knows, and for two false flags; a dict with neither flag is 4-bit."""
+        super().check_quantizes()
+        if not self.is_quantizable() and not self._is_width_open:
+            raise ValueError(f"{type(self).__name__}.load_in_4bit and load_in_8bit are both false; set one to true")
 
     def is_quantizable(self) -> bool:
         """Whether a width was chosen."""

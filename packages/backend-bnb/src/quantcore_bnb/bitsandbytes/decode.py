@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """The decoder of NF4 and FP4 weights, with and without double quantization, at any block size."""
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quantcore.formats.base import WeightFormat, float_dtype
-from quantcore.kernels.triton.decoder import Decoder, Words, places
-from quantcore.kernels.triton.tiles import look_up
+from quantcore.sdk import Decoder, WeightFormat, Words, float_dtype, look_up, places
 from quantcore_bnb.bitsandbytes.format import Bnb4Bit
 
 
@@ -60,7 +59,7 @@ def decoder_for(weight_format: WeightFormat) -> Decoder | None:
     if type(weight_format) is not Bnb4Bit:
         return None
     nested = weight_format.double_quant
-    dtype = float_dtype(weight_format.dtype, "dtype")
+    dtype = float_dtype(weight_format.source_dtype, "dtype")
     return Decoder(
         name=f"{weight_format.quant_type} blocksize {weight_format.blocksize}{' nested' if nested else ''}",
         decode=decode_blocks,

@@ -15,10 +15,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec, WeightFormat, describe, dtype_name, float_dtype
-from quantcore.formats.families import Family, Grouping, Lookup, NestedScale
-from quantcore.formats.packing import pack_nibbles, unpack_nibbles
-from quantcore.quantization_config import matches_type
+from quantcore.sdk import (
+    Family,
+    Grouping,
+    Lookup,
+    NestedScale,
+    Reshaped,
+    TensorSpec,
+    WeightFormat,
+    describe,
+    dtype_name,
+    float_dtype,
+    matches_type,
+    packing,
+)
 from quantcore_bnb.bitsandbytes.blockwise import (
     NESTED_BLOCKSIZE,
     dequantize_absmax,
@@ -38,17 +48,17 @@ _MAX_BLOCKSIZE = 1 << 16
 class Bnb4Bit(WeightFormat):
     """4-bit codes in blocks over the flattened weight.
 
-    quant_type: "nf4" or "fp4". dtype: of the weight that was quantized. storage: under which the packed bytes are
-    stored. compute_dtype: of the matmul; None follows the input.
+    quant_type: "nf4" or "fp4". source_dtype: of the weight that was quantized, as the description says. storage: under
+    which the packed bytes are stored. compute_dtype: of the matmul; None follows the input.
     """
 
     family: ClassVar[str | None] = "lookup"
-    piece_bytes: ClassVar[int] = 1 << 24  # `dequantize_blocks` shares a piece out among threads
+    chunk_bytes: ClassVar[int] = 1 << 24  # `dequantize_blocks` shares a piece out among threads
 
     quant_type: str = "nf4"
     blocksize: int = 64
     double_quant: bool = False
-    dtype: str = "float32"
+    source_dtype: str = "float32"
     storage: str = "uint8"
     compute_dtype: str | None = None
     nested_blocksize: int = NESTED_BLOCKSIZE
@@ -57,14 +67,17 @@ class Bnb4Bit(WeightFormat):
         numel = math.prod(shape)
         storage = _storage_dtype(self.storage)
         blocks = -(-numel // self.blocksize)
+        scales = torch.uint8 if self.double_quant else torch.float32
+        words = (-(-numel // 2) // storage.itemsize, 1)
         specs = [
-            TensorSpec("weight", storage, (-(-numel // 2) // storage.itemsize, 1)),
-            TensorSpec("weight.absmax", torch.uint8 if self.double_quant else torch.float32, (blocks,)),
+            TensorSpec("weight", storage, words, is_packed=True, **_flat_axes(shape, 2 * storage.itemsize)),
+            TensorSpec("weight.absmax", scales, (blocks,), **_flat_axes(shape, self.blocksize)),
             TensorSpec("weight.quant_map", torch.float32, (16,)),
         ]
         if self.double_quant:
             nested_blocks = -(-blocks // self.nested_blocksize)
-            specs.append(TensorSpec("weight.nested_absmax", torch.float32, (nested_blocks,)))
+            axes = _flat_axes(shape, self.nested_blocksize * self.blocksize)
+            specs.append(TensorSpec("weight.nested_absmax", torch.float32, (nested_blocks,), **axes))
             specs.append(TensorSpec("weight.nested_quant_map", torch.float32, (256,)))
         state = self._describe(shape, _TYPICAL_OFFSET)
         specs.append(
@@ -87,7 +100,7 @@ class Bnb4Bit(WeightFormat):
         if self.double_quant:
             absmax, *rest, offset = quantize_absmax(absmax)
             nested = tuple(rest)
-        source = self.replace(dtype=dtype_name(weight.dtype))
+        source = self.replace(source_dtype=dtype_name(weight.dtype))
         assert isinstance(source, Bnb4Bit)
         return source._stored(
             packed, absmax, code_table(self.quant_type, weight.device), nested, offset, tuple(weight.shape)
@@ -106,8 +119,9 @@ class Bnb4Bit(WeightFormat):
                 self.nested_blocksize,
             )
         packed = tensors["weight"].view(torch.uint8)
-        dtype = dtype or float_dtype(self.dtype, "dtype")
-        return dequantize_blocks(packed, absmax, tensors["weight.quant_map"], self.blocksize, shape, dtype)
+        levels = tensors["weight.quant_map"]
+        dtype = dtype or float_dtype(self.source_dtype, "source_dtype")
+        return dequantize_blocks(packed, absmax, levels, self.blocksize, shape, dtype)
 
     def dequantize_rows(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype | None = None
@@ -123,9 +137,9 @@ class Bnb4Bit(WeightFormat):
             absmax = dequantize_absmax(
                 absmax, outer, tensors["weight.nested_quant_map"], tensors["nested_offset"], nested_blocksize=1
             )
-        dtype = dtype or float_dtype(self.dtype, "dtype")
-        found = (len(rows), *shape[1:])
-        return dequantize_blocks(packed, absmax, tensors["weight.quant_map"], self.blocksize, found, dtype)
+        levels, found = tensors["weight.quant_map"], (len(rows), *shape[1:])
+        dtype = dtype or float_dtype(self.source_dtype, "source_dtype")
+        return dequantize_blocks(packed, absmax, levels, self.blocksize, found, dtype)
 
     def reads_rows_alone(self, shape: tuple[int, ...]) -> bool:
         return math.prod(shape[1:]) % self.blocksize == 0  # else a block may hold two rows
@@ -138,11 +152,16 @@ class Bnb4Bit(WeightFormat):
             quant_type=state["quant_type"],
             blocksize=state["blocksize"],
             double_quant="nested_blocksize" in state,
-            dtype=dtype_name(float_dtype(state["dtype"], f"{key}: dtype")),
+            source_dtype=dtype_name(float_dtype(state["dtype"], f"{key}: dtype")),
             storage=dtype_name(tensors["weight"].dtype),
             compute_dtype=self.compute_dtype,
             nested_blocksize=state.get("nested_blocksize", NESTED_BLOCKSIZE),
         )
+
+    def describe_shape(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+        key = _state_key(tensors)
+        offset = _parse_state(tensors[key], key).get("nested_offset")
+        return {**tensors, key: self._describe(shape, offset).to(tensors[key].device)}
 
     def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
         if "weight.absmax" not in tensors:
@@ -172,7 +191,9 @@ class Bnb4Bit(WeightFormat):
         return None if self.compute_dtype is None else float_dtype(self.compute_dtype, "compute_dtype")
 
     def lower(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Lookup:
-        operands = self.operands(tensors, shape)
+        return self.lower_operands(self.operands(tensors, shape), shape)
+
+    def lower_operands(self, operands: Mapping[str, Tensor], shape: tuple[int, ...]) -> Lookup:
         scale: Tensor | NestedScale = operands["weight.absmax"]
         if self.double_quant:
             scale = NestedScale(
@@ -182,26 +203,31 @@ class Bnb4Bit(WeightFormat):
                 grouping=Grouping(self.nested_blocksize),
                 offset=operands["nested_offset"],
             )
-        codes = unpack_nibbles(operands["weight"].view(torch.uint8), math.prod(shape), high_first=True).view(shape)
+        codes = packing.unpack_nibbles(operands["weight"].view(torch.uint8), math.prod(shape), high_first=True).view(
+            shape
+        )
         return Lookup(codes, operands["weight.quant_map"], scale, Grouping(self.blocksize), bits=4)
 
     def raise_(self, family: Family) -> dict[str, Tensor]:
         if not isinstance(family, Lookup) or family.levels.numel() != 16 or family.grouping != Grouping(self.blocksize):
             raise ValueError(
-                f"{type(family).__name__} in {family.grouping} is no 16-level table in blocks of {self.blocksize}"
+                f"{type(family).__name__} in {getattr(family, 'grouping', None)} is no 16-level table in blocks of "
+                f"{self.blocksize}"
             )
         nested = family.scale if isinstance(family.scale, NestedScale) else None
         if (nested is not None) != self.double_quant:
             raise ValueError(
                 f"double_quant={self.double_quant} does not fit a scale of type {type(family.scale).__name__}"
             )
-        packed = pack_nibbles(
+        packed = packing.pack_nibbles(
             family.codes.reshape(-1), high_first=True, padding=code_levels(self.quant_type).index(0.0)
         )
         shape = tuple(family.codes.shape)
         if nested is None:
             assert isinstance(family.scale, Tensor)
             return self._stored(packed, family.scale, family.levels, (), None, shape)
+        if nested.levels is None or nested.offset is None:
+            raise ValueError("the scales of double quantization are codes of a table, with an offset; these are not")
         return self._stored(
             packed, nested.codes, family.levels, (nested.outer, nested.levels), nested.offset.item(), shape
         )
@@ -224,12 +250,26 @@ class Bnb4Bit(WeightFormat):
         state: dict[str, Any] = {
             "quant_type": self.quant_type,
             "blocksize": self.blocksize,
-            "dtype": self.dtype,
+            "dtype": self.source_dtype,
             "shape": list(shape),
         }
         if self.double_quant:
             state.update(nested_blocksize=self.nested_blocksize, nested_dtype="float32", nested_offset=offset)
         return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+def _flat_axes(shape: tuple[int, ...], size: int) -> dict[str, Any]:
+    """The axes of a tensor with an element for each run of size values of a flattened weight [N, K].
+
+    Several rows are cut off together where a run crosses their ends; columns, where runs end with the rows.
+    """
+    rows, columns = shape[0], math.prod(shape[1:])
+    if columns % size == 0:
+        grid = (rows, columns // size)
+        return {"along_n": (0, 1), "along_k": (1, size), "opened": Reshaped(grid)}
+    step = size // math.gcd(size, columns)
+    grid = (-(-rows // step), step * columns // size)
+    return {"along_n": (0, step), "along_k": (1, size), "opened": Reshaped(grid)}
 
 
 def _storage_dtype(name: str) -> torch.dtype:
@@ -252,7 +292,7 @@ def _parse_state(tensor: Tensor, name: str) -> Mapping[str, Any]:
         raise ValueError(f"{name}: expected a row of uint8 bytes of JSON, got {describe(tensor.dtype, tensor.shape)}")
     try:
         state = _parse_json(tensor.cpu().numpy().tobytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not valid JSON: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{name}: expected a JSON object, got {type(state).__name__}")

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec, WeightFormat, float_dtype
-from quantcore_bnb.bitsandbytes import int8
+from quantcore.sdk import TensorSpec, WeightFormat
+from quantcore_bnb.bitsandbytes import llm_int8
 
 _ROW_MAJOR = 0  # of weight_format; the other layouts were of kernels that upstream dropped
 
@@ -22,22 +22,24 @@ _ROW_MAJOR = 0  # of weight_format; the other layouts were of kernels that upstr
 class Bnb8Bit(WeightFormat):
     """int8 codes by row, with the largest magnitude of each row ("SCB").
 
-    dtype: of the weight that was quantized; files do not hold it. threshold: magnitude above which a column of the
-    input stays float, 0 for none. has_layout: whether the tensor weight_format is stored; the oldest files lack it.
+    threshold: magnitude above which a column of the input stays float, 0 for none. has_layout: whether the tensor
+    weight_format is stored; the oldest files lack it.
     """
 
     rows_apart: ClassVar[bool] = True
 
-    dtype: str = "float32"
     threshold: float = 6.0
     has_layout: bool = True
 
     def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        specs = (TensorSpec("weight", torch.int8, tuple(shape)), TensorSpec("SCB", torch.float32, tuple(shape[:1])))
+        specs = (
+            TensorSpec("weight", torch.int8, tuple(shape), along_n=(0, 1), along_k=(1, 1)),
+            TensorSpec("SCB", torch.float32, tuple(shape[:1]), along_n=(0, 1)),
+        )
         return (*specs, TensorSpec("weight_format", torch.uint8, (), metadata=True)) if self.has_layout else specs
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        codes, row_max = int8.quantize_rows(weight)
+        codes, row_max = llm_int8.quantize_rows(weight)
         stored = {"weight": codes, "SCB": row_max}
         layout = torch.tensor(_ROW_MAJOR, dtype=torch.uint8, device=weight.device)
         return {**stored, "weight_format": layout} if self.has_layout else stored
@@ -45,10 +47,10 @@ class Bnb8Bit(WeightFormat):
     def dequantize(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
     ) -> Tensor:
-        return int8.dequantize_rows(tensors["weight"], tensors["SCB"], dtype or float_dtype(self.dtype, "dtype"))
+        return llm_int8.dequantize_rows(tensors["weight"], tensors["SCB"], dtype or torch.float32)
 
     def linear(self, x: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
-        return int8.linear(x, operands["weight"], operands["SCB"], bias, self.threshold)
+        return llm_int8.linear(x, operands["weight"], operands["SCB"], bias, self.threshold)
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
         layout = tensors.get("weight_format")

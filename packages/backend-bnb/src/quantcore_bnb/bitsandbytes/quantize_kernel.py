@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Blockwise 4-bit quantization as one Triton kernel: each weight is read once, each byte written once."""
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantcore.kernels.triton.launch import on_device
+from quantcore.sdk import on_device
 from quantcore_bnb.bitsandbytes.tables import code_midpoints, code_order
 
 _PROGRAM = 2048  # weights of one program, or one block: sixteen a thread
@@ -45,7 +46,7 @@ def _codes_by_rank(quant_type: str) -> int | None:
 
 
 @triton.jit
-def _quantize_blocks_kernel(  # type: ignore[no-untyped-def]
+def _quantize_blocks_kernel(
     weight, packed, absmax, numel, limits, CODES: tl.constexpr,
     WHOLE: tl.constexpr, B: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -77,12 +78,12 @@ def _quantize_blocks_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _larger(a, b):  # type: ignore[no-untyped-def]
+def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _rank(values, limits):  # type: ignore[no-untyped-def]
+def _rank(values, limits):
     """int32: how many of 15 ascending limits lie below each value, all of them below NaN; by halves."""
     a = values <= limits[7]
     b = values <= tl.where(a, limits[3], limits[11])

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import torch
 from torch import nn
 
-from quantcore.formats.base import dtype_name
-from quantcore.nn.replace import replace_module
-from quantcore.quantization_config import QuantizationConfigMixin
-from quantcore.quantizers.base import HfQuantizer
-from quantcore.quantizers.weight import WeightQuantizer
+from quantcore.sdk import (
+    HfQuantizer,
+    OnlineQuantizer,
+    QuantizationConfigMixin,
+    WeightQuantizer,
+    dtype_name,
+    weight_dtype,
+)
 from quantcore_bnb.bitsandbytes.config import BitsAndBytesConfig
 from quantcore_bnb.bitsandbytes.format import Bnb4Bit
 from quantcore_bnb.bitsandbytes.format_int8 import Bnb8Bit
 from quantcore_bnb.bitsandbytes.trained import Int8TrainedLinear
-
-if TYPE_CHECKING:
-    from quantcore.checkpoints.read import Checkpoint
 
 
 def quantizer_for(config: QuantizationConfigMixin) -> type[HfQuantizer]:
@@ -50,7 +47,7 @@ class Bnb4BitQuantizer(WeightQuantizer):
         return Bnb4Bit(
             quant_type=config.bnb_4bit_quant_type,
             double_quant=config.bnb_4bit_use_double_quant,
-            dtype=dtype_name(module.weight.dtype),  # type: ignore[arg-type]
+            source_dtype=dtype_name(weight_dtype(module)),
             storage=dtype_name(config.bnb_4bit_quant_storage),
             compute_dtype=dtype_name(config.bnb_4bit_compute_dtype),
         )
@@ -66,36 +63,11 @@ class Bnb8BitQuantizer(WeightQuantizer):
         return self.quantization_config.llm_int8_skip_modules
 
     def format_for(self, name: str, module: nn.Module) -> Bnb8Bit:
-        threshold = self.quantization_config.llm_int8_threshold
-        return Bnb8Bit(dtype=dtype_name(module.weight.dtype), threshold=threshold)  # type: ignore[arg-type]
+        return Bnb8Bit(threshold=self.quantization_config.llm_int8_threshold)
 
 
-class BnbTrainedQuantizer(Bnb8BitQuantizer):
+class BnbTrainedQuantizer(OnlineQuantizer, Bnb8BitQuantizer):
     """LLM.int8() for training: layers keep their float weights, which are saved, and round them in each forward."""
 
-    def quantize_model(self, model: nn.Module) -> nn.Module:
-        """Let the planned linear layers round their weights as they run; nothing is copied."""
-        self._round_as_they_run(model)
-        self.preprocess_model(model)
-        return self.postprocess_model(model)
-
-    def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint: Checkpoint | None = None, **kwargs: Any
-    ) -> None:
-        super()._process_model_before_weight_loading(model, checkpoint=checkpoint, **kwargs)
-        if checkpoint is not None:
-            self._round_as_they_run(model)
-
-    def _round_as_they_run(self, model: nn.Module) -> None:
-        modules = dict(model.named_modules())
-        for planned in self.plan(model).layers:
-            module = modules.get(planned.name)  # parts of fused experts are no modules, and stay float
-            if type(module) is nn.Linear:
-                layer = Int8TrainedLinear(module, self.quantization_config.llm_int8_threshold)
-                replace_module(model, planned.name, layer.train(module.training))
-
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, Int8TrainedLinear):
-                replace_module(model, name, module.to_linear().to(dtype))
-        return model
+    def online_layer(self, name: str, linear: nn.Linear) -> Int8TrainedLinear:
+        return Int8TrainedLinear(linear, self.quantization_config.llm_int8_threshold)

@@ -1,8 +1,7 @@
 """The three code tables of bitsandbytes, and what is derived from them.
 
-Sources: NF4 from Dettmers et al. 2023, QLoRA, appendix E (arXiv:2305.14314), in the float32 values of published
-checkpoints; FP4 is a sign bit, two exponent bits and one mantissa bit, over 12; the dynamic map is from Dettmers
-2015 (arXiv:1511.04561).
+Sources: NF4 as of `quantcore.sdk`; FP4 is a sign bit, two exponent bits and one mantissa bit, over 12; the dynamic map
+is from Dettmers 2015 (arXiv:1511.04561).
 """
 
 from __future__ import annotations
@@ -14,26 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from quantcore.formats.constants import kept
+from quantcore.sdk import NF4_LEVELS, cached_tensors
 
-_NF4_LEVELS = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
 _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 _DYNAMIC_DECADES = 7
 
@@ -44,7 +25,7 @@ def code_levels(quant_type: str) -> tuple[float, ...]:
     Raises ValueError for a type other than "nf4" and "fp4".
     """
     if quant_type == "nf4":
-        return _NF4_LEVELS
+        return NF4_LEVELS
     if quant_type == "fp4":
         positive = tuple(_float32(twelfths / 12) for twelfths in _FP4_TWELFTHS)
         return positive + tuple(0.0 - level for level in positive)
@@ -83,7 +64,7 @@ def dynamic_map(device: torch.device | str | None = None) -> Tensor:
     return _shared_dynamic_map().to(device, copy=True)
 
 
-@kept
+@cached_tensors
 def dynamic_bins(device: torch.device) -> tuple[Tensor, Tensor]:
     """For every pattern of the high 16 bits of a float32, the number of dynamic-map midpoints below that bin.
 
@@ -100,14 +81,27 @@ def dynamic_bins(device: torch.device) -> tuple[Tensor, Tensor]:
     return counts.to(device), pivots.to(device)
 
 
-@kept
+@cached_tensors
 def _shared_dynamic_map() -> Tensor:
     levels = [torch.tensor([0.0, 1.0])]
     for decade in range(_DYNAMIC_DECADES):
-        bounds = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32)
+        bounds = _bounds(2**decade)
         values = (bounds[:-1] + bounds[1:]) / 2 * 10.0 ** (decade - _DYNAMIC_DECADES + 1)
         levels += [values, -values]
     return torch.cat(levels).sort().values
+
+
+def _bounds(count: int) -> Tensor:
+    """count + 1 even steps from 0.1 to 1, float32, the same on every processor.
+
+    They are what torch.linspace gives where the processor adds to a product unrounded, as in published tables; float64
+    holds such a product.
+    """
+    numbers = torch.arange(count + 1, dtype=torch.float64)
+    first = _float32(0.1)
+    step = _float32((1.0 - first) / count)
+    is_low = numbers < (count + 1) // 2
+    return torch.where(is_low, first + step * numbers, 1.0 - step * (count - numbers)).float()
 
 
 def _float32(value: float) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from quantcore.errors import MissingExtraError
+from quantcore.sdk import MissingExtraError
 from quantcore_bnb.bitsandbytes.config import BitsAndBytesConfig
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcore.kernels.int8 import Scaled, int8_matmul
+from quantcore.sdk import int8_product
 
 _LEVELS = 127.0
 _INV_LEVELS = 7.874015718698502e-3  # 1/127 as upstream rounds it
@@ -60,7 +60,9 @@ def linear(x: Tensor, codes: Tensor, row_max: Tensor, bias: Tensor | None, thres
     x_codes, x_max = _round_rows(inner)
     if rows.shape[0] > 1:  # upstream keeps the small values of an outlier column in int8 when there is one row
         x_codes[:, columns] = 0
-    y = int8_matmul(x_codes, codes, Scaled(x_max, row_max, x.dtype, bias, _INV_LEVELS_SQUARED))
+    y = int8_product.int8_matmul(
+        x_codes, codes, int8_product.Scaled(x_max, row_max, x.dtype, bias, _INV_LEVELS_SQUARED)
+    )
     if columns.numel():
         outer = dequantize_rows(codes.index_select(1, columns), row_max, x.dtype)
         y = torch.addmm(y, rows[:, columns], outer.t())
