@@ -10,8 +10,7 @@ import torch
 import quantcore
 from quantcore.quantizers.auto import AutoHfQuantizer
 from quantcore_fp8.fbgemm_fp8.config import FbgemmFp8Config
-from quantcore_fp8.format import ROW_INPUT, TENSOR, Fp8
-from quantcore_fp8.format_fp4 import Fp4Expert
+from quantcore_fp8.format import ROW_INPUT, TENSOR
 from quantcore_fp8.fp8.config import FineGrainedFP8Config
 
 DEEPSEEK = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -135,22 +134,25 @@ def test_each_dialect_stores_its_own_tensors() -> None:
         "vllm": [spec.name for spec in format_of(VLLM).tensor_specs((128, 256))],
     }
     assert names == {"deepseek": ["weight", "weight_scale_inv"], "vllm": ["weight", "weight_scale", "input_scale"]}
-    assert format_of(MINIMAX).scale_dtype == "uint8"
-    assert format_of({**MINIMAX, "scale_fmt": "ue8m0"}).scale_dtype == "float8_e8m0fnu"
+    assert format_of(MINIMAX).scale.dtype == "uint8"
+    assert format_of({**MINIMAX, "scale_fmt": "ue8m0"}).scale.dtype == "float8_e8m0fnu"
 
 
 def test_inputs_follow_the_granularity_of_weights() -> None:
-    assert format_of({**DEEPSEEK, "weight_block_size": [128, 64]}).activation.group_size == 64
-    assert format_of({**DEEPSEEK, "scale_fmt": "ue8m0"}).activation.scale == "e8m0-round_up"
-    assert format_of({"quant_method": "fp8", "scale_fmt": "ue8m0"}).activation.scale == "float32"
-    assert format_of({"quant_method": "fp8", "weight_block_size": None}).activation == ROW_INPUT
+    assert format_of({**DEEPSEEK, "weight_block_size": [128, 64]}).input.group_size == 64
+    assert format_of({**DEEPSEEK, "scale_fmt": "ue8m0"}).input.scale == "e8m0-round_up"
+    assert format_of({"quant_method": "fp8", "scale_fmt": "ue8m0"}).input.scale == "float32"
+    assert format_of({"quant_method": "fp8", "weight_block_size": None}).input == ROW_INPUT
 
 
 def test_only_routed_experts_are_fp4() -> None:
     config = {**DEEPSEEK, "expert_dtype": "fp4", "scale_fmt": "ue8m0"}
-    assert isinstance(format_of(config, "model.layers.3.mlp.experts.11.gate_proj"), Fp4Expert)
-    assert isinstance(format_of(config, "model.layers.3.mlp.shared_experts.gate_proj"), Fp8)
-    assert isinstance(format_of(config, "model.layers.3.self_attn.o_proj"), Fp8)
+    elements = {
+        "model.layers.3.mlp.experts.11.gate_proj": "e2m1",
+        "model.layers.3.mlp.shared_experts.gate_proj": "e4m3",
+        "model.layers.3.self_attn.o_proj": "e4m3",
+    }
+    assert {name: format_of(config, name).element.name for name in elements} == elements
 
 
 def test_static_scheme_asks_for_calibration_data() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantcore.errors import CheckpointError
 from quantcore.nn import QuantizedLinear
+from quantcore.sdk import Scale
 from quantcore_fp8.format import ROW, ROW_INPUT, TENSOR, Fp8
 
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -59,7 +60,7 @@ def test_ragged_edges_have_blocks_of_their_own(shape: tuple[int, int], power_of_
 def test_scale_of_the_tensor_is_read_in_every_rank(shape: tuple[int, ...]) -> None:
     found = layer(LEGACY, {"weight": codes(256, 200), "weight_scale": torch.full(shape, 0.5)})
     assert isinstance(found.format, Fp8)
-    assert (found.format.block, found.format.activation) == (TENSOR, ROW_INPUT)
+    assert (found.format.block, found.format.input) == (TENSOR, ROW_INPUT)
     assert found.state_dict()["weight_scale"].shape == shape
     assert torch.equal(found.dequantize(torch.float32), codes(256, 200).float() * 0.5)
 
@@ -95,7 +96,7 @@ def test_exponents_in_bytes_are_read_as_powers_of_two() -> None:
 def test_published_example_of_a_scale_byte() -> None:
     weight = torch.zeros(1, 32)
     weight[0, 5] = 3.0
-    stored = Fp8(block=(1, 32), scale_dtype="uint8", power_of_two=True).quantize(weight)
+    stored = Fp8(block=(1, 32), scale=Scale("weight_scale_inv", dtype="uint8"), power_of_two=True).quantize(weight)
     assert stored["weight_scale_inv"].tolist() == [[120]]
     assert stored["weight"].view(torch.uint8)[0, 5] == 0x7C
 
@@ -138,9 +139,9 @@ def test_products_of_powers_of_two_are_rounded_once(rows: int) -> None:
     found = QuantizedLinear.from_linear(torch.nn.Linear(288, 50).bfloat16(), {"quant_method": "mxfp8"})
     x = torch.randn(rows, 288, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert isinstance(found.format, Fp8)
-    assert found.format.activation is not None
+    assert found.format.input is not None
     assert found.bias is not None
-    exact = found.format.activation.fake_quantize(x).double() @ found.dequantize(torch.float64).t()
+    exact = found.format.input.fake_quantize(x).double() @ found.dequantize(torch.float64).t()
     # The order of float32 sums may move a value that lies between two of bfloat16.
     assert float((found(x) == exact.bfloat16() + found.bias).float().mean()) > 0.99
 
@@ -162,3 +163,14 @@ def _linear(weight: Tensor) -> torch.nn.Linear:
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight
     return linear
+
+
+@pytest.mark.parametrize("writer", ["transformers", "deepgemm", "fbgemm"])
+@pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-36])
+def test_block_near_zero_stays_finite(writer: str, size: float) -> None:
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    weight[32:] *= size
+    weight_format = Fp8(block=(32, 32), writer=writer)
+    found = weight_format.dequantize(weight_format.quantize(weight), (64, 64), torch.float32)
+    assert found.isfinite().all()
+    assert found[32:].abs().max() <= 1e-6

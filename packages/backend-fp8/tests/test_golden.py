@@ -46,6 +46,10 @@ def _deepseek(power_of_two: bool) -> dict[str, Any]:
     return {**config, "scale_fmt": "ue8m0"} if power_of_two else config
 
 
+# Of logits of two bfloat16 layers: 0.0068 at most between processors with AMX and with AVX2; a wrong scale gives 0.1.
+SUM_ORDER = 0.02
+
+
 @pytest.fixture(params=LAYERS, ids=_label)
 def case(request: pytest.FixtureRequest) -> GoldenLayer:
     return GoldenLayer.read(request.param)
@@ -85,8 +89,8 @@ def test_input_is_rounded_to_the_golden_codes(file: Path) -> None:
     case = GoldenLayer.read(file)
     weight_format = case.layer().format
     assert isinstance(weight_format, Fp8)
-    assert weight_format.activation is not None
-    quantized = weight_format.activation.quantize(case.expected["x"], case.stored.get("activation_scale"))
+    assert weight_format.input is not None
+    quantized = weight_format.input.quantize(case.expected["x"], case.stored.get("activation_scale"))
     assert same_bytes(quantized.codes, case.expected["x_q"])
     scale = case.expected.get("x_scale", quantized.scale)  # static ones are stored with the layer
     assert torch.equal(quantized.scale.flatten(), scale.float().flatten())
@@ -124,9 +128,8 @@ def test_model_gives_the_golden_logits(folder: Path) -> None:
     logits = expected["logits"] if "logits" in expected else expected["logits_made"]
     with torch.no_grad():
         found = quantcore.load(folder)(expected["input_ids"]).logits.float()
-    if folder.parent.name == "fbgemm_fp8":
-        assert torch.equal(found, logits)
-    # Where the logits are those of float inputs, rounding every input to 4 significant bits is what lies between.
+    # Where the logits are those of float inputs, rounding every input to 4 significant bits is what lies between; else
+    # inputs that processors sum in orders of their own, and which fall on either side of such a rounding: 0.021.
     assert relative_error(found, logits) < 0.09
 
 
@@ -137,8 +140,8 @@ def test_model_loaded_as_float_gives_the_golden_logits(folder: Path, tmp_path: P
     assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
     with torch.no_grad():
         found = model(expected["input_ids"]).logits.float()
-    # Equal where the weights are multiplied in the order of the machine that made them; a bfloat16 step otherwise.
-    assert relative_error(found, expected["logits"]) < 0.005
+    # Equal where products are summed in the order of the machine that made the logits.
+    assert relative_error(found, expected["logits"]) < SUM_ORDER
 
 
 def test_scale_without_a_layer_is_an_error(folder: Path, tmp_path: Path) -> None:

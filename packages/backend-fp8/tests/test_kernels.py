@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from quantcore.kernels.triton.checks import quantized
+from quantcore.sdk import Scale
 from quantcore.testing.torch_cpu import needs_float8_rows
 from quantcore_fp8.format import ROW, ROW_INPUT, STATIC_INPUT, TENSOR, Fp8
 from quantcore_fp8.kernels import fp8_kernels
 
 KERNELS = {kernel.name: kernel for kernel in fp8_kernels()}
 FORMATS = {
-    "rows": Fp8(block=ROW, activation=ROW_INPUT),
-    "tensor": Fp8(block=TENSOR, scale_rank=0, activation=ROW_INPUT),
-    "static": Fp8(block=TENSOR, activation=STATIC_INPUT),
+    "rows": Fp8(block=ROW, input=ROW_INPUT),
+    "tensor": Fp8(block=TENSOR, scale=Scale("weight_scale_inv", rank=0), input=ROW_INPUT),
+    "static": Fp8(block=TENSOR, input=STATIC_INPUT),
 }
 
 
@@ -34,4 +35,4 @@ def test_scaled_product_matches_reference(name: str, leading: tuple[int, ...]) -
 
 def test_methods_share_their_kernels() -> None:
     assert fp8_kernels() is fp8_kernels()
-    assert set(KERNELS) >= {"scaled_mm_fp8", "blocks_fp8", "gemv_fp8", "gemm_fp8"}
+    assert set(KERNELS) >= {"scaled_mm_fp8", "blocks_fp8"}

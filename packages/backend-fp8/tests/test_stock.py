@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantcore.sdk import Scale
 from quantcore.testing.compare import differences
-from quantcore_fp8.format import TENSOR, Fp8
-from quantcore_fp8.format_fp4 import Fp4Expert
+from quantcore_fp8.format import TENSOR, Fp8, fp4_expert
 
 stock = pytest.importorskip(
     "transformers.integrations.finegrained_fp8", reason="the extra `transformers` is not installed, or old"
@@ -29,7 +29,7 @@ def wild(shape: tuple[int, int], dtype: torch.dtype, edge: str, generator: torch
     weight = torch.randn(shape, generator=generator)
     if edge == "zeros":
         weight[: max(1, shape[0] // 2)] = 0
-    scales = {"tiny": 1e-40, "huge": 1e4, "mixed": torch.randn(shape, generator=generator).mul(3).exp()}
+    scales = {"tiny": 1e-34, "huge": 1e4, "mixed": torch.randn(shape, generator=generator).mul(3).exp()}
     weight = weight * scales.get(edge, 1.0)
     if edge == "ties":
         weight = torch.randint(-512, 512, shape, generator=generator) / 64
@@ -56,7 +56,11 @@ def test_codes_scales_and_values_are_those_of_transformers(scale_format: str, ed
             rows, columns = block or (37, 53)  # None: one scale for a shape that nothing divides
             shape = (rows * 2, columns * 2)
             weight = wild(shape, dtype, edge, generator)
-            own = Fp8(block or TENSOR, scale_dtype=scale_dtype, power_of_two=scale_format == "ue8m0")
+            own = Fp8(
+                block=block or TENSOR,
+                scale=Scale("weight_scale_inv", dtype=scale_dtype),
+                power_of_two=scale_format == "ue8m0",
+            )
             theirs = written(weight, block, scale_format)
             theirs["weight_scale_inv"] = theirs["weight_scale_inv"].view(own.tensor_specs(shape)[1].shape)
             if edge == "inf" and scale_format == "ue8m0":  # codes under a scale of NaN, whatever they are
@@ -72,9 +76,9 @@ def test_every_exponent_byte_and_fp4_code_has_the_value_of_transformers() -> Non
     codes = torch.arange(256, dtype=torch.uint8)
     # Byte 255 is NaN here, as the standard has it, and infinity there.
     scales, weight = codes[:255, None], codes.repeat(255, 1)[:, 96:128].view(torch.float8_e4m3fn)
-    own = Fp8((1, 32), scale_dtype="uint8")
+    own = Fp8(block=(1, 32), scale=Scale("weight_scale_inv", dtype="uint8"))
     found = own.dequantize({"weight": weight, "weight_scale_inv": scales}, (255, 32), torch.float32)
     assert torch.equal(found.nan_to_num(7), dequantize(weight, scales, torch.float32).nan_to_num(7))
     packed, exponents = codes.view(torch.int8).view(16, 16), codes[120:136, None].view(torch.float8_e8m0fnu)
-    values = Fp4Expert().dequantize({"weight": packed, "weight_scale_inv": exponents}, (16, 32), torch.float32)
+    values = fp4_expert().dequantize({"weight": packed, "weight_scale_inv": exponents}, (16, 32), torch.float32)
     assert torch.equal(values, dequantize(packed, exponents, torch.float32))

@@ -21,7 +21,7 @@ from quantcore.distributed.tensor_parallel import parallelize
 rank, store, config = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2,
-                        timeout=datetime.timedelta(seconds=60))
+                        timeout=datetime.timedelta(seconds=600))
 torch.manual_seed(0)
 block = nn.ModuleDict({"up_proj": nn.Linear(256, 512), "down_proj": nn.Linear(512, 256)})
 model = quantcore.quantize(nn.ModuleDict({"layers": nn.ModuleList([block])}), config)
@@ -34,7 +34,7 @@ def run():
 alone = run()
 parallelize(model, {"layers.*.up_proj": "colwise", "layers.*.down_proj": "rowwise"})
 assert model["layers"][0]["up_proj"].shape == (256, 256)
-assert model["layers"][0]["down_proj"].share.shape == (256, 256)
+assert model["layers"][0]["down_proj"].shape == (256, 256)
 torch.save((alone, run()), f"{store}-{rank}.pt")
 dist.destroy_process_group()
 """
@@ -55,7 +55,7 @@ def test_two_processes_give_what_one_gives(name: str, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     commands = [[sys.executable, "-c", CODE, str(rank), store, json.dumps(config)] for rank in range(2)]
     children = [subprocess.Popen(command, env=environment) for command in commands]
-    assert [child.wait(timeout=120) for child in children] == [0, 0]
+    assert [child.wait(timeout=1800) for child in children] == [0, 0]
     (alone, first), (_, second) = (torch.load(f"{store}-{rank}.pt") for rank in range(2))
     assert torch.equal(first, second)
     assert float((first - alone).norm() / alone.norm()) <= tolerance

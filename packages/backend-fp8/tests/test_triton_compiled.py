@@ -11,37 +11,27 @@ pytest.importorskip("triton", reason="triton has no build for this platform")
 
 from quantcore.formats.activation import Activation
 from quantcore.formats.base import WeightFormat
-from quantcore.kernels.dispatch import Problem
-from quantcore.kernels.triton import launch
+from quantcore.kernels.kernel import Problem
 from quantcore.kernels.triton.aot import compile_launches, count_instructions, spilled_bytes
 from quantcore.kernels.triton.checks import quantized, run_in_interpreter
+from quantcore.kernels.triton.kernels import scaled_kernels
+from quantcore.kernels.triton.scaled import decoder_for
+from quantcore.testing.decoders import faults_compiled
 from quantcore_fp8 import block_matmul
-from quantcore_fp8.decode import decoder_for
-from quantcore_fp8.format import ROW, ROW_INPUT, Fp8
-from quantcore_fp8.format_fp4 import Fp4Expert
+from quantcore_fp8.format import ROW, ROW_INPUT, Fp8, fp4_expert
 from quantcore_fp8.fp8.config import FineGrainedFP8Config
 from quantcore_fp8.fp8.quantizer import Fp8Quantizer
 from quantcore_fp8.kernels import fp8_kernels, refuse_blocks, refuse_scaled_mm
 
 SHAPE = (128, 256)
-FORMATS = {"blocks": Fp8(), "fp4": Fp4Expert()}
 
 
 def test_kernels_pass_in_the_interpreter() -> None:
     run_in_interpreter(str(Path(__file__).with_name("interpreted_triton.py")))
 
 
-@pytest.mark.parametrize(("name", "target"), [("blocks", "sm_80"), ("blocks", "gfx942"), ("fp4", "sm_90")])
-def test_skeletons_compile_without_spills(name: str, target: str) -> None:
-    operands, decoder = list(quantized(FORMATS[name], SHAPE).values()), decoder_for(FORMATS[name])
-
-    def launch_both() -> None:
-        for call, rows in ((launch.gemv, 1), (launch.gemm, 50)):
-            call(torch.zeros(rows, SHAPE[1], dtype=torch.bfloat16), operands, None, decoder, SHAPE[0])
-
-    kernels = compile_launches(target, launch_both)
-    assert len(kernels) == 2
-    assert {kernel.name: spilled_bytes(kernel) for kernel in kernels if spilled_bytes(kernel)} == {}
+def test_every_skeleton_compiles_without_spills_for_experts_of_fp4() -> None:
+    assert faults_compiled(fp4_expert(), decoder_for(fp4_expert()), "sm_90") == []
 
 
 @pytest.mark.parametrize(
@@ -49,7 +39,7 @@ def test_skeletons_compile_without_spills(name: str, target: str) -> None:
 )
 def test_product_of_blocks_uses_the_units_for_8_bit_floats(target: str, units: str) -> None:
     rounding = Activation("e4m3", "group", 128)
-    operands, x = quantized(Fp8(activation=rounding), SHAPE), rounding.quantize(torch.ones(70, SHAPE[1]))
+    operands, x = quantized(Fp8(input=rounding), SHAPE), rounding.quantize(torch.ones(70, SHAPE[1]))
     scale = operands["weight_scale_inv"]
 
     def multiply() -> None:
@@ -75,8 +65,8 @@ def test_every_kernel_refuses_a_cpu_and_says_why() -> None:
     [
         (Fp8(), torch.bfloat16, 128, "one for each row"),
         (Fp8(block=ROW), torch.bfloat16, 128, "one scale for each token"),
-        (Fp8(block=ROW, activation=ROW_INPUT), torch.float32, 128, "gives bfloat16"),
-        (Fp8(block=ROW, activation=ROW_INPUT), torch.bfloat16, 120, "multiples of 16"),
+        (Fp8(block=ROW, input=ROW_INPUT), torch.float32, 128, "gives bfloat16"),
+        (Fp8(block=ROW, input=ROW_INPUT), torch.bfloat16, 120, "multiples of 16"),
     ],
     ids=["blocks", "float-input", "dtype", "shape"],
 )
@@ -93,8 +83,8 @@ def test_product_of_blocks_says_what_it_cannot() -> None:
     "rounding", [Activation("e4m3", "tensor"), Activation("e4m3", "tensor", is_static=True)], ids=["dynamic", "static"]
 )
 def test_experts_with_a_scale_of_their_own_for_the_input_are_multiplied_one_by_one(rounding: Activation) -> None:
-    problem = Problem("grouped_linear", Fp8(activation=rounding), "cuda", torch.bfloat16, 4, *SHAPE)
-    reasons = [kernel.refuse(problem) for kernel in fp8_kernels() if kernel.grouped_linear]
+    problem = Problem("grouped_linear", Fp8(input=rounding), "cuda", torch.bfloat16, 4, *SHAPE)
+    reasons = [kernel.refuse(problem) for kernel in scaled_kernels() if kernel.grouped_linear]
     assert reasons == ["experts each round their input by a scale of their own"]
 
 

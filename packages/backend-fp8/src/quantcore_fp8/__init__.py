@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from quantcore.plugins import Backend, hookimpl
+from quantcore.sdk import Backend, hookimpl
 from quantcore_fp8 import fbgemm_fp8, fp8, mxfp8
 
 # A method per row.

@@ -12,11 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantcore.formats.activation import QuantizedInput
-from quantcore.formats.blocks import Block
-from quantcore.kernels.triton.launch import on_device
-from quantcore.kernels.triton.minifloats import e4m3_values
-from quantcore.kernels.triton.rounding import INTERPRETED, rounded
+from quantcore.sdk import INTERPRETED, QuantizedInput, blocks, e4m3_values, on_device, rounded
 
 BM, BN = 64, 64
 FEW_ROWS = 16  # the fewest rows that a tensor core takes
@@ -65,7 +61,7 @@ def load_bytes(codes, rows, columns, R, K):
     return loaded.to(tl.float8e4nv, bitcast=True)
 
 
-def block_matmul(x: QuantizedInput, weight: Tensor, scale: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
+def block_matmul(x: QuantizedInput, weight: Tensor, scale: Tensor, block: blocks.Block, dtype: torch.dtype) -> Tensor:
     """x [M, K] times weight [N, K], in dtype: float32, bfloat16 or float16.
 
     scale: float32, one for each block of the weight; x has scales for groups of as many columns.

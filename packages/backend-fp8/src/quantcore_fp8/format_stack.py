@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec, WeightFormat
+from quantcore.sdk import TensorSpec, WeightFormat
 from quantcore_fp8.format import Fp8
 
 

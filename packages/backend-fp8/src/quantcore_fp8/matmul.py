@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantcore.formats.activation import QuantizedInput
-from quantcore.formats.minifloat import E4M3, decode
-from quantcore.formats.pieces import row_pieces
+from quantcore.sdk import QuantizedInput, minifloat, row_chunks
 
 
 def linear_codes(x: QuantizedInput, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -16,11 +14,11 @@ def linear_codes(x: QuantizedInput, codes: Tensor, scale: Tensor, bias: Tensor |
 
     x.scale: [] or [..., 1]; codes: [N, K]; scale: float32 [N] or [1]. float32 holds each product exactly.
     """
-    rows = decode(x.codes, E4M3).reshape(-1, x.codes.shape[-1])
+    rows = minifloat.decode(x.codes, minifloat.E4M3).reshape(-1, x.codes.shape[-1])
     x_scale, scale = x.scale.reshape(-1, 1), scale.expand(codes.shape[0])
     y = torch.empty(rows.shape[0], codes.shape[0], dtype=dtype, device=codes.device)
-    for part in row_pieces(codes.shape):
-        sums = functional.linear(rows, decode(codes[part], E4M3))
+    for part in row_chunks(codes.shape):
+        sums = functional.linear(rows, minifloat.decode(codes[part], minifloat.E4M3))
         sums = sums.mul_(x_scale).mul_(scale[part]) if x_scale.numel() > 1 else sums.mul_(x_scale * scale[part])
         y[:, part] = sums if bias is None else sums.add_(bias[part].float())
     return y.view(*x.codes.shape[:-1], codes.shape[0])

@@ -1,7 +1,7 @@
-"""How the scales of E4M3 blocks are chosen: one function for each tool that writes checkpoints.
+"""How the scales of blocks are chosen: one function for each tool that writes checkpoints.
 
-They differ in the last bit. Each takes the largest magnitude of the blocks, in the weight's dtype, and gives what
-weights are multiplied by and what is stored as the multiplier of codes, both float32.
+They differ in the last bit. Each takes the largest magnitude of the blocks, in the weight's dtype, and that of the
+element, and gives what weights are multiplied by and what is stored as the multiplier of codes, both float32.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantcore.formats.minifloat import E4M3, power_of_two_above
+from quantcore.sdk import minifloat
 
 Scales = tuple[Tensor, Tensor]
 
 _LEAST_AMAX = 1e-4  # of DeepGEMM's casts
 _LEAST_ROW_AMAX = 1e-12  # of FBGEMM's quantize_fp8_row
+_MOST_FACTOR = 2.0**126  # the largest whose reciprocal is a normal number; beyond it scales become 0
 _MANTISSA = 23  # bits of a float32
 
 
-def transformers_scales(amax: Tensor, power_of_two: bool) -> Scales:
-    """448 / amax and its reciprocal, rounded up to a power of two where asked; a block of zeros has 1."""
+def transformers_scales(amax: Tensor, power_of_two: bool, largest: float) -> Scales:
+    """largest / amax and its reciprocal, rounded up to a power of two where asked; a block of zeros has 1."""
     amax = amax.float()
-    factor = torch.where(amax > 0, E4M3.maximum / amax, 1.0)
+    factor = torch.where(amax > 0, (largest / amax).clamp_(max=_MOST_FACTOR), 1.0)
     scale = factor.reciprocal()
     if not power_of_two:
         return factor, scale
@@ -31,23 +32,23 @@ def transformers_scales(amax: Tensor, power_of_two: bool) -> Scales:
     return scale.reciprocal(), scale
 
 
-def deepgemm_scales(amax: Tensor, power_of_two: bool) -> Scales:
-    """amax / 448 and its reciprocal, amax no less than 1e-4."""
-    scale = amax.float().clamp(min=_LEAST_AMAX) / E4M3.maximum
+def deepgemm_scales(amax: Tensor, power_of_two: bool, largest: float) -> Scales:
+    """amax / largest and its reciprocal, amax no less than 1e-4."""
+    scale = amax.float().clamp(min=_LEAST_AMAX) / largest
     if power_of_two:
-        exponent = power_of_two_above(scale).clamp_(1, 254)
+        exponent = minifloat.power_of_two_above(scale).clamp_(1, 254)
         scale = (exponent << _MANTISSA).view(torch.float32)
     return scale.reciprocal(), scale
 
 
-def fbgemm_scales(amax: Tensor, power_of_two: bool) -> Scales:
-    """448 / amax and its reciprocal, amax no less than 1e-12 in its own dtype."""
-    factor = E4M3.maximum / amax.clamp(min=_LEAST_ROW_AMAX).float()
+def fbgemm_scales(amax: Tensor, power_of_two: bool, largest: float) -> Scales:
+    """largest / amax and its reciprocal, amax no less than 1e-12 in its own dtype."""
+    factor = largest / amax.clamp(min=_LEAST_ROW_AMAX).float()
     factor.masked_fill_(factor.isinf(), 1.0)
     return factor, factor.reciprocal()
 
 
-WRITERS: dict[str, Callable[[Tensor, bool], Scales]] = {
+WRITERS: dict[str, Callable[[Tensor, bool, float], Scales]] = {
     "transformers": transformers_scales,
     "deepgemm": deepgemm_scales,
     "fbgemm": fbgemm_scales,

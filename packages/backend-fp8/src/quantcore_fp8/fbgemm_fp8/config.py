@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from quantcore.quantization_config import QuantizationConfigMixin, QuantizationMethod, option
+from quantcore.sdk import QuantizationConfigMixin, QuantizationMethod, option
 
 
 @dataclass(eq=False, repr=False)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcore.formats.activation import Activation
-from quantcore.formats.base import TensorSpec, WeightFormat
+from quantcore.sdk import Activation, Scale, TensorSpec, WeightFormat
 from quantcore_fp8.format import ROW, Fp8
 
 _SCALE = "weight_scale"
@@ -73,4 +72,9 @@ class Fp8Columns(WeightFormat):
 
     @property
     def _matrix(self) -> Fp8:
-        return Fp8(ROW, _SCALE, writer="fbgemm", activation=self.activation, bias_first=True, dtype=self.dtype)
+        return fbgemm_rows(self.activation, self.dtype)
+
+
+def fbgemm_rows(rounding: Activation | None, dtype: str) -> Fp8:
+    """How the weight of a layer is stored: a scale for each row, by the rule of FBGEMM's quantize_fp8_row."""
+    return Fp8(block=ROW, scale=Scale(_SCALE), writer="fbgemm", input=rounding, bias_first=True, dtype=dtype)

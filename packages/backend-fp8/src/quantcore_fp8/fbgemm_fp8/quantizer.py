@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from quantcore.formats.activation import Activation
-from quantcore.formats.base import WeightFormat, dtype_name
-from quantcore.nn.experts import fused_experts, fused_weights
-from quantcore.quantizers.plan import Plan
-from quantcore.quantizers.weight import WeightQuantizer
+from quantcore.sdk import Activation, Plan, WeightFormat, WeightQuantizer, dtype_name, fused_experts, fused_weights
 from quantcore_fp8.fbgemm_fp8.config import FbgemmFp8Config
-from quantcore_fp8.fbgemm_fp8.format_columns import Fp8Columns
-from quantcore_fp8.format import ROW, STATIC_INPUT, Fp8
+from quantcore_fp8.fbgemm_fp8.format_columns import Fp8Columns, fbgemm_rows
+from quantcore_fp8.format import STATIC_INPUT
 from quantcore_fp8.names import STACK
 
 _DOWN = "down_proj"
@@ -43,7 +39,7 @@ class FbgemmFp8Quantizer(WeightQuantizer):
         dtype = dtype_name(module.weight.dtype)  # type: ignore[arg-type]
         if STACK.search(name):
             return self._columns(name, dtype)
-        return Fp8(ROW, "weight_scale", writer="fbgemm", activation=self._rounding(), bias_first=True, dtype=dtype)
+        return fbgemm_rows(self._rounding(), dtype)
 
     def stacked_format_for(self, name: str, weight: Tensor) -> WeightFormat | None:
         return self._columns(name, dtype_name(weight.dtype)) if name in self._transposed else None

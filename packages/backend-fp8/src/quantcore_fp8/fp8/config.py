@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from quantcore.quantization_config import Config, QuantizationConfigMixin, QuantizationMethod, option
+from quantcore.sdk import Config, QuantizationConfigMixin, QuantizationMethod, check_limits, check_type, option
 
 SCHEMES = ("dynamic", "static")
 SCALE_FORMATS = ("float", "ue8m0")
 EXPERT_DTYPES = ("fp8", "fp4")
 MX_BLOCK = (1, 32)
+FORMATS = ("e4m3", "e4m3fn", "float8_e4m3fn")  # spellings of the one element, under DeepSeek's key `fmt`
+_OTHER_KEYS = frozenset(
+    ("fmt", "ignored_layers", "export", "kv_cache_scheme", "quant_library", "provider", "producer", "exclude_modules")
+)
+_KEPT_TYPES: dict[str, Any] = {
+    "ignored_layers": list[str] | None,
+    "export": dict[str, Any] | None,
+    "kv_cache_scheme": dict[str, Any] | str | None,
+}
 _METHODS = (QuantizationMethod.FP8.value, QuantizationMethod.MXFP8.value)
 
 
@@ -26,6 +35,7 @@ class FineGrainedFP8Config(QuantizationConfigMixin):
     """
 
     quant_method = QuantizationMethod.FP8
+    other_keys: ClassVar[frozenset[str]] = _OTHER_KEYS
 
     activation_scheme: str = option(
         "dynamic", choices=SCHEMES, help="scales of the inputs: measured at run time, or stored"
@@ -47,6 +57,7 @@ class FineGrainedFP8Config(QuantizationConfigMixin):
         if isinstance(size, tuple | list) and len(size) != 2:
             raise ValueError(f"{self._label('weight_block_size')} must be rows and columns, got {size!r:.80}")
         super().validate()
+        check_limits(size if size is None else list(size), self._label("weight_block_size"), maximum=1 << 24)
 
     @classmethod
     def from_dict(
@@ -61,9 +72,16 @@ class FineGrainedFP8Config(QuantizationConfigMixin):
         method = getattr(config_dict.get("quant_method"), "value", config_dict.get("quant_method"))
         if method in _METHODS:
             config.quant_method = method  # type: ignore[misc]  # one class serves both methods
+        config._check_kept()
         if config.modules_to_not_convert is None:
             config.update(modules_to_not_convert=config.extra_keys.get("ignored_layers"))
         return result
+
+    def _check_kept(self) -> None:
+        """Check the keys of other dialects that say what the tensors mean."""
+        check_limits(self.extra_keys.get("fmt"), self._label("fmt"), choices=(None, *FORMATS))
+        for key, kind in _KEPT_TYPES.items():
+            check_type(self.extra_keys.get(key), kind, self._label(key))
 
     @property
     def block(self) -> tuple[int, int] | None:
@@ -77,6 +95,13 @@ class FineGrainedFP8Config(QuantizationConfigMixin):
         if self.quant_method == QuantizationMethod.FP8 and "ignored_layers" in self.extra_keys:
             return "vllm"
         return "deepseek" if "fmt" in self.extra_keys else "transformers"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON values; in the dialect of vLLM the skip list under its name too."""
+        values = super().to_dict()
+        if self.dialect == "vllm" and values.get("ignored_layers") is None:
+            values["ignored_layers"] = values.get("modules_to_not_convert")
+        return values
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """`dequantize`, and the skip list where there is one: a user who gives none keeps the checkpoint's."""

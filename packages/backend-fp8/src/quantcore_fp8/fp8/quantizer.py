@@ -9,18 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from quantcore.calibration.statistics import AbsMax
-from quantcore.formats.activation import Activation
-from quantcore.formats.base import WeightFormat, dtype_name
-from quantcore.quantizers.calibrated import CalibratedQuantizer
-from quantcore_fp8.format import ROW_INPUT, STATIC_INPUT, TENSOR, Fp8
-from quantcore_fp8.format_fp4 import Fp4Expert
+from quantcore.sdk import Activation, CalibratedQuantizer, Number, Scale, WeightFormat, dtype_name, statistics
+from quantcore_fp8.format import ROW_INPUT, STATIC_INPUT, TENSOR, Fp8, fp4_expert
 from quantcore_fp8.format_stack import Fp8Stack
 from quantcore_fp8.fp8.config import MX_BLOCK, FineGrainedFP8Config
 from quantcore_fp8.names import STACK
 
 if TYPE_CHECKING:
-    from quantcore.calibration.block import Block
+    from quantcore.sdk import Block
 
 _ROUTED_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 _DEEPGEMM_INPUT = Activation("e4m3", "group", 128, floor=1e-4, quotient="multiply")
@@ -39,18 +35,19 @@ class Fp8Quantizer(CalibratedQuantizer):
     def format_for(self, name: str, module: nn.Module) -> WeightFormat:
         config, dtype = self.quantization_config, dtype_name(module.weight.dtype)  # type: ignore[arg-type]
         if config.expert_dtype == "fp4" and _ROUTED_EXPERT.search(name):
-            return Fp4Expert(activation=input_rounding(config), dtype=dtype)
-        is_vllm, has_exponents = config.dialect == "vllm", config.scale_fmt == "ue8m0"
-        scalar = 0 if is_vllm or self.needs_data else 2
+            return fp4_expert(input_rounding(config), dtype)
+        # The servers' names are those of one scale for the tensor; blocks have one name everywhere.
+        is_vllm = config.dialect == "vllm" and config.block is None
+        has_exponents = config.scale_fmt == "ue8m0"
+        rank = 2 if config.block is not None or not (is_vllm or self.needs_data) else 0
+        scale_dtype = "float8_e8m0fnu" if has_exponents else "uint8" if _is_mx(config) else "float32"
         return (Fp8Stack if STACK.search(name) else Fp8)(
             block=config.block or TENSOR,
-            scale="weight_scale" if is_vllm else "weight_scale_inv",
-            scale_dtype="float8_e8m0fnu" if has_exponents else "uint8" if _is_mx(config) else "float32",
-            scale_rank=scalar if config.block is None else 2,
+            scale=Scale("weight_scale" if is_vllm else "weight_scale_inv", scale_dtype, rank),
             writer="deepgemm" if config.dialect == "deepseek" and not _is_mx(config) else "transformers",
             power_of_two=has_exponents or _is_mx(config),
-            activation=input_rounding(config),
-            input_scale="input_scale" if is_vllm else "activation_scale",
+            input=input_rounding(config),
+            input_scale=Number("input_scale" if is_vllm else "activation_scale"),
             dtype=dtype,
         )
 
@@ -59,11 +56,11 @@ class Fp8Quantizer(CalibratedQuantizer):
         wanted = self.quantization_config.modules_to_convert or ()
         if not any(self.skips(name, pattern) for pattern in wanted):
             return None
-        return Fp8(TENSOR, "weight_scale", scale_rank=1, dtype=dtype_name(embedding.weight.dtype))
+        return Fp8(block=TENSOR, scale=Scale("weight_scale", rank=1), dtype=dtype_name(embedding.weight.dtype))
 
     def solve_block(self, block: Block) -> None:
         """Measure the range of each layer's input; weights are rounded by the format alone."""
-        ranges = block.collect(block.layers, lambda layer: AbsMax(layer.dense.shape[1]))
+        ranges = block.collect(block.layers, lambda layer: statistics.AbsMax(layer.dense.shape[1]))
         for name, seen in ranges.items():
             if block.round_if_unseen(name, seen):
                 continue

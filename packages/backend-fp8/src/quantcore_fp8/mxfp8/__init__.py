@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from quantcore.plugins import Backend, hookimpl
+from quantcore.sdk import Backend, Guide, hookimpl
 
 _MODULE = "quantcore_fp8.fp8"
 
@@ -17,6 +17,16 @@ BACKEND = Backend(
     example_configs=(
         {"weight_block_size": [1, 32], "scale_fmt": "ue8m0"},
         {"weight_block_size": [1, 32]},
+    ),
+    guide=Guide(
+        purposes=("serving", "inference"),
+        pros="8-bit floats under a power of two for 32 weights: close to lossless without data.",
+        cons="8.25 bits; for speed it wants a GPU with block scales.",
+        paper="https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf",
+        served_by={
+            "sglang": "by the source of SGLang 0.5.23, on GPUs that multiply MXFP8",
+            "transformers": "by the source of transformers 5.23; on a CPU tested with dequantize",
+        },
     ),
 )
 
