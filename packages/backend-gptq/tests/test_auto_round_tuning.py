@@ -19,6 +19,11 @@ def straight_through(values: Tensor) -> Tensor:
     return values + (values.round() - values).detach()
 
 
+def bounded(codes: Tensor, top: float) -> Tensor:
+    """codes between 0 and top, with the derivative 1 on a bound and 0 beyond it; that of clamp depends on the torch."""
+    return torch.where((codes < 0) | (codes > top), codes.detach().clamp(0, top), codes)
+
+
 def dequantized(weight: Tensor, parameters: Parameters, size: int, bits: int, sym: bool) -> Tensor:
     """The forward pass of SignRound as the paper writes it, for autograd."""
     missing = -weight.shape[1] % size
@@ -33,7 +38,7 @@ def dequantized(weight: Tensor, parameters: Parameters, size: int, bits: int, sy
         scale = (high - low) / top
         zero = straight_through(-low / scale)
     scale = scale + (scale.half().float() - scale).detach()
-    codes = (straight_through(values / scale + parameters.offset) + zero).clamp(0, top)
+    codes = bounded(straight_through(values / scale + parameters.offset) + zero, top)
     return ((codes - zero) * scale).flatten(1)[:, : weight.shape[1]]
 
 
@@ -62,6 +67,13 @@ def test_steps_follow_the_signs_of_autograd(sym: bool, shape: tuple[int, int], s
     high = (before.high_factor - 0.02 * leaves.high_factor.grad.sign()).clamp(0, 1)
     assert torch.equal(tuned._now.low_factor, low)
     assert torch.equal(tuned._now.high_factor, high)
+
+
+def test_code_on_a_bound_moves_and_one_beyond_it_does_not() -> None:
+    weight = torch.tensor([[-4.0, 1.0, 2.0, 3.9]])  # 3.9 is a step above the grid of -4 .. 3
+    tuned = TunedWeight(Groups.of(weight, 4), 3, True, tunes_range=False)
+    tuned.step(torch.ones_like(weight), 0.25, 0.0)
+    assert tuned._now.offset.flatten().tolist() == [-0.25, -0.25, -0.25, 0.0]
 
 
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])

@@ -260,6 +260,26 @@ def test_divided_activation_is_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(loaded(data()), model(data()))
 
 
+def test_divided_activations_come_back_from_finished_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solve = AwqQuantizer.solve_block
+
+    def interrupted(self: AwqQuantizer, block: Block) -> None:
+        if block.name == "layers.1":
+            raise KeyboardInterrupt
+        solve(self, block)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AwqQuantizer, "solve_block", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantcore.quantize(make("plain"), config(), calibration=data(), resume_dir=tmp_path)
+    resumed = quantcore.quantize(make("plain"), config(), calibration=data(), resume_dir=tmp_path)
+    expected = quantcore.quantize(make("plain"), config(), calibration=data())
+    assert isinstance(resumed.layers[0].mlp.act, ScaledActivation)
+    assert resumed.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in resumed.state_dict().items())
+    assert torch.equal(resumed(data()), expected(data()))
+
+
 def test_activations_stay_where_no_reader_would_know_of_them() -> None:
     model = make("plain")
     model.config.model_type = "other"

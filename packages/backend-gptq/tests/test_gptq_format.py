@@ -242,9 +242,10 @@ def test_positive_groups_are_not_cut_off(sym: bool) -> None:
     assert (layer.dequantize(torch.float32) - weight).abs().max() < 0.08  # half a step of 2/15, and a little
 
 
-def test_scale_beyond_float16_is_held_at_its_end() -> None:
-    layer = QuantizedLinear.from_linear(linear_of(torch.full((32, 32), 1e9)), Gptq(group_size=32))
-    assert torch.isfinite(layer.stored["scales"]).all()
+@pytest.mark.parametrize("size", [7e4, 1e9])
+def test_weight_that_float16_scales_cannot_hold_is_refused(size: float) -> None:
+    with pytest.raises(ValueError, match="scales: float16 holds numbers up to 65504"):
+        QuantizedLinear.from_linear(linear_of(torch.full((32, 32), size)), Gptq(group_size=32))
 
 
 def linear_of(weight: Tensor) -> nn.Linear:

@@ -13,7 +13,8 @@ from torch import Tensor
 from quantcore.formats.families import Affine
 from quantcore.testing.golden import GoldenLayer, golden_folder
 from quantcore_gptq.gptq.order import order_of
-from quantcore_gptq.gptq.solver import HessianError, Settings, Solution, curvature, inverse_factor, solve
+from quantcore_gptq.gptq.settings import Settings
+from quantcore_gptq.gptq.solver import HessianError, Solution, curvature, inverse_factor, solve
 from quantcore_gptq.rounding import fit_grid
 from quantcore_gptq.scale_search import fit_groups
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from quantcore.plugins import Backend, hookimpl
+from quantcore.sdk import Backend, hookimpl
 from quantcore_gptq import auto_round, awq, gptq
 
 # A method per row.

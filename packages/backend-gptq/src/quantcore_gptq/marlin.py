@@ -13,9 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
-from quantcore.formats.families import Affine, Family, column_grouping
-from quantcore.formats.packing import pack_words, stream_layout, unpack_words
+from quantcore.sdk import Affine, Family, TensorSpec, WeightFormat, column_grouping, dtype_name, float_dtype, packing
 
 _TILE = 16
 _ZERO = 8
@@ -69,7 +67,7 @@ class Marlin(WeightFormat):
 
     def lower(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Affine:
         rows, columns = shape
-        tiles = unpack_words(tensors[self.codes], stream_layout(4), rows * _TILE, 1).view(-1, _SPAN)
+        tiles = packing.unpack_words(tensors[self.codes], packing.stream_layout(4), rows * _TILE, 1).view(-1, _SPAN)
         tiles = tiles[:, _code_order(inverse=True, device=tiles.device)]
         codes = tiles.view(columns // _TILE, rows // _TILE, _TILE, _TILE).permute(1, 3, 0, 2).reshape(rows, columns)
         order = _scale_order(self._run(columns) < columns, inverse=True, device=tiles.device)
@@ -78,16 +76,16 @@ class Marlin(WeightFormat):
         return Affine(codes, scale, zero, column_grouping(columns, self._run(columns)), bits=4)
 
     def raise_(self, family: Family) -> dict[str, Tensor]:
-        rows, columns = family.codes.shape
+        rows, columns = family.shape
         self.check_shape((rows, columns))
-        if not isinstance(family, Affine) or family.bits > 4 or not bool((family.zero == _ZERO).all()):
+        if not isinstance(family, Affine) or family.bits > 4 or not bool((family.zeros() == _ZERO).all()):
             raise ValueError(f"{type(family).__name__} of {family.bits} bits: marlin holds 4 bits with zero point 8")
         tiles = family.codes.view(rows // _TILE, _TILE, columns // _TILE, _TILE).permute(2, 0, 3, 1).reshape(-1, _SPAN)
         tiles = tiles[:, _code_order(inverse=False, device=tiles.device)].view(columns // _TILE, -1)
         scale, _ = family.by_column_runs(self._run(columns))
         order = _scale_order(self._run(columns) < columns, inverse=False, device=tiles.device)
         return {
-            self.codes: pack_words(tiles, stream_layout(4), 1),
+            self.codes: packing.pack_words(tiles, packing.stream_layout(4), 1),
             self.scales: scale.t().reshape(-1, len(order))[:, order].reshape(-1, rows).contiguous(),
         }
 

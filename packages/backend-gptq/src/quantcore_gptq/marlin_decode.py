@@ -9,9 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from quantcore.formats.base import float_dtype
-from quantcore.kernels.triton.decoder import Decoder
-from quantcore.kernels.triton.rounding import TRITON_DTYPES, rounded
+from quantcore.sdk import TRITON_DTYPES, Decoder, float_dtype, rounded
 from quantcore_gptq.marlin import Marlin
 
 

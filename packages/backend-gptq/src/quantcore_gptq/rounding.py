@@ -1,4 +1,4 @@
-"""Integer grids with a scale and a zero point per group: how they are chosen, and rounding to them."""
+"""Grids with a scale and a zero point per group: how those of integers are chosen, and rounding to them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from quantcore.sdk import minifloat
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,33 @@ def affine_of(
 def round_to(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Codes, as floats, of the nearest values of a grid."""
     return torch.round(values / scale).add_(zero).clamp_(0, (1 << bits) - 1)
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Codes 0 .. 2**bits - 1."""
+
+    bits: int
+
+    def nearest(self, values: Tensor, scale: Tensor, zero: Tensor, codes: Tensor) -> Tensor:
+        """The nearest values of a grid, a new tensor; their codes are written to codes, uint8."""
+        found = round_to(values, scale, zero, self.bits)
+        codes.copy_(found)
+        return found.sub_(zero).mul_(scale)
+
+
+@dataclass(frozen=True)
+class SmallFloats:
+    """Codes of a small float: w = value(code) * scale."""
+
+    element: str
+
+    def nearest(self, values: Tensor, scale: Tensor, zero: Tensor, codes: Tensor) -> Tensor:
+        """As `Integers.nearest`; zero has no meaning, and a scale of 0 gives 0."""
+        element = minifloat.minifloat(self.element)
+        found = minifloat.encode((values / scale).masked_fill_(scale == 0, 0.0), element)
+        codes.copy_(found.view(torch.uint8))
+        return minifloat.decode(found, element).mul_(scale)
 
 
 def _encode(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

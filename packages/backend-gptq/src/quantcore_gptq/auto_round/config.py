@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from quantcore.quantization_config import Config, QuantizationConfigMixin, QuantizationMethod, option
+from quantcore.sdk import (
+    Config,
+    QuantizationConfigMixin,
+    QuantizationMethod,
+    check_group_size,
+    check_type,
+    option,
+    patterns,
+    spellings,
+    without_synonyms,
+)
 
 DEFAULT_PACKING = "auto_round:gptq"
 FLOAT_BITS = 16  # an entry of extra_config with so many bits leaves the layer float
-_MAX_GROUP_SIZE = 1 << 24
 _LAYER_KEYS = ("bits", "group_size", "sym", "data_type", "act_bits")
 # Layout and convention of zero points by packing_format; a kernel's name may follow after another colon.
 _PACKINGS = {
@@ -25,6 +34,27 @@ _PACKINGS = {
     "auto_awq": "awq",
     "awq": "awq",
 }
+_BACKENDS = frozenset(
+    (
+        *("auto", "auto_round", "autoround", "auto_round_lib", "auto_round_kernel", "ark", "auto_gptq", "auto_awq"),
+        *("gptq", "awq", "gptqmodel", "exllama", "exllamav2", "exllama_v2", "marlin", "triton", "tritonv2", "torch"),
+        *("tritonv2_zp", "torch_zp", "awq_exllamav2", "awq_marlin", "awq_torch", "machete", "cuda", "hpu", "humming"),
+        *("ipex", "ipex_gptq", "ipex_awq", "itrex", "qbits", "qbits_awq", "llm_compressor", "compressed_tensors"),
+    )
+)
+# How a checkpoint was made, by any version of auto-round.
+_OTHER_KEYS = (
+    *("autoround_version", "amp", "damp_percent", "desc_act", "enable_norm_bias_tuning", "gradient_accumulate_steps"),
+    *("low_gpu_mem_usage", "low_cpu_mem_usage", "scale_dtype", "true_sequential", "act_data_type", "act_group_size"),
+    *("act_sym", "act_dynamic", "super_bits", "super_group_size", "dataset", "sampler", "nblocks", "seed", "momentum"),
+    *("not_use_best_mse", "dynamic_max_gap", "enable_full_range", "quant_lm_head", "use_quant_input", "lm_head"),
+    *("static_groups", "regex_config", "layer_config", "supported_types", "rotation_config", "enable_torch_compile"),
+    *("static_kv_dtype", "static_attention_dtype", "model_type", "quant_block_names", "quant_block_list", "meta"),
+    *("to_quant_block_names", "modules_in_block_to_quantize", "checkpoint_format", "format", "zero_point", "version"),
+    *("modules_to_not_convert", "provider", "enable_alg_ext", "enable_adam", "enable_deterministic_algorithms"),
+    *("optimizer", "scheme", "dynamic", "method", "multimodal", "quant_nontext_module", "ignore_layers", "truncation"),
+    *("algorithm", "hadamard_config", "enable_opt_rtn"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +75,7 @@ class AutoRoundConfig(QuantizationConfigMixin):
     """
 
     quant_method = QuantizationMethod.AUTOROUND
+    other_keys: ClassVar[frozenset[str]] = frozenset(_OTHER_KEYS)
     unwritten: ClassVar[tuple[str, ...]] = (
         "block_name_to_quantize",
         "extra_config",
@@ -69,13 +100,15 @@ class AutoRoundConfig(QuantizationConfigMixin):
     block_name_to_quantize: str | list[Any] | None = option(None, help="blocks to quantize, such as model.layers")
     extra_config: dict[str, Any] | None = option(None, help="overrides by layer name or regular expression")
     data_type: str | None = option(None, help="of codes: int")
-    act_bits: int | None = option(None, minimum=1, help="bits of activations: 16")
-    iters: int | None = option(None, minimum=0, help="steps of tuning a block (200); 0 rounds to nearest")
-    nsamples: int | None = option(None, minimum=1, help="rows of calibration tokens (128)")
+    act_bits: int | None = option(None, minimum=1, maximum=32, help="bits of activations: 16")
+    iters: int | None = option(
+        None, minimum=0, maximum=1_000_000, help="steps of tuning a block (200); 0 rounds to nearest"
+    )
+    nsamples: int | None = option(None, minimum=1, maximum=1 << 20, help="rows of calibration tokens (128)")
     seqlen: int | None = option(None, minimum=1, help="tokens of a row (2048)")
-    batch_size: int | None = option(None, minimum=1, help="rows of a step (8)")
-    lr: float | None = option(None, minimum=0.0, help="first step of the rounding offsets (1 / iters)")
-    minmax_lr: float | None = option(None, minimum=0.0, help="first step of the limits of ranges (lr)")
+    batch_size: int | None = option(None, minimum=1, maximum=1 << 20, help="rows of a step (8)")
+    lr: float | None = option(None, minimum=0.0, maximum=1.0, help="first step of the rounding offsets (1 / iters)")
+    minmax_lr: float | None = option(None, minimum=0.0, maximum=1.0, help="first step of the limits of ranges (lr)")
     enable_minmax_tuning: bool | None = option(None, help="tune the limits of ranges too (true)")
     enable_quanted_input: bool | None = option(None, help="tune on what the quantized blocks give (true)")
     disable_opt_rtn: bool | None = option(None, help="with iters 0, take scales from the largest value alone (false)")
@@ -83,10 +116,8 @@ class AutoRoundConfig(QuantizationConfigMixin):
     def validate(self) -> None:
         """Check every field. Raises TypeError or ValueError naming it."""
         super().validate()
-        if self.group_size != -1 and not 1 <= self.group_size <= _MAX_GROUP_SIZE:
-            raise ValueError(
-                f"AutoRoundConfig.group_size must be -1 or in [1, {_MAX_GROUP_SIZE}], got {self.group_size}"
-            )
+        check_group_size(self.group_size, "AutoRoundConfig.group_size")
+        _check_backend(self.backend)
         _check_extra(self.extra_config)
 
     @classmethod
@@ -95,12 +126,17 @@ class AutoRoundConfig(QuantizationConfigMixin):
     ) -> Config | tuple[Config, dict[str, Any]]:
         """A config of a dict as in config.json, of any version of auto-round, or of its exports as gptq and awq."""
         found = _modern(config_dict) if isinstance(config_dict, Mapping) else config_dict
-        return super().from_dict(found, return_unused_kwargs, **kwargs)  # type: ignore[misc,no-any-return]
+        return super().from_dict(found, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field and every kept key as JSON values; unset fields of auto-round are left out."""
         values = super().to_dict()
         return {key: value for key, value in values.items() if key not in self.unwritten or value is not None}
+
+    def key_places(self) -> Iterator[tuple[str, Iterable[str], Collection[str]]]:
+        yield from super().key_places()
+        for pattern, values in (self.extra_config or {}).items():
+            yield f"extra_config[{pattern!r}]", values or {}, (*_LAYER_KEYS, *self.other_keys, "backend")
 
     def get_loading_attributes(self) -> dict[str, Any]:
         return {"backend": self.backend}
@@ -129,22 +165,25 @@ class AutoRoundConfig(QuantizationConfigMixin):
 
     def for_layer(self, name: str) -> LayerSettings | None:
         """The settings of the layer of this name; None where extra_config leaves it float."""
-        own = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym}
+        own: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym}
         own |= {key: value for key, value in self.override(name).items() if key in own and value is not None}
         return None if own["bits"] >= FLOAT_BITS else LayerSettings(**own)
 
     def override(self, name: str) -> Mapping[str, Any]:
         """The entry of extra_config for a layer: under its name, else under the first expression found in it."""
-        entries = self.extra_config or {}
-        if name in entries:
-            return entries[name] or {}
-        found = (values for pattern, values in entries.items() if re.search(_expression(pattern), name))
-        return next(found, None) or {}
+        entries, names = self.extra_config or {}, spellings(name)
+        for spelled in names:
+            if spelled in entries:
+                return entries[spelled] or {}
+        for key, values in entries.items():
+            if any(patterns.matches(_expression(key), spelled, "anywhere") for spelled in names):
+                return values or {}
+        return {}
 
     def is_in_blocks(self, name: str) -> bool:
         """Whether a layer stands in a block that is to be quantized; in any block where the config names none."""
         prefixes = list(_names(self.block_name_to_quantize))
-        return not prefixes or any(name.startswith(f"{prefix}.") for prefix in prefixes)
+        return not prefixes or any(each.startswith(f"{prefix}.") for each in spellings(name) for prefix in prefixes)
 
     def setting(self, name: str, default: Any) -> Any:
         """A field, or default where it is not set."""
@@ -154,7 +193,7 @@ class AutoRoundConfig(QuantizationConfigMixin):
 
 def _modern(config_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The dict with older keys under the names of the fields."""
-    values = dict(config_dict)
+    values = without_synonyms(config_dict, {"w_bit": "bits", "q_group_size": "group_size"}, "AutoRoundConfig")
     method = str(values.get("quant_method", "")).lower()
     if "packing_format" not in values:
         backend = str(values.get("backend", "")).lower()
@@ -188,14 +227,22 @@ def _check_extra(extra: Mapping[str, Any] | None) -> None:
         label = f"AutoRoundConfig.extra_config[{pattern!r}]"
         if values is not None and not isinstance(values, Mapping):
             raise TypeError(f"{label} must be a dict of overrides, got {values!r:.80}")
-        try:
-            re.compile(_expression(pattern))
-        except re.error as error:
-            raise ValueError(f"{label} is neither a name nor a regular expression: {error}") from error
+        patterns.check(_expression(pattern), label)
         bits, size = (values or {}).get("bits", 4), (values or {}).get("group_size", -1)
         if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 32):
             raise ValueError(f"{label}.bits must be an integer in [2, 8], or {FLOAT_BITS} for float, got {bits!r:.80}")
         if bits is not None and 8 < bits < FLOAT_BITS:
             raise ValueError(f"{label}.bits must be in [2, 8], or {FLOAT_BITS} for float, got {bits}")
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not (size == -1 or size > 0)):
-            raise ValueError(f"{label}.group_size must be -1 or positive, got {size!r:.80}")
+        if size is not None:
+            check_group_size(size, f"{label}.group_size")
+        check_type((values or {}).get("sym"), bool | None, f"{label}.sym")
+
+
+def _check_backend(backend: str) -> None:
+    """Raise ValueError for a backend that no version of auto-round or gptqmodel has; "auto_round:" may precede it."""
+    parts = [part for part in backend.lower().replace("-", "_").split(":") if part]
+    unknown = [part for part in parts if part not in _BACKENDS]
+    if unknown:
+        raise ValueError(
+            f"AutoRoundConfig.backend must be made of {', '.join(sorted(_BACKENDS))}, with colons; got {backend!r:.80}"
+        )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from quantcore.formats.base import WeightFormat
-from quantcore.kernels.triton.decoder import Decoder
+from quantcore.sdk import Decoder, WeightFormat
 from quantcore_gptq.auto_round.format import AutoRoundAwq, AutoRoundGptq
 from quantcore_gptq.awq.decode import decoder_for as awq_decoder
 from quantcore_gptq.gptq.decode import decoder_for as gptq_decoder

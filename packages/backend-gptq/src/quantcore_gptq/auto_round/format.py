@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import WeightFormat
-from quantcore.formats.families import Family
+from quantcore.sdk import Family, WeightFormat
 from quantcore_gptq.auto_round.grid import Groups, Scales, asymmetric_scales, encode, symmetric_scales
 from quantcore_gptq.auto_round.search import SEARCHED_BITS, search_scales
 from quantcore_gptq.awq.format import Awq

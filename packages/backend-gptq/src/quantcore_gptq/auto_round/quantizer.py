@@ -8,19 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from quantcore.calibration.statistics import ChannelSquares
-from quantcore.quantizers.calibrated import CalibratedQuantizer
-from quantcore.quantizers.weight import dequantize_layers
+from quantcore.sdk import CalibratedQuantizer, statistics
 from quantcore_gptq.auto_round.config import DEFAULT_PACKING, AutoRoundConfig, LayerSettings
 from quantcore_gptq.auto_round.format import AutoRoundAwq, AutoRoundGptq, round_scales
 from quantcore_gptq.auto_round.grid import Groups, encode
 from quantcore_gptq.auto_round.solver import Schedule, tune_block
-from quantcore_gptq.models import float_dtype_of
 
 if TYPE_CHECKING:
-    from quantcore.calibration.block import Block
-    from quantcore.calibration.data import Calibration
-    from quantcore.calibration.engine import Source
+    from quantcore.sdk import Block, Calibration, Source
 
 ITERS = 200
 BATCH_SIZE = 8
@@ -31,6 +26,7 @@ class AutoRoundQuantizer(CalibratedQuantizer):
     """Formats by the config's layout; layers outside of the named blocks stay float unless extra_config lists them."""
 
     quantization_config: AutoRoundConfig
+    shares_samples = False  # it trains on all of them, in an order of its own
 
     def __init__(self, quantization_config: AutoRoundConfig, pre_quantized: bool = True, **kwargs: Any) -> None:
         if not pre_quantized:
@@ -74,7 +70,7 @@ class AutoRoundQuantizer(CalibratedQuantizer):
 
     @property
     def needs_data(self) -> bool:
-        return self.quantization_config.setting("iters", ITERS) > 0
+        return bool(self.quantization_config.setting("iters", ITERS) > 0)
 
     def prepare_calibration(self, calibration: Calibration) -> Calibration:
         """Rows one by one: the solver joins them to batches of its own."""
@@ -102,9 +98,6 @@ class AutoRoundQuantizer(CalibratedQuantizer):
             tunes_range=config.setting("enable_minmax_tuning", True),
         )
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        return dequantize_layers(model, dtype or float_dtype_of(model))
-
 
 def _with_packing(config: AutoRoundConfig) -> AutoRoundConfig:
     """The config with the layout that auto-round itself chooses where the user left it open."""
@@ -128,7 +121,7 @@ def _fits(module: nn.Module) -> bool:
 
 def _round_head(block: Block) -> None:
     """Layers outside of blocks: rounded to scales that suit the columns with large inputs."""
-    squares = block.collect(list(block.layers), lambda layer: ChannelSquares(layer.dense.shape[1]))
+    squares = block.collect(list(block.layers), lambda layer: statistics.ChannelSquares(layer.dense.shape[1]))
     for name, layer in block.layers.items():
         if block.round_if_unseen(name, squares[name]):
             continue

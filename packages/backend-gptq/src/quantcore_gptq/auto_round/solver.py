@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from quantcore.calibration.block import join
-from quantcore.nn.dense import view_dense
+from quantcore.sdk import join_samples, view_dense
 from quantcore_gptq.auto_round.format import AutoRoundAwq, AutoRoundGptq
 from quantcore_gptq.auto_round.grid import Groups
 from quantcore_gptq.auto_round.tuning import TunedWeight
 
 if TYPE_CHECKING:
-    from quantcore.calibration.activations import Sample
-    from quantcore.calibration.block import Block
-    from quantcore.quantizers.plan import PlannedLayer
+    from quantcore.sdk import Block, PlannedLayer, Sample
 
 SEED = 42
 _LOSS_SCALE = 1000.0  # keeps gradients of half precision above zero; their signs are all that counts
@@ -109,7 +106,7 @@ def _batches(samples: Sequence[Sample], schedule: Schedule) -> Iterator[Sample]:
     draw = random.Random(SEED)
     for _ in range(schedule.iters):
         chosen = sorted(draw.sample(range(len(samples)), min(schedule.batch_size, len(samples))))
-        yield join([samples[number] for number in chosen])
+        yield join_samples([samples[number] for number in chosen])
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ class Leaf:
 def _leaves(block: Block) -> Iterator[dict[str, Leaf]]:
     """A weight of its own for each layer of the block; gradients are computed for these alone."""
     modules = {name: block.model.get_submodule(name) for name in block.layers}
-    before = {name: module.weight for name, module in modules.items()}
+    before: dict[str, nn.Parameter] = {name: module.get_parameter("weight") for name, module in modules.items()}
     trained = [parameter for parameter in block.module.parameters() if parameter.requires_grad]
     leaves = {}
     try:
@@ -140,7 +137,7 @@ def _leaves(block: Block) -> Iterator[dict[str, Leaf]]:
             module.weight = nn.Parameter(torch.empty_like(before[name]))
             dense = view_dense(module)
             assert dense is not None
-            leaves[name] = Leaf(module.weight, dense.weight, dense.kind is not nn.Linear)
+            leaves[name] = Leaf(module.weight, dense.weight, not issubclass(dense.kind, nn.Linear))
         yield leaves
     finally:
         for name, module in modules.items():

@@ -1,8 +1,11 @@
 """SignRound on one layer: offsets of rounding and factors of ranges, moved by the signs of their gradients.
 
 The gradients are written out: with a straight-through derivative of rounding they are sums over what the forward pass
-has at hand, so no graph of element-wise steps is kept. Source: Cheng et al. 2023, SignRound (arXiv:2309.05516),
-sections 3.1 and 3.2.
+has at hand, so no graph of element-wise steps is kept. The bounds of a grid belong to it: a code on a bound moves with
+its offset, one beyond it does not. Autograd of torch up to 2.13 has that rule for clamp, with which published models
+were made; from 2.14 it gives 0 on a bound, which would hold the outermost codes of every group where they are. The rule
+is kept, so that the same data gives the same codes under each torch. Source: Cheng et al. 2023, SignRound
+(arXiv:2309.05516), sections 3.1 and 3.2.
 """
 
 from __future__ import annotations
@@ -122,4 +125,5 @@ class TunedWeight:
         """A gradient [rows, K] as float32 [rows, G, size]."""
         missing = self._groups.values.shape[1] * self._groups.values.shape[2] - grad.shape[1]
         padded = torch.nn.functional.pad(grad.float(), (0, missing)) if missing else grad.float()
-        return padded.unflatten(1, self._groups.values.shape[1:])
+        grouped: Tensor = padded.unflatten(1, self._groups.values.shape[1:])
+        return grouped

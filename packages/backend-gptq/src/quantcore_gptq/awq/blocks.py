@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quantcore.calibration.block import ROUND_TO_NEAREST
-from quantcore.calibration.statistics import Hessian, MeanAbs, Reduction, Statistic
+from quantcore.sdk import ROUND_TO_NEAREST, statistics
 from quantcore_gptq.awq.folding import divide, multiply_columns, row_index
 from quantcore_gptq.awq.format import Awq, AwqMarlin
 from quantcore_gptq.awq.solver import (
@@ -23,26 +22,26 @@ from quantcore_gptq.awq.solver import (
 )
 
 if TYPE_CHECKING:
-    from quantcore.calibration.block import Block
+    from quantcore.sdk import Block
     from quantcore_gptq.awq.folding import Fold
 
 # Layers whose outputs are multiplied with each other: limits on their values cost more than their own error shows.
 _NOT_CLIPPED = ("q_", "k_", "query", "key", "Wqkv")
 
 
-class InputStatistics(Statistic):
+class InputStatistics(statistics.Statistic):
     """What the search reads of a layer's inputs: H and the mean of |x| per channel."""
 
     def __init__(self, columns: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self._squares, self._size = Hessian(columns, device), MeanAbs(columns, device)
+        self._squares, self._size = statistics.Hessian(columns, device), statistics.MeanAbs(columns, device)
 
     def update(self, x: Tensor) -> None:
         self._squares.update(x)
         self._size.update(x)
         self.tokens += x.shape[0]
 
-    def parts(self) -> list[tuple[Tensor, Reduction]]:
+    def parts(self) -> list[tuple[Tensor, statistics.Reduction]]:
         return [*self._squares.parts(), *self._size.parts()]
 
     @property
@@ -73,20 +72,33 @@ class BlockSolver:
 
     def solve(self, folds: Sequence[Fold]) -> None:
         """Scale inputs as the folds allow, then replace every layer."""
-        for fold in folds:
-            self._scale(fold)
-        for name in self.block.layers:
-            self._round(name)
+        if _are_independent(self.block, folds):
+            costs = [float(sum(self.weights[name].numel() for name in self._names(fold))) for fold in folds]
+            for fold, scales in zip(folds, self.block.spread(costs, lambda i: self._search(folds[i])), strict=True):
+                self._scale(fold, scales)
+        else:
+            for fold in folds:
+                self._scale(fold, self._search(fold))
+        self.block.share([(name,) for name in self.block.layers], lambda names: self._round(names[0]))
 
-    def _scale(self, fold: Fold) -> None:
-        names = [f"{self.block.name}.{name}" for name in fold.layers]
+    def _names(self, fold: Fold) -> list[str]:
+        return [f"{self.block.name}.{name}" for name in fold.layers]
+
+    def _search(self, fold: Fold) -> Tensor | None:
+        """The best scales of a fold's input; None where no token reaches it."""
+        names = self._names(fold)
         reached = [name for name in names if self.measured[name].tokens]
         if not reached:
-            return
-        module = self.block.module
-        index = row_index(module, fold, self.weights[names[0]].shape[1])
+            return None
+        index = row_index(self.block.module, fold, self.weights[names[0]].shape[1])
         grid = self._format(names[0]).grid(self.weights[names[0]].shape)
-        scales = search_scales(self._readings(reached), self._mean_abs(reached), grid, index=index).best
+        return search_scales(self._readings(reached), self._mean_abs(reached), grid, index=index).best
+
+    def _scale(self, fold: Fold, scales: Tensor | None) -> None:
+        if scales is None:
+            return
+        module, names = self.block.module, self._names(fold)
+        scales = scales.to(self.weights[names[0]].device)
         producer = f"{self.block.name}.{fold.producer}"
         scales = divide(module, fold, scales, self.weights.get(producer))
         for other in fold.others:
@@ -119,11 +131,21 @@ class BlockSolver:
 
     def _mean_abs(self, names: Sequence[str]) -> Tensor:
         """Mean of |x| per channel over the tokens of all layers named, those of a shared input once."""
-        statistics = list({id(self.measured[name]): self.measured[name] for name in names}.values())
-        tokens = sum(statistic.tokens for statistic in statistics)
-        return torch.stack([statistic.mean_abs * (statistic.tokens / tokens) for statistic in statistics]).sum(0)
+        measured = list({id(self.measured[name]): self.measured[name] for name in names}.values())
+        tokens = sum(statistic.tokens for statistic in measured)
+        return torch.stack([statistic.mean_abs * (statistic.tokens / tokens) for statistic in measured]).sum(0)
 
     def _format(self, name: str) -> Awq | AwqMarlin:
         weight_format = self.block.layers[name].weight_format
         assert isinstance(weight_format, Awq | AwqMarlin)
         return weight_format
+
+
+def _are_independent(block: Block, folds: Sequence[Fold]) -> bool:
+    """Whether no fold changes a weight that a later one reads, so that they may be searched in any order."""
+    changed: set[str] = set()
+    for fold in folds:
+        if changed & set(fold.layers):
+            return False
+        changed |= {*fold.layers, fold.producer}
+    return True

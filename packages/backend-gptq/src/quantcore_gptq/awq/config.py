@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from quantcore.quantization_config import Config, QuantizationConfigMixin, QuantizationMethod, option
+from quantcore.sdk import (
+    Config,
+    QuantizationConfigMixin,
+    QuantizationMethod,
+    check_group_size,
+    option,
+    without_synonyms,
+)
 from quantcore_gptq.gptq.config import GPTQConfig
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -27,7 +34,8 @@ BACKENDS = (
     "torch_fused_awq",
 )
 _SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size"}
-_MAX_GROUP_SIZE = 1 << 24
+_NAMES_OF_LAYOUT = ("version", "format", "checkpoint_format")
+_OTHER_KEYS = ("do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config", "w4_bits", "autoround_version")
 
 
 @dataclass(eq=False, repr=False)
@@ -41,8 +49,11 @@ class AwqConfig(GPTQConfig):
     """
 
     quant_method = QuantizationMethod.AWQ
+    other_keys: ClassVar[frozenset[str]] = GPTQConfig.other_keys | frozenset(_OTHER_KEYS)
 
-    bits: int = option(4, choices=BITS, help="bits of a code: 4; other widths for quantcore and gptqmodel alone")
+    bits: int = option(
+        4, choices=BITS, only_read=(5, 6, 7), help="bits of a code: 4; other widths for quantcore and gptqmodel alone"
+    )
     format: str = option("gemm", choices=LAYOUTS + _RUNTIMES, help="layout of the stored tensors")
     checkpoint_format: str | None = option(None, help="older name of format")
     zero_point: bool = option(True, help="asymmetric: a zero point for each group")
@@ -60,8 +71,7 @@ class AwqConfig(GPTQConfig):
             backend, layout = "auto", "llm-awq"
         if backend not in (*BACKENDS, "autoawq"):
             raise ValueError(f"AwqConfig.backend must be one of {', '.join(BACKENDS)}, got {backend!r:.80}")
-        if self.group_size != -1 and not 1 <= self.group_size <= _MAX_GROUP_SIZE:
-            raise ValueError(f"AwqConfig.group_size must be -1 or in [1, {_MAX_GROUP_SIZE}], got {self.group_size}")
+        check_group_size(self.group_size, "AwqConfig.group_size")
         if self.bits != 4 and layout not in ("gemm", *_RUNTIMES):
             raise ValueError(f"AwqConfig.bits: format {layout!r} stores 4 bits alone, not {self.bits}; use 'gemm'")
         if self.zero_point and layout == "marlin":
@@ -95,9 +105,10 @@ class AwqConfig(GPTQConfig):
 
 def _modern(config_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The dict with keys of other tools under the names of the fields; a JSON null stands for the default."""
-    values = {_SYNONYMS.get(key, key): value for key, value in config_dict.items()}
+    values = without_synonyms(config_dict, _SYNONYMS, "AwqConfig")
+    without_synonyms(values, {"checkpoint_format": "format"}, "AwqConfig")
     values = {key: value for key, value in values.items() if value is not None or key not in _NEVER_NONE}
-    layout = next((values[key] for key in ("version", "format", "checkpoint_format") if values.get(key)), None)
+    layout = next((values[key] for key in _NAMES_OF_LAYOUT if values.get(key)), None)
     if layout is not None:
         values["version"] = values["format"] = layout
     if "zero_point" not in values and isinstance(values.get("sym"), bool):

@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from quantcore.formats.base import WeightFormat, float_dtype
-from quantcore.kernels.triton.decoder import Decoder, Words, places
-from quantcore.kernels.triton.rounding import TRITON_DTYPES, rounded
+from quantcore.sdk import TRITON_DTYPES, Decoder, WeightFormat, Words, float_dtype, places, rounded
 from quantcore_gptq.awq.format import Awq
 from quantcore_gptq.awq.versions import INTERLEAVE
 from quantcore_gptq.marlin import Marlin

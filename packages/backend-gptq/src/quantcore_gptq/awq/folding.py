@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from quantcore.nn.dense import view_dense
+from quantcore.sdk import view_dense
 from quantcore_gptq.awq.activation import ScaledActivation
 
 if TYPE_CHECKING:
-    from quantcore.calibration.block import Block
-    from quantcore.calibration.trace import InputGroup
+    from quantcore.sdk import Block, InputGroup
 
 _EXACT = 1e-3  # relative error of a right fold; wrong ones are off by tenths
 _ROUNDED = 2e-2  # where what is divided is 1 + weight, and rounds to bfloat16 again
@@ -75,7 +74,7 @@ class Folds:
     def _try(self, block: Block, fold: Fold) -> bool:
         key = (type(block.module), fold.pattern)
         if key not in self._tried:
-            self._tried[key] = holds(block, fold)
+            self._tried[key] = block.spread([1], lambda number: holds(block, fold))[0]
         return self._tried[key]
 
 
@@ -83,7 +82,7 @@ def holds(block: Block, fold: Fold) -> bool:
     """Whether the block's output stays the same under the fold, and does not under the multiplication alone."""
     before = block.output(block.samples[0]).clone()
     columns = block.layers[f"{block.name}.{fold.layers[0]}"].dense.shape[1]
-    scales = 2.0 ** torch.randint(-1, 2, (columns,), generator=torch.Generator().manual_seed(0))
+    scales = 2.0 ** torch.randint(-1, 2, (columns,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     index = row_index(block.module, fold, columns)
     scales = scales if index is None else scales[index - index.min()]
     with _restored(block.module, fold):

@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
-from quantcore.formats.families import Affine, Family, column_grouping
+from quantcore.sdk import Affine, Family, TensorSpec, WeightFormat, column_grouping, dtype_name, float_dtype
 from quantcore_gptq.awq.grid import Grid, encode, ranges
 from quantcore_gptq.awq.versions import VERSIONS, Facts, Parts, Version
 from quantcore_gptq.marlin import Marlin
@@ -104,11 +103,11 @@ class Awq(WeightFormat):
     def raise_(self, family: Family) -> dict[str, Tensor]:
         if not isinstance(family, Affine) or family.bits > self.bits:
             raise ValueError(f"{type(family).__name__} of {family.bits} bits does not fit {self!r}")
-        shape = tuple(family.codes.shape)
+        shape = tuple(family.shape)
         self.check_shape(shape)
-        if family.scale.dtype != self._dtype:
+        if family.dtype != self._dtype:
             raise ValueError(
-                f"scale is {dtype_name(family.scale.dtype)}, scale_dtype {self.scale_dtype}; the product would round "
+                f"scale is {dtype_name(family.dtype)}, scale_dtype {self.scale_dtype}; the product would round "
                 "differently"
             )
         scale, zero = family.by_column_runs(self._group(shape))
@@ -132,7 +131,7 @@ class Awq(WeightFormat):
         return Grid(self.bits, self._group(shape), self.zero_point)
 
     def _facts(self, shape: tuple[int, ...]) -> Facts:
-        return Facts(self.bits, self._group(shape), self._dtype, self.interleaved)
+        return Facts(self.bits, self._group(shape), self._dtype, self.interleaved, self.group_size == -1)
 
 
 @dataclass(frozen=True)

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from quantcore.formats.base import dtype_name
-from quantcore.nn.replace import replace_module
-from quantcore.quantizers import selection
-from quantcore.quantizers.calibrated import CalibratedQuantizer
-from quantcore.quantizers.weight import dequantize_layers
+from quantcore.sdk import CalibratedQuantizer, dtype_name, replace_module, selection
 from quantcore_gptq.awq.activation import ScaledActivation
 from quantcore_gptq.awq.blocks import BlockSolver, InputStatistics
 from quantcore_gptq.awq.config import AwqConfig
 from quantcore_gptq.awq.folding import Folds
 from quantcore_gptq.awq.format import Awq, AwqMarlin
-from quantcore_gptq.models import ROUTERS, float_dtype_of
+from quantcore_gptq.models import ROUTERS
 
 if TYPE_CHECKING:
-    from quantcore.calibration.block import Block
-    from quantcore.calibration.data import Calibration
-    from quantcore.checkpoints.read import Checkpoint
-    from quantcore.quantizers.plan import Plan
+    from quantcore.sdk import Block, Calibration, Checkpoint, Plan, StoredLayer
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +72,7 @@ class AwqQuantizer(CalibratedQuantizer):
         plan = super().plan(model)
         self._misfits = plan.misfits
         if plan.misfits:
-            logger.warning("these layers stay float, their shapes do not fit: %s", ", ".join(plan.misfits))
+            logger.warning("%d layers stay float: %s", len(plan.misfits), "; ".join(plan.reasons(plan.misfits)))
         return plan
 
     def postprocess_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -92,11 +85,9 @@ class AwqQuantizer(CalibratedQuantizer):
     def prepare_calibration(self, calibration: Calibration) -> Calibration:
         return super().prepare_calibration(calibration).filled(seqlen=self.quantization_config.model_seqlen)
 
-    def calibrate_model(self, model: nn.Module, calibration: Calibration) -> nn.Module:
-        """As for every method; calibration texts do not go into the config that is saved."""
-        model = super().calibrate_model(model, calibration)
+    def describe_calibrated(self, model: nn.Module) -> None:
+        """Calibration texts do not go into the config that is saved."""
         self.quantization_config.dataset = self.quantization_config.tokenizer = None
-        return model
 
     def solve_block(self, block: Block) -> None:
         if self._folds is None:
@@ -107,25 +98,42 @@ class AwqQuantizer(CalibratedQuantizer):
         measured = block.collect(names, lambda layer: InputStatistics(layer.dense.shape[1], layer.dense.weight.device))
         BlockSolver(block, measured).solve(folds)
 
+    def make_room(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        _wrap_activations(model, tensors)
+
     # Loading
+
+    def input_divisors(self, checkpoint: Checkpoint, layers: Sequence[StoredLayer]) -> dict[str, str]:
+        """The layer after a divided activation: of its siblings, the one with as many inputs as there are scales."""
+        divisors = {}
+        for name, header in checkpoint.headers.items():
+            owner, _, suffix = name.rpartition(".")
+            if suffix != "scales" or len(header.shape) != 1 or any(layer.name == owner for layer in layers):
+                continue
+            siblings = [layer for layer in layers if layer.name.rpartition(".")[0] == owner.rpartition(".")[0]]
+            after = [layer.name for layer in siblings if layer.shape[1] == header.shape[0]]
+            if len(after) != 1:
+                names = ", ".join(layer.name for layer in siblings) or "no layers"
+                raise ValueError(
+                    f"{name}: belongs to one of {names}, and their shapes do not tell which; load the model, and use "
+                    "quantcore.dequantize and quantcore.save"
+                )
+            divisors[after[0]] = name
+        return divisors
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint: Checkpoint | None = None, **kwargs: Any
     ) -> None:
         if checkpoint is not None:
-            _wrap_activations(model, checkpoint)
+            _wrap_activations(model, {name: header.empty() for name, header in checkpoint.headers.items()})
         super()._process_model_before_weight_loading(model, checkpoint=checkpoint, **kwargs)
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        return dequantize_layers(model, dtype or float_dtype_of(model))
 
-
-def _wrap_activations(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put divided activations where the checkpoint has scales for a module without parameters."""
+def _wrap_activations(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put divided activations where there are scales for a module without parameters."""
     modules = dict(model.named_modules())
-    for name, header in checkpoint.headers.items():
+    for name, tensor in tensors.items():
         owner, _, suffix = name.rpartition(".")
         module = modules.get(owner)
         if suffix == "scales" and module is not None and next(module.parameters(), None) is None:
-            scales = torch.empty(header.shape, dtype=header.dtype, device="meta")
-            replace_module(model, owner, ScaledActivation(module, scales))
+            replace_module(model, owner, ScaledActivation(module, tensor))

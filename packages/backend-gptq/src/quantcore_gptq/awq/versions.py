@@ -15,19 +15,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec
-from quantcore.formats.packing import Layout, pack_words, stream_layout, unpack_words
+from quantcore.sdk import Reshaped, TensorSpec, packing
 
 INTERLEAVE = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of every 8, whose code stands in each place of a word
 
 
 class Facts(NamedTuple):
-    """What a layout depends on. group: values in a group. interleaved: whether columns stand in INTERLEAVE's order."""
+    """What a layout depends on. group: values in a group. interleaved: whether columns stand in INTERLEAVE's order.
+
+    is_row: whether a group is a row, however long.
+    """
 
     bits: int
     group: int
     dtype: torch.dtype
     interleaved: bool
+    is_row: bool = False
 
 
 class Parts(NamedTuple):
@@ -58,9 +61,9 @@ class Version:
 
 
 @cache
-def column_layout(bits: int, interleaved: bool) -> Layout:
+def column_layout(bits: int, interleaved: bool) -> packing.Layout:
     """One bit stream along the columns of a row; interleaved: each 8 columns are put in INTERLEAVE's order first."""
-    plain = stream_layout(bits)
+    plain = packing.stream_layout(bits)
     if not interleaved:
         return plain
     moved = tuple(replace(p, code=p.code // 8 * 8 + INTERLEAVE[p.code % 8]) for p in plain.pieces)
@@ -69,25 +72,34 @@ def column_layout(bits: int, interleaved: bool) -> Layout:
 
 def _gemm_specs(N: int, K: int, facts: Facts) -> tuple[TensorSpec, ...]:
     words, groups = N * facts.bits // 32, K // facts.group
+    layout, by_groups = column_layout(facts.bits, facts.interleaved), _group_axis(facts, 0)
+    unit = max(layout.codes, 8 if facts.interleaved else 1)
+    opened = {rows: Reshaped((rows, N // unit, unit * facts.bits // 32)) for rows in (K, groups)}
+    by_words = (1, unit)
     return (
-        TensorSpec("qweight", torch.int32, (K, words)),
-        TensorSpec("qzeros", torch.int32, (groups, words)),
-        TensorSpec("scales", facts.dtype, (groups, N)),
+        TensorSpec("qweight", torch.int32, (K, words), along_n=by_words, along_k=(0, 1), opened=opened[K]),
+        TensorSpec("qzeros", torch.int32, (groups, words), along_n=by_words, along_k=by_groups, opened=opened[groups]),
+        TensorSpec("scales", facts.dtype, (groups, N), along_n=(1, 1), along_k=by_groups),
     )
+
+
+def _group_axis(facts: Facts, axis: int) -> tuple[int, int] | None:
+    """along_k of a tensor with a number for each group; where a group is a whole row, each part has it."""
+    return None if facts.is_row else (axis, facts.group)
 
 
 def _gemm_store(parts: Parts, facts: Facts) -> dict[str, Tensor]:
     layout = column_layout(facts.bits, facts.interleaved)
     return {
-        "qweight": pack_words(parts.codes.T, layout, 1),
-        "qzeros": pack_words(parts.zero.T.to(torch.uint8), layout, 1),
+        "qweight": packing.pack_words(parts.codes.T, layout, 1),
+        "qzeros": packing.pack_words(parts.zero.T.to(torch.uint8), layout, 1),
         "scales": parts.scale.T.contiguous(),
     }
 
 
 def _gemm_load(tensors: Mapping[str, Tensor], shape: tuple[int, int], facts: Facts) -> Parts:
     layout, scale = column_layout(facts.bits, facts.interleaved), tensors["scales"]
-    codes, zero = (unpack_words(tensors[name], layout, shape[0], 1) for name in ("qweight", "qzeros"))
+    codes, zero = (packing.unpack_words(tensors[name], layout, shape[0], 1) for name in ("qweight", "qzeros"))
     return Parts(codes.T, scale.T, zero.to(scale.dtype).T)
 
 
@@ -107,10 +119,14 @@ def padded_groups(groups: int, group: int) -> int:
 
 def _gemv_specs(N: int, K: int, facts: Facts) -> tuple[TensorSpec, ...]:
     words = padded_groups(K // facts.group, facts.group)
+    unit = padded_groups(1, facts.group)  # words that are read at once, 8 groups each
+    runs, columns = words // unit, 8 * unit * facts.group
+    axes = {"along_n": (0, 1), "along_k": None if facts.is_row else (1, columns)}
+    opened = [Reshaped((N, runs, size)) for size in (unit, 8 * unit)]
     return (
-        TensorSpec("qweight", torch.int32, (N, K // 8)),
-        TensorSpec("qzeros", torch.int32, (N, words)),
-        TensorSpec("scales", facts.dtype, (N, 8 * words)),
+        TensorSpec("qweight", torch.int32, (N, K // 8), along_n=(0, 1), along_k=(1, 8)),
+        TensorSpec("qzeros", torch.int32, (N, words), **axes, opened=opened[0]),  # type: ignore[arg-type]
+        TensorSpec("scales", facts.dtype, (N, 8 * words), **axes, opened=opened[1]),  # type: ignore[arg-type]
     )
 
 
@@ -118,8 +134,8 @@ def _gemv_store(parts: Parts, facts: Facts) -> dict[str, Tensor]:
     words = padded_groups(parts.scale.shape[1], facts.group)
     zero = _padded(parts.zero.to(torch.uint8), 8 * words)
     return {
-        "qweight": pack_words(parts.codes, stream_layout(4), 1),
-        "qzeros": pack_words(zero, stream_layout(4), 1),
+        "qweight": packing.pack_words(parts.codes, packing.stream_layout(4), 1),
+        "qzeros": packing.pack_words(zero, packing.stream_layout(4), 1),
         "scales": _padded(parts.scale, 8 * words),
     }
 
@@ -127,8 +143,10 @@ def _gemv_store(parts: Parts, facts: Facts) -> dict[str, Tensor]:
 def _gemv_load(tensors: Mapping[str, Tensor], shape: tuple[int, int], facts: Facts) -> Parts:
     K, groups = shape[1], shape[1] // facts.group
     scale = tensors["scales"][:, :groups]
-    codes = unpack_words(tensors["qweight"], stream_layout(4), K, 1)
-    return Parts(codes, scale, unpack_words(tensors["qzeros"], stream_layout(4), groups, 1).to(scale.dtype))
+    codes = packing.unpack_words(tensors["qweight"], packing.stream_layout(4), K, 1)
+    return Parts(
+        codes, scale, packing.unpack_words(tensors["qzeros"], packing.stream_layout(4), groups, 1).to(scale.dtype)
+    )
 
 
 def _gemv_shape(tensors: Mapping[str, Tensor], bits: int) -> tuple[int, int]:
@@ -142,10 +160,14 @@ def _gemv_shape(tensors: Mapping[str, Tensor], bits: int) -> tuple[int, int]:
 def _fast_specs(zeros: str) -> Callable[[int, int, Facts], tuple[TensorSpec, ...]]:
     def specs(N: int, K: int, facts: Facts) -> tuple[TensorSpec, ...]:
         rows = 8 * padded_groups(K // facts.group, facts.group)
+        unit = 8 * padded_groups(1, facts.group)
+        by_groups = None if facts.is_row else (0, unit * facts.group)
+        tables = {"along_n": (2, 1), "along_k": by_groups, "opened": Reshaped((rows // unit, unit, N))}
+        codes = {"along_n": (0, 4), "along_k": (1, 64), "opened": Reshaped((N // 4, K // 64, 64))}
         return (
-            TensorSpec("qweight", torch.int16, (N // 4, K)),
-            TensorSpec("scales", facts.dtype, (rows, N)),
-            TensorSpec(zeros, facts.dtype, (rows, N)),
+            TensorSpec("qweight", torch.int16, (N // 4, K), **codes),  # type: ignore[arg-type]
+            TensorSpec("scales", facts.dtype, (rows, N), **tables),  # type: ignore[arg-type]
+            TensorSpec(zeros, facts.dtype, (rows, N), **tables),  # type: ignore[arg-type]
         )
 
     return specs
@@ -155,7 +177,7 @@ def _fast_store(zeros: str) -> Callable[[Parts, Facts], dict[str, Tensor]]:
     def store(parts: Parts, facts: Facts) -> dict[str, Tensor]:
         N, K = parts.codes.shape
         blocks = parts.codes.reshape(N // 4, 4, K // 64, 2, 4, 8)  # row in block, half, nibble, place
-        words = pack_words(blocks.permute(0, 2, 1, 3, 5, 4), stream_layout(4, 16), -1)
+        words = packing.pack_words(blocks.permute(0, 2, 1, 3, 5, 4), packing.stream_layout(4, 16), -1)
         rows = 8 * padded_groups(parts.scale.shape[1], facts.group)
         offset = -(parts.scale * parts.zero)
         return {
@@ -171,7 +193,7 @@ def _fast_load(zeros: str) -> Callable[[Mapping[str, Tensor], tuple[int, int], F
     def load(tensors: Mapping[str, Tensor], shape: tuple[int, int], facts: Facts) -> Parts:
         N, K = shape
         words = tensors["qweight"].reshape(N // 4, K // 64, 4, 2, 8, 1)
-        codes = unpack_words(words, stream_layout(4, 16), 4, -1).permute(0, 2, 1, 3, 5, 4).reshape(N, K)
+        codes = packing.unpack_words(words, packing.stream_layout(4, 16), 4, -1).permute(0, 2, 1, 3, 5, 4).reshape(N, K)
         scale, offset = (tensors[name][: K // facts.group].T for name in ("scales", zeros))
         return Parts(codes, scale, _zero_of_offset(scale, offset))
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from quantcore.plugins import Backend, hookimpl
+from quantcore.sdk import Backend, Guide, PerLayer, Refusal, hookimpl
 
 if TYPE_CHECKING:
-    from quantcore.kernels.dispatch import Kernel
+    from quantcore.sdk import Kernel
 
 _MODULE = "quantcore_gptq.gptq"
+
+_USUAL = {"bits": 4, "group_size": 128}
+_SERVERS = ("vllm", "sglang")  # which have one kernel for it, of symmetric codes
 
 BACKEND = Backend(
     method="gptq",
@@ -19,15 +22,36 @@ BACKEND = Backend(
     kernels=(f"{_MODULE}:triton_kernels",),
     summary="second-order rounding, 2 to 8 bits",
     needs_calibration=True,
+    default=_USUAL,
     solver=f"{_MODULE}.shared:solve_block",
     example_configs=(
-        {"bits": 4, "group_size": 128},
+        _USUAL,
         {"bits": 4, "group_size": 32, "sym": False, "format": "gptq_v2"},
         {"bits": 8, "group_size": -1},
         {"bits": 3, "group_size": 64, "sym": False},
         {"bits": 5, "group_size": 32, "format": "gptq_p"},
         {"bits": 2, "group_size": 16},
     ),
+    guide=Guide(
+        purposes=("inference", "serving"),
+        pros="The standard of calibrated integers, 2 to 8 bits; servers read 4 and 8 bits of it, symmetric.",
+        cons="Needs data and minutes; the result can lean towards the calibration text.",
+        paper="https://arxiv.org/abs/2210.17323",
+        served_by={
+            "vllm": "tested with vLLM 0.32: symmetric, 4 bits; by the source: 8 bits, on GPUs",
+            "sglang": "by the source of SGLang 0.5.23: symmetric",
+            "transformers": "tested with transformers 5.23 and gptqmodel 7.7",
+        },
+        refused=(
+            *(Refusal(server, {"sym": (False,)}, {"sym": True}) for server in _SERVERS),
+            *(Refusal(server, {"bits": (2, 3, 5, 6, 7)}, {"bits": 4}) for server in _SERVERS),
+            Refusal("vllm", {"desc_act": (True,)}, {"desc_act": False}, unless={"group_size": (-1,)}),
+            Refusal("vllm", {"dynamic.*.desc_act": (True,)}, {"desc_act": False}),
+        ),
+        calibration_seconds=40,
+        calibration_gain=0.75,
+    ),
+    per_layer=PerLayer("dynamic", "+:^{regex}$", tuple({"bits": bits} for bits in (2, 3, 4, 8))),
 )
 
 
@@ -45,6 +69,6 @@ def quantcore_match_config(config_dict: Mapping[str, Any]) -> str | None:
 
 def triton_kernels() -> list[Kernel]:
     """The Triton kernels of this method; triton is imported when a problem on a GPU is asked about."""
-    from quantcore.kernels.triton.kernels import kernels_for
+    from quantcore.sdk import kernels_for
 
     return kernels_for("gptq", f"{_MODULE}.decode:decoder_for")

@@ -11,19 +11,26 @@ from torch import Tensor
 
 from quantcore_gptq.gptq.config import LayerSettings
 from quantcore_gptq.gptq.format import Gptq
-from quantcore_gptq.gptq.solver import HessianError, Settings, Solution, curvature, solve
+from quantcore_gptq.gptq.pieces import solve_pieces
+from quantcore_gptq.gptq.settings import Settings
+from quantcore_gptq.gptq.solver import HessianError, Solution, curvature
 
 if TYPE_CHECKING:
-    from quantcore.calibration.block import Block
-    from quantcore.quantizers.plan import PlannedLayer
+    from quantcore.sdk import Block, PlannedLayer
 
 
 def solve_together(
-    block: Block, names: Sequence[str], hessian: Tensor, layer_settings: LayerSettings, damp_step: float
+    block: Block,
+    names: Sequence[str],
+    hessian: Tensor,
+    layer_settings: LayerSettings,
+    damp_step: float,
+    *,
+    is_shared: bool,
 ) -> None:
     """Put the solution of each named layer in place; hessian [K, K] of their common inputs is overwritten.
 
-    Where it has no inverse, the layers are rounded to nearest.
+    is_shared: whether each process solves some of the rows. Where it has no inverse, the layers are rounded to nearest.
     """
     layers = [block.layers[name] for name in names]
     settings = _solver_settings(layers[0], layer_settings, damp_step)
@@ -33,7 +40,8 @@ def solve_together(
         for name in names:
             block.round_to_nearest(name, str(error))
         return
-    solution = solve(torch.cat([layer.dense.weight for layer in layers]), shared, settings)
+    weight = torch.cat([layer.dense.weight for layer in layers])
+    solution = solve_pieces(block, weight, shared, settings, None, is_shared=is_shared)
     first = 0
     for layer in layers:
         last = first + layer.dense.shape[0]

@@ -5,12 +5,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from quantcore.quantization_config import Config, QuantizationConfigMixin, QuantizationMethod, option
+from quantcore.sdk import (
+    Config,
+    QuantizationConfigMixin,
+    QuantizationMethod,
+    check_group_size,
+    option,
+    patterns,
+    spellings,
+    without_synonyms,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -19,9 +27,14 @@ PLANAR_BITS = (5, 6, 7)  # only the layout gptq_p has these
 FORMATS = ("gptq", "gptq_v2", "gptq_p", "marlin", "bitblas")
 DATASETS = ("wikitext2", "c4", "c4-new")
 WORDS = ("int8", "int16", "int32", "int64")
+# Kernels of optimum, gptqmodel and transformers; which of them another tool would run changes nothing here.
+BACKENDS = (
+    *("auto", "auto_trainable", "cuda", "triton", "torch", "torch_fused", "ipex", "hf_kernel", "mlx"),
+    *("exllama", "exllama_v1", "exllama_v2", "exllama_eora", "machete", "marlin", "marlin_fp16", "bitblas", "qqq"),
+    *("vllm", "sglang"),
+)
 _FLAGS = ("sym", "desc_act", "act_group_aware", "static_groups", "weighted_mse")
 LAYER_KEYS = ("bits", "group_size", *_FLAGS, "mse", "damp_percent")
-_MAX_GROUP_SIZE = 1 << 24
 _SYNONYMS = {"w_bit": "bits", "wbits": "bits", "q_group_size": "group_size"}
 # Keys that only AutoGPTQ and the versions of transformers that ran it wrote.
 _AUTOGPTQ_KEYS = (
@@ -31,6 +44,14 @@ _AUTOGPTQ_KEYS = (
     "use_exllama",
     "disable_exllama",
     "exllama_config",
+)
+# Of AutoGPTQ, optimum and gptqmodel: how a checkpoint was made, or is to be run by them.
+_OTHER_KEYS = (
+    *("method", "quant_method", "quantizer", "model_name_or_path", "parallel_packing", "desc_act_groups", "device"),
+    *("adapter", "rotation", "hyb_act", "v2", "v2_alpha", "v2_memory_device", "mock_quantization", "failsafe"),
+    *("fallback", "gptaq", "foem", "hessian", "offload_to_disk", "offload_to_disk_path", "buffered_fwd", "act_sort"),
+    *("compute_device_filter", "auto_forward_data_parallelism", "vram_strategy", "gc_mode", "dense_vram_strategy"),
+    *("true_sequential_groups", "model_type", "lm_head_quantized", "provider"),
 )
 
 
@@ -58,6 +79,7 @@ class GPTQConfig(QuantizationConfigMixin):
     """
 
     quant_method = QuantizationMethod.GPTQ
+    other_keys: ClassVar[frozenset[str]] = frozenset((*_AUTOGPTQ_KEYS, *_OTHER_KEYS))
     unwritten: ClassVar[frozenset[str]] = frozenset(
         (
             *("checkpoint_format", "dynamic", "lm_head", "pack_dtype"),
@@ -74,27 +96,35 @@ class GPTQConfig(QuantizationConfigMixin):
     act_group_aware: bool = option(True, help="that order within and among groups, which leaves the groups in place")
     sym: bool = option(True, help="symmetric: one zero point in the middle")
     true_sequential: bool = option(True, help="quantize the layers of a block one after the other")
-    format: str = option("gptq", choices=FORMATS, help="layout and zero points of the stored tensors")
+    format: str = option(
+        "gptq", choices=FORMATS, only_read=("bitblas",), help="layout and zero points of the stored tensors"
+    )
     meta: dict[str, Any] | list[Any] | str | None = option(None, help="the tool that wrote a checkpoint, its settings")
     backend: str | None = option(None, help="kept for other tools; kernels are chosen by themselves")
     model_seqlen: int | None = option(None, minimum=1, help="tokens of a calibration row")
     block_name_to_quantize: str | None = option(None, help="the list of blocks, such as model.layers")
     module_name_preceding_first_block: list[str] | None = option(None, help="kept for other tools")
-    batch_size: int = option(1, minimum=1, help="rows of a calibration batch")
-    pad_token_id: int | None = option(None, help="kept for other tools")
-    max_input_length: int | None = option(None, help="kept for other tools")
+    batch_size: int = option(1, minimum=1, maximum=1 << 20, help="rows of a calibration batch")
+    pad_token_id: int | None = option(None, minimum=-1, help="kept for other tools")
+    max_input_length: int | None = option(None, minimum=1, help="kept for other tools")
     cache_block_outputs: bool = option(True, help="kept for other tools")
     modules_in_block_to_quantize: list[list[str]] | None = option(
         None, help="layers of a block to quantize, those of one list together"
     )
-    checkpoint_format: str | None = option(None, choices=FORMATS, help="older name of format; goes before it")
+    checkpoint_format: str | None = option(
+        None, choices=FORMATS, only_read=("bitblas",), help="older name of format; goes before it"
+    )
     dynamic: dict[str, Any] | None = option(None, help="overrides by regular expression of module names")
     lm_head: bool | None = option(None, help="quantize the output head too")
     pack_dtype: str | None = option(None, choices=WORDS, help="word of packed codes; int32 when absent")
     static_groups: bool | None = option(None, help="choose all scales before the first column is rounded")
-    mse: float | None = option(None, minimum=0.0, help="power of the error that a search for scales minimizes; 0: none")
+    mse: float | None = option(
+        None, minimum=0.0, maximum=100.0, help="power of the error that a search for scales minimizes; 0: none"
+    )
     weighted_mse: bool | None = option(None, help="that error is weighed by what it costs in the layer's output")
-    damp_auto_increment: float | None = option(None, minimum=0.0, help="added to the damping until it suffices")
+    damp_auto_increment: float | None = option(
+        None, minimum=0.0, maximum=1.0, help="added to the damping until it suffices"
+    )
 
     def validate(self) -> None:
         """Check every field. Raises TypeError or ValueError naming it."""
@@ -108,14 +138,19 @@ class GPTQConfig(QuantizationConfigMixin):
         self._check_numbers()
         _check_dynamic(self.dynamic)
         if self.checkpoint_format is not None:
+            if self.format not in ("gptq", self.checkpoint_format):
+                raise ValueError(
+                    f"GPTQConfig: checkpoint_format {self.checkpoint_format!r} and format {self.format!r} are names of "
+                    "one setting; leave one out"
+                )
             self.format, self.checkpoint_format = self.checkpoint_format, None
         self.backend = self.backend or "auto"
+        _check_choice(self.backend, BACKENDS, "GPTQConfig.backend")
         if self.desc_act and self.act_group_aware:
             self.act_group_aware = False  # both are orders of the columns
 
     def _check_numbers(self) -> None:
-        if not (self.group_size == -1 or 1 <= self.group_size <= _MAX_GROUP_SIZE):
-            raise ValueError(f"GPTQConfig.group_size must be -1 or in [1, {_MAX_GROUP_SIZE}], got {self.group_size}")
+        check_group_size(self.group_size, "GPTQConfig.group_size")
         if not 0 < self.damp_percent < 1:
             raise ValueError(f"GPTQConfig.damp_percent must lie between 0 and 1, got {self.damp_percent}")
         if self.bits in PLANAR_BITS and (self.checkpoint_format or self.format) != "gptq_p":
@@ -134,6 +169,11 @@ class GPTQConfig(QuantizationConfigMixin):
         values = super().to_dict()
         absent = [name for name in self.unwritten if getattr(self, name) is None]
         return {key: value for key, value in values.items() if key not in absent} | {"checkpoint_format": self.format}
+
+    def key_places(self) -> Iterator[tuple[str, Iterable[str], Collection[str]]]:
+        yield from super().key_places()
+        for pattern, values in (self.dynamic or {}).items():
+            yield f"dynamic[{pattern!r}]", values or {}, (*LAYER_KEYS, *self.other_keys, "static_groups")
 
     def get_loading_attributes(self) -> dict[str, Any]:
         return {"max_input_length": self.max_input_length, "backend": self.backend}
@@ -161,7 +201,8 @@ class GPTQConfig(QuantizationConfigMixin):
 
     def _override(self, name: str) -> Mapping[str, Any] | None:
         for pattern, values in (self.dynamic or {}).items():
-            if re.match(pattern.removeprefix("-:").removeprefix("+:"), name):
+            expression = pattern.removeprefix("-:").removeprefix("+:")
+            if any(patterns.matches(expression, spelled) for spelled in spellings(name)):
                 return None if pattern.startswith("-:") else values or {}
         return {}
 
@@ -180,7 +221,8 @@ class GPTQConfig(QuantizationConfigMixin):
 
 def _modern(config_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The dict with keys of other tools under the names of the fields."""
-    values = {_SYNONYMS.get(key, key): value for key, value in config_dict.items()}
+    values = without_synonyms(config_dict, _SYNONYMS, "GPTQConfig")
+    without_synonyms(values, {"checkpoint_format": "format"}, "GPTQConfig")
     method = str(values.get("quant_method", values.get("method", ""))).lower()
     if method in ("marlin", "bitblas"):
         values["format"] = method
@@ -211,10 +253,7 @@ def _check_choice(value: Any, choices: tuple[Any, ...], label: str) -> None:
 def _check_dynamic(dynamic: Mapping[str, Any] | None) -> None:
     for pattern, values in (dynamic or {}).items():
         label = f"GPTQConfig.dynamic[{pattern!r}]"
-        try:
-            re.compile(pattern.removeprefix("-:").removeprefix("+:"))
-        except re.error as error:
-            raise ValueError(f"{label} is no regular expression: {error}") from error
+        patterns.check(pattern.removeprefix("-:").removeprefix("+:"), label)
         if values is not None and not isinstance(values, Mapping):
             raise TypeError(f"{label} must be a dict of overrides, got {values!r:.80}")
         _check_override(values or {}, label)
@@ -223,9 +262,7 @@ def _check_dynamic(dynamic: Mapping[str, Any] | None) -> None:
 def _check_override(values: Mapping[str, Any], label: str) -> None:
     if "bits" in values:
         _check_choice(values["bits"], BITS + PLANAR_BITS, f"{label}.bits")
-    size = values.get("group_size", -1)
-    if isinstance(size, bool) or not isinstance(size, int) or not (size == -1 or 1 <= size <= _MAX_GROUP_SIZE):
-        raise ValueError(f"{label}.group_size must be -1 or in [1, {_MAX_GROUP_SIZE}], got {size!r:.80}")
+    check_group_size(values.get("group_size", -1), f"{label}.group_size")
     for key in _FLAGS:
         if not isinstance(values.get(key, False), bool | None):
             raise TypeError(f"{label}.{key} must be true or false, got {values[key]!r:.80}")

@@ -9,10 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from quantcore.formats.base import WeightFormat, float_dtype
-from quantcore.formats.packing import PLANES
-from quantcore.kernels.triton.decoder import Decoder, Words, places
-from quantcore.kernels.triton.rounding import TRITON_DTYPES, rounded
+from quantcore.sdk import TRITON_DTYPES, Decoder, WeightFormat, Words, float_dtype, packing, places, rounded
 from quantcore_gptq.gptq.format import Gptq
 from quantcore_gptq.marlin import Marlin
 from quantcore_gptq.marlin_decode import marlin_decoder
@@ -128,7 +125,7 @@ def decoder_for(weight_format: WeightFormat) -> Decoder | None:
         return None
     layout, looked_up = weight_format.layout, weight_format.g_idx == "any"
     group = max(weight_format.group_size, 0)
-    first, second, third = (*(PLANES.get(layout.bits, ()) if weight_format.planar else ()), 0, 0, 0)[:3]
+    first, second, third = (*(packing.PLANES.get(layout.bits, ()) if weight_format.planar else ()), 0, 0, 0)[:3]
     return Decoder(
         name=f"gptq {layout.bits} bits group {group or 'whole'}{' looked up' if looked_up else ''}",
         decode=decode_columns,

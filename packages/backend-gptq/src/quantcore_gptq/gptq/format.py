@@ -12,9 +12,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
-from quantcore.formats.families import Affine, ColumnGroups, Family, column_grouping
-from quantcore.formats.packing import Layout, pack_words, planar_layout, stream_layout, unpack_words
+from quantcore.sdk import (
+    Affine,
+    ColumnGroups,
+    Family,
+    Reshaped,
+    TensorSpec,
+    WeightFormat,
+    column_grouping,
+    dtype_name,
+    float_dtype,
+    held_scales,
+    packing,
+)
 from quantcore_gptq.gptq.zeros import read_zeros, write_zeros, zero_range
 from quantcore_gptq.rounding import Grid, fit_grid
 
@@ -45,10 +55,16 @@ class Gptq(WeightFormat):
     def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         rows, columns = shape
         groups, words = self.groups(columns), getattr(torch, self.word)
+        codes, run = self.layout.codes, None if self.g_idx == "any" else self.run(columns)
+        by_codes = None if run is None else (0, codes)
+        by_groups = None if run is None or self.group_size == -1 else (0, run)
+        in_words = (columns // codes, self.layout.words, rows), (groups, rows // codes, self.layout.words)
+        qweight, qzeros = (self.layout.count_words(columns), rows), (groups, self.layout.count_words(rows))
+        scales = float_dtype(self.scale_dtype, "scale_dtype")
         specs = (
-            TensorSpec("qweight", words, (self.layout.count_words(columns), rows)),
-            TensorSpec("qzeros", words, (groups, self.layout.count_words(rows))),
-            TensorSpec("scales", float_dtype(self.scale_dtype, "scale_dtype"), (groups, rows)),
+            TensorSpec("qweight", words, qweight, along_n=(2, 1), along_k=by_codes, opened=Reshaped(in_words[0])),
+            TensorSpec("qzeros", words, qzeros, along_n=(1, codes), along_k=by_groups, opened=Reshaped(in_words[1])),
+            TensorSpec("scales", scales, (groups, rows), along_n=(1, 1), along_k=by_groups),
         )
         index = TensorSpec("g_idx", torch.int32, (columns,), metadata=True)
         return specs if self.g_idx == "absent" else (*specs, index)
@@ -69,11 +85,12 @@ class Gptq(WeightFormat):
 
     def store(self, codes: Tensor, grid: Grid, index: Tensor | None = None) -> dict[str, Tensor]:
         """The stored tensors of codes [N, K] on a grid; index [K] is needed for g_idx "any"."""
-        dtype = float_dtype(self.scale_dtype, "scale_dtype")
+        dtype, top = float_dtype(self.scale_dtype, "scale_dtype"), (1 << self.bits) - 1
+        scale = held_scales(grid.scale, dtype, "scales", torch.maximum(grid.zero, top - grid.zero))
         tensors = {
-            "qweight": self._as_words(pack_words(codes.t(), self.layout)),
+            "qweight": self._as_words(packing.pack_words(codes.t(), self.layout)),
             "qzeros": self._as_words(write_zeros(grid.zero.t().to(torch.int32), self.layout, self.zeros)),
-            "scales": grid.scale.t().clamp(max=torch.finfo(dtype).max).to(dtype).contiguous(),
+            "scales": scale.t().contiguous(),
         }
         if self.g_idx != "absent":
             tensors["g_idx"] = self._runs(codes.shape[1], codes.device) if index is None else index.to(torch.int32)
@@ -110,6 +127,15 @@ class Gptq(WeightFormat):
             changes["word"] = dtype_name(tensors["qweight"].dtype)
         return self.replace(**changes, g_idx=self._kind_of(tensors.get("g_idx"), shape[1]))
 
+    def describe_shape(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+        if self.g_idx != "runs":
+            return dict(tensors)
+        return {**tensors, "g_idx": self._runs(shape[1], tensors["g_idx"].device)}
+
+    def why_whole(self, along_n: bool) -> str:
+        is_ordered = self.g_idx == "any" and not along_n
+        return "act-order gives neighbouring columns other groups; quantize with desc_act=False" if is_ordered else ""
+
     def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
         qweight, index = tensors.get("qweight"), tensors.get("g_idx")
         if qweight is None or qweight.ndim != 2:
@@ -118,7 +144,9 @@ class Gptq(WeightFormat):
         return qweight.shape[1], columns
 
     def lower(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Affine:
-        operands = self.operands(tensors, shape)
+        return self.lower_operands(self.operands(tensors, shape), shape)
+
+    def lower_operands(self, operands: Mapping[str, Tensor], shape: tuple[int, ...]) -> Affine:
         scales = operands["scales"]
         return Affine(
             codes=self._codes(operands["qweight"], shape),
@@ -135,27 +163,29 @@ class Gptq(WeightFormat):
         index = family.grouping.index if isinstance(family.grouping, ColumnGroups) else None
         is_run = index is None or torch.equal(index, self._runs(index.numel(), index.device))
         plain = "runs" if self.g_idx == "any" else self.g_idx
-        return self.replace(scale_dtype=dtype_name(family.scale.dtype), g_idx=plain if is_run else "any")
+        return self.replace(scale_dtype=dtype_name(family.dtype), g_idx=plain if is_run else "any")
 
     def raise_(self, family: Family) -> dict[str, Tensor]:
         if not isinstance(family, Affine) or family.bits > self.bits:
             raise ValueError(f"{type(family).__name__} of {family.bits} bits does not fit {self!r}")
         dtype = float_dtype(self.scale_dtype, "scale_dtype")
-        if family.scale.dtype != dtype:
-            raise ValueError(f"scale is {family.scale.dtype}, scale_dtype {dtype}; the product would round differently")
+        if family.dtype != dtype:
+            raise ValueError(f"scale is {family.dtype}, scale_dtype {dtype}; the product would round differently")
         index = None
         if self.g_idx == "any":
             scale, zero, index = family.by_columns()
         else:
-            scale, zero = family.by_column_runs(self.run(family.codes.shape[1]))
+            scale, zero = family.by_column_runs(self.run(family.shape[1]))
         if not torch.equal(zero, zero.round()):
             raise ValueError("zero points are fractional; GPTQ stores integers. Quantize the float model instead")
-        return self.store(family.codes, Grid(scale, zero, self.run(family.codes.shape[1]), self.bits), index)
+        return self.store(family.codes, Grid(scale, zero, self.run(family.shape[1]), self.bits), index)
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> packing.Layout:
         """How codes and zero points lie in words."""
-        return (planar_layout if self.planar else stream_layout)(self.bits, _WORDS[getattr(torch, self.word)])
+        return (packing.planar_layout if self.planar else packing.stream_layout)(
+            self.bits, _WORDS[getattr(torch, self.word)]
+        )
 
     @property
     def zero_range(self) -> tuple[int, int]:
@@ -181,7 +211,7 @@ class Gptq(WeightFormat):
     def _codes(self, qweight: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Codes [N, K] uint8, contiguous."""
         rows = qweight.t().contiguous()  # there are fewer words to turn than codes
-        return unpack_words(rows, self.layout, shape[1], dim=1)
+        return packing.unpack_words(rows, self.layout, shape[1], dim=1)
 
     def _as_words(self, words: Tensor) -> Tensor:
         return words.view(getattr(torch, self.word))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from quantcore_gptq.gptq.solver import Settings
+    from quantcore_gptq.gptq.settings import Settings
 
 
 @dataclass(frozen=True)

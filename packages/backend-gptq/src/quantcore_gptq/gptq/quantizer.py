@@ -5,29 +5,29 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from quantcore.calibration.statistics import Hessian
-from quantcore.formats.base import WeightFormat
-from quantcore.nn.dense import DenseLinear
-from quantcore.nn.embedding import QuantizedEmbedding
-from quantcore.nn.linear import QuantizedLinear
-from quantcore.quantizers.calibrated import CalibratedQuantizer
-from quantcore.quantizers.weight import dequantize_layers
+from quantcore.sdk import (
+    CalibratedQuantizer,
+    DenseLinear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    WeightFormat,
+    statistics,
+)
 from quantcore_gptq.gptq.blocks import solve_together
 from quantcore_gptq.gptq.config import GPTQConfig, LayerSettings
 from quantcore_gptq.gptq.format import Gptq
+from quantcore_gptq.gptq.pieces import share
 from quantcore_gptq.gptq.table import GptqTable
 from quantcore_gptq.marlin import Marlin
-from quantcore_gptq.models import ROUTERS, float_dtype_of
+from quantcore_gptq.models import ROUTERS
 
 if TYPE_CHECKING:
-    from quantcore.calibration.block import Block
-    from quantcore.calibration.data import Calibration
+    from quantcore.sdk import Block, Calibration, Plan
 
 _HEAD = "lm_head"
 # What gptqmodel does with an output head, which loses more by few bits than other layers.
@@ -77,15 +77,12 @@ class GptqQuantizer(CalibratedQuantizer):
 
     # Loading
 
-    def _empty_layer(
+    def empty_layer(
         self, name: str, module: nn.Module, dense: DenseLinear, stored: Mapping[str, Tensor]
     ) -> QuantizedLinear | QuantizedEmbedding:
         if dense.bias is None and "bias" in stored:  # AutoGPTQ wrote a bias, of zeros, where the model has none
             dense = dataclasses.replace(dense, bias=stored["bias"])
-        return super()._empty_layer(name, module, dense, stored)
-
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        return dequantize_layers(model, dtype or float_dtype_of(model))
+        return super().empty_layer(name, module, dense, stored)
 
     # Quantizing
 
@@ -93,31 +90,54 @@ class GptqQuantizer(CalibratedQuantizer):
     def skip_patterns(self) -> list[str] | None:
         return [] if self.quantization_config.lm_head else None
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the layers are solved stage by stage, not by lists of the config or all at once."""
+        return self.quantization_config.true_sequential and not self.quantization_config.modules_in_block_to_quantize
+
     def prepare_calibration(self, calibration: Calibration) -> Calibration:
         config = self.quantization_config
         batch_size = config.batch_size if config.batch_size > 1 else None
         return super().prepare_calibration(calibration).filled(seqlen=config.model_seqlen, batch_size=batch_size)
 
-    def calibrate_model(self, model: nn.Module, calibration: Calibration) -> nn.Module:
-        if self.quantization_config.format == "marlin":
-            raise ValueError(
-                "GPTQConfig.format: 'marlin' is only read; quantize to 'gptq', which the same kernels load"
-            )
-        _describe_head(self.quantization_config)
-        model = super().calibrate_model(model, calibration)
+    def plan(self, model: nn.Module) -> Plan:
+        """As for every method; the config, which is this quantizer's own, then says how the head is quantized."""
+        if not self.pre_quantized:
+            if self.quantization_config.format == "marlin":
+                raise ValueError(
+                    "GPTQConfig.format: 'marlin' is only read; quantize to 'gptq', which the same kernels load"
+                )
+            _describe_head(self.quantization_config)
+        return super().plan(model)
+
+    def describe_calibrated(self, model: nn.Module) -> None:
         _describe_maker(self.quantization_config)
-        return model
 
     def solve_block(self, block: Block) -> None:
         seen = 0
+        for stage in self._stages(block):
+            turns = block.turns(stage)
+            if len(turns) > 1:
+                seen = max(seen, _most_tokens(block, stage))
+            for names in turns:
+                found = block.collect(
+                    names, lambda layer: statistics.Hessian(layer.dense.shape[1], layer.dense.weight.device)
+                )
+                seen = max([seen, *(hessian.tokens for hessian in found.values())])
+                least = max(1, math.ceil(_LEAST_SHARE * seen))
+                left = [name for name, hessian in found.items() if not block.round_if_unseen(name, hessian, least)]
+                share(block, self._joined(left, found), self._solver(block, found))
+
+    def _solver(self, block: Block, found: Mapping[str, statistics.Hessian]) -> Callable[[Sequence[str], bool], None]:
+        """What solves layers with the same inputs and settings; see `share`."""
         damp_step = float(self.quantization_config.setting("damp_auto_increment", _DAMP_STEP))
-        for names in self._stages(block):
-            found = block.collect(names, lambda layer: Hessian(layer.dense.shape[1], layer.dense.weight.device))
-            seen = max([seen, *(hessian.tokens for hessian in found.values())])
-            least = max(1, math.ceil(_LEAST_SHARE * seen))
-            left = [name for name, hessian in found.items() if not block.round_if_unseen(name, hessian, least)]
-            for together, settings in self._joined(left, found):
-                solve_together(block, together, found[together[0]].matrix(), settings, damp_step)
+
+        def solve(names: Sequence[str], is_shared: bool) -> None:
+            settings = self.quantization_config.for_layer(names[0])
+            assert settings is not None
+            solve_together(block, names, found[names[0]].matrix(), settings, damp_step, is_shared=is_shared)
+
+        return solve
 
     def _stages(self, block: Block) -> list[tuple[str, ...]]:
         """The layers in groups that are solved one after the other."""
@@ -131,12 +151,12 @@ class GptqQuantizer(CalibratedQuantizer):
         rest = set(block.layers) - {name for names in listed for name in names}
         return [tuple(names) for names in [*listed, sorted(rest)] if names]
 
-    def _joined(self, names: Sequence[str], found: Mapping[str, Hessian]) -> list[tuple[list[str], LayerSettings]]:
+    def _joined(self, names: Sequence[str], found: Mapping[str, statistics.Hessian]) -> list[list[str]]:
         """The names in groups with the same inputs and settings."""
         groups: dict[Any, list[str]] = defaultdict(list)
         for name in names:
             groups[id(found[name]), self.quantization_config.for_layer(name)].append(name)
-        return [(together, settings) for (_, settings), together in groups.items()]
+        return list(groups.values())
 
     def _reason_to_leave(
         self, name: str, patterns: list[str], tied: Mapping[str, str], head: str | None = None
@@ -150,6 +170,12 @@ class GptqQuantizer(CalibratedQuantizer):
         if listed is not None and name != _HEAD and not any(_ends_with(name, each) for each in listed):
             return "not in modules_in_block_to_quantize"
         return super()._reason_to_leave(name, patterns, tied, head)
+
+
+def _most_tokens(block: Block, names: Sequence[str]) -> int:
+    """Tokens that reached the layer that most reached."""
+    found = block.collect(names, lambda layer: statistics.MeanAbs(layer.dense.shape[1], layer.dense.weight.device))
+    return max(statistic.tokens for statistic in found.values())
 
 
 def _ends_with(name: str, suffixes: Sequence[str]) -> bool:
@@ -170,7 +196,7 @@ def _describe_head(config: GPTQConfig) -> None:
 
 def _describe_maker(config: GPTQConfig) -> None:
     """Name this tool in the config that is saved, and leave the calibration texts out of it."""
-    from quantcore import __version__
+    from quantcore.sdk import __version__
 
     known = config.meta if isinstance(config.meta, dict) else {}
     makers = [f"quantcore:{__version__}"]

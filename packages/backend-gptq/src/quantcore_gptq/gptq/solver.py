@@ -8,14 +8,16 @@ Source: Frantar et al. 2022, GPTQ (arXiv:2210.17323), algorithm 1. Order of colu
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from quantcore.threads import one_cpu_thread
+from quantcore.sdk import threads
 from quantcore_gptq.gptq.order import Order, order_of
-from quantcore_gptq.rounding import Grid, round_to
+from quantcore_gptq.gptq.settings import Settings
+from quantcore_gptq.rounding import Grid, Integers, SmallFloats
 from quantcore_gptq.scale_search import fit_groups
 
 logger = logging.getLogger(__name__)
@@ -27,29 +29,6 @@ _FLOORS = 6
 
 class HessianError(ValueError):
     """The inputs of a layer say too little of its weights: their Hessian has no inverse, however much is added."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How one weight is solved.
-
-    group_size: columns of a group. mse: power of the error that the search for scales minimizes, 0 for none. weighted:
-    that search counts each column by what its error costs in the output once the columns after it have made up for it.
-    damp: added to the diagonal of the Hessian, in units of its mean; raised by damp_step until the inverse exists.
-    zero_range: least and greatest zero point.
-    """
-
-    bits: int
-    group_size: int
-    sym: bool = True
-    desc_act: bool = False
-    group_aware: bool = False
-    static_groups: bool = False
-    mse: float = 0.0
-    weighted: bool = False
-    damp: float = 0.1
-    damp_step: float = 0.01
-    zero_range: tuple[int, int] = (0, 255)
 
 
 @dataclass(frozen=True)
@@ -106,6 +85,18 @@ def solve(weight: Tensor, curvature: Curvature, settings: Settings, grid: Grid |
     return Solution(work.codes_in_place(), work.grid(), curvature.order.index, losses)
 
 
+def join(parts: Sequence[Solution]) -> Solution:
+    """The solution of a weight from those of runs of its rows, for the same inputs."""
+    grids = [part.grid for part in parts]
+    scale, zero = torch.cat([grid.scale for grid in grids]), torch.cat([grid.zero for grid in grids])
+    return Solution(
+        torch.cat([part.codes for part in parts]),
+        replace(grids[0], scale=scale, zero=zero),
+        parts[0].index,
+        torch.cat([part.losses for part in parts]),
+    )
+
+
 def inverse_factor(hessian: Tensor, damp: float, step: float) -> tuple[Tensor, float]:
     """The upper triangular U with U^T U = (H + damp * mean(diag H) * I)^-1, and the damp that it took.
 
@@ -143,6 +134,7 @@ class _Work:
 
     def __init__(self, columns: Tensor, curvature: Curvature, settings: Settings, grid: Grid | None) -> None:
         self.settings, self.order = settings, curvature.order
+        self.rounding = Integers(settings.bits) if settings.element is None else SmallFloats(settings.element)
         groups = -(-len(columns) // settings.group_size)
         self.scale, self.zero = columns.new_empty(2, groups, columns.shape[1])
         self.costs = curvature.inverse.diagonal().pow(-2) if settings.weighted else None
@@ -164,7 +156,7 @@ class _Work:
             if not self.is_fitted:
                 size = self.settings.group_size
                 self._fit(self.columns, range(-(-start // size), -(-end // size)), self.costs)
-            with one_cpu_thread():
+            with threads.one_cpu_thread():
                 errors = self._block(start, end, inverse)
             self.columns[end:].addmm_(inverse[start:end, end:].t(), errors, alpha=-1)
             losses += errors.square_().sum(0).div_(2)
@@ -191,13 +183,12 @@ class _Work:
         return errors
 
     def _inner(self, columns: Tensor, inverse: Tensor, errors: Tensor, first: int) -> None:
-        bits, diagonal = self.settings.bits, inverse.diagonal().tolist()
+        diagonal = inverse.diagonal().tolist()
         for i, column in enumerate(columns):
             group = self.group_of[first + i]
             scale, zero = self.scale[group], self.zero[group]
-            code = round_to(column, scale, zero, bits)
-            self.codes[first + i] = code
-            error = torch.sub(column, code.sub_(zero).mul_(scale), out=errors[i]).div_(diagonal[i])
+            value = self.rounding.nearest(column, scale, zero, self.codes[first + i])
+            error = torch.sub(column, value, out=errors[i]).div_(diagonal[i])
             columns[i + 1 :].addcmul_(inverse[i, i + 1 :, None], error, value=-1)
 
     def _fit(self, columns: Tensor, groups: range, costs: Tensor | None) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec, WeightFormat
-from quantcore.formats.interning import format_from_key, format_key
-from quantcore.formats.packing import unpack_words
+from quantcore.sdk import TensorSpec, WeightFormat, interning, packing
 from quantcore_gptq.gptq.format import Gptq
 
 
@@ -23,16 +21,17 @@ class GptqTable(WeightFormat):
     @classmethod
     def of(cls, weight_format: Gptq) -> GptqTable:
         """The table that stores its transpose in a format."""
-        return cls(format_key(weight_format))
+        return cls(interning.format_key(weight_format))
 
     @property
     def transpose(self) -> Gptq:
-        found = format_from_key(self.linear_format)
+        found = interning.format_from_key(self.linear_format)
         assert isinstance(found, Gptq)
         return found
 
     def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        return self.transpose.tensor_specs(shape[::-1])
+        specs = self.transpose.tensor_specs(shape[::-1])
+        return tuple(replace(spec, along_n=None, along_k=None, opened=None) for spec in specs)
 
     def operand_names(self, shape: tuple[int, ...]) -> tuple[str, ...]:
         return self.transpose.operand_names(shape[::-1])
@@ -60,7 +59,7 @@ class GptqTable(WeightFormat):
         layout, scales = self.transpose.layout, tensors["scales"]
         words = rows[:, None] // layout.codes * layout.words + torch.arange(layout.words, device=rows.device)
         words = words.clamp(max=len(tensors["qweight"]) - 1)  # the last block may be short
-        blocks = unpack_words(tensors["qweight"][words], layout, layout.codes, 1)
+        blocks = packing.unpack_words(tensors["qweight"][words], layout, layout.codes, 1)
         codes = blocks[torch.arange(len(rows), device=rows.device), rows % layout.codes]
         group = tensors["groups"][rows].long() if "groups" in tensors else rows // self.transpose.run(shape[0])
         values = codes.to(scales.dtype).sub_(tensors["zeros"][group].to(scales.dtype)).mul_(scales[group])
