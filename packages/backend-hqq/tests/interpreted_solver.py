@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantcore.kernels import trial
+from quantcore.kernels import verification
 from quantcore.kernels.triton.checks import poisoned_buffers
 from quantcore_hqq.hqq import solver, solver_kernel
 
@@ -58,19 +58,19 @@ def test_solver_with_the_kernel_ends_at_the_references_codes(axis: int, monkeypa
 @AXES
 @pytest.mark.parametrize("spread", [1.0, 0.02, 1e3], ids=["shrinkage", "no-shrinkage", "large"])
 def test_kernel_passes_its_trial(axis: int, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "may_use_triton", lambda device: True)
-    trial.forget()
+    monkeypatch.setattr(verification, "may_use_triton", lambda device: True)
+    verification.forget()
     weight = torch.randn(72, 64, generator=torch.Generator().manual_seed(9)) * spread
     for bits in (8, 4, 1):
         solver.solve(weight.half(), bits=bits, group_size=24, axis=axis)
-    assert trial.failures() == 0
+    assert verification.failures() == 0
 
 
 def test_weight_that_its_codes_hold_exactly_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "may_use_triton", lambda device: True)
-    trial.forget()
+    monkeypatch.setattr(verification, "may_use_triton", lambda device: True)
+    verification.forget()
     weight = torch.randint(0, 16, (64, 64), generator=torch.Generator().manual_seed(9)) * 0.1 - 0.7
     weight[:, 0], weight[:, 1] = -0.7, 0.8
     codes, scale, zero = solver.solve(weight, bits=4, group_size=64, axis=1)
-    assert trial.failures() == 0
+    assert verification.failures() == 0
     assert ((codes - zero) * scale - weight).abs().max() < 1e-5

@@ -14,7 +14,7 @@ from quantcore.nn import QuantizedLinear
 from quantcore.testing.compare import differences
 from quantcore.testing.golden import GoldenLayer, golden_facts, golden_folder
 from quantcore_hqq.hqq.format import Hqq
-from quantcore_hqq.hqq.packing import unpack
+from quantcore_hqq.packing import unpack
 
 GOLDEN = golden_folder("hqq", Path(__file__).parents[3] / "tests" / "golden")
 

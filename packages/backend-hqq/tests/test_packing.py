@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantcore_hqq.hqq.packing import PACKINGS, pack, packed_rows, packing_for, unpack, word_dtype
+from quantcore_hqq.hqq.widths import packing_for
+from quantcore_hqq.packing import PACKINGS, pack, packed_rows, unpack, word_dtype
 
 # One column of codes, and the words that hqq 0.2.8 makes of it.
 EXAMPLES = [
@@ -82,7 +83,7 @@ def test_unknown_bits_list_the_known() -> None:
 
 
 def test_unknown_packing_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"'5bit_u8' .*8bit_u8, 4bit_u8, 3bit_32, 2bit_u8, 1bit_u8"):
+    with pytest.raises(ValueError, match=r"'5bit_u8' .*8bit_u8, 6bit_32, 5bit_32, 4bit_u8, 3bit_32, 2bit_u8, 1bit_u8"):
         pack(torch.zeros(8, 1, dtype=torch.uint8), "5bit_u8")
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from quantcore.testing.golden import golden_folder
 from quantcore_hqq.hqq import solver
-from quantcore_hqq.hqq.packing import pack, packing_for
 from quantcore_hqq.hqq.solver import group_length, solve
+from quantcore_hqq.hqq.widths import packing_for
+from quantcore_hqq.packing import pack
 
 GOLDEN = golden_folder("hqq", Path(__file__).parents[3] / "tests" / "golden")
 ALL_BITS = (8, 6, 5, 4, 3, 2, 1.58, 1)

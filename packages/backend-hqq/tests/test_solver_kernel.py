@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantcore.kernels import trial
+from quantcore.kernels import verification
 from quantcore_hqq.hqq import solver
 
 pytest.importorskip("triton", reason="triton has no build for this platform")
@@ -35,9 +35,9 @@ def test_kernel_compiles_without_spills(target: str, axis: int, length: int) -> 
 
 @pytest.fixture
 def fresh_trials() -> Iterator[None]:
-    trial.forget()
+    verification.forget()
     yield
-    trial.forget()
+    verification.forget()
 
 
 @pytest.mark.usefixtures("fresh_trials")
@@ -58,9 +58,9 @@ def test_kernel_that_gives_other_zeros_is_left(
         return new_zero * (1 + error), sums
 
     monkeypatch.setattr(solver_kernel, "step", kernel)
-    monkeypatch.setattr(trial, "may_use_triton", lambda device: True)  # as for a weight on a GPU
+    monkeypatch.setattr(verification, "may_use_triton", lambda device: True)  # as for a weight on a GPU
     found = solver.solve(weight, bits=4, group_size=32, axis=axis)
-    assert (trial.failures() == 0) == passes
+    assert (verification.failures() == 0) == passes
     assert (len(calls) > 1) == passes
     assert all(map(torch.equal, found, expected)) == (not passes)
 
@@ -69,7 +69,7 @@ def test_kernel_that_gives_other_zeros_is_left(
 @pytest.mark.parametrize("forced", ["triton", ""], ids=["forced", "on-trial"])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_kernel_on_a_gpu_ends_at_the_references_codes(axis: int, forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    trial.forget()
+    verification.forget()
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(7))
     expected = solver.solve(weight, bits=4, group_size=64, axis=axis)
     monkeypatch.setenv("QUANTCORE_KERNEL", forced)
@@ -77,4 +77,4 @@ def test_kernel_on_a_gpu_ends_at_the_references_codes(axis: int, forced: str, mo
     assert (found[0].cpu() == expected[0]).float().mean() >= 0.999
     is_near = torch.isclose(found[2].cpu(), expected[2], rtol=1e-3, atol=1e-3)
     assert is_near.float().mean() >= 0.99  # a code that ends beside its own moves the zero of its group by 1/64
-    assert trial.failures() == 0
+    assert verification.failures() == 0

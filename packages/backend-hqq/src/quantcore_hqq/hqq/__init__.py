@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from quantcore.plugins import Backend, hookimpl
+from quantcore.sdk import Backend, Guide, PerLayer, hookimpl
 
 if TYPE_CHECKING:
-    from quantcore.kernels.dispatch import Kernel
+    from quantcore.sdk import Kernel
 
 _MODULE = "quantcore_hqq.hqq"
 
@@ -26,6 +26,19 @@ BACKEND = Backend(
         {"nbits": 2, "group_size": 16, "view_as_float": True},
         {"nbits": 1, "group_size": 32, "axis": 0},
     ),
+    guide=Guide(
+        purposes=("inference", "smallest", "fine-tuning"),
+        pros="1 to 8 bits without data, in seconds, better than plain rounding.",
+        cons="Below 3 bits calibrated methods are better; few servers read it.",
+        paper="https://mobiusml.github.io/hqq_blog/",
+        served_by={"transformers": "tested with transformers 5.23 and hqq 0.2.8"},
+    ),
+    per_layer=PerLayer(
+        "quant_config",
+        "{kind}",
+        tuple({"weight_quant_params": {"nbits": bits}} for bits in (1, 2, 3, 4, 8)),
+        merges=True,
+    ),
 )
 
 
@@ -36,6 +49,6 @@ def quantcore_backends() -> Iterable[Backend]:
 
 def triton_kernels() -> list[Kernel]:
     """The Triton kernels of this method; triton is imported when a problem on a GPU is asked about."""
-    from quantcore.kernels.triton.kernels import kernels_for
+    from quantcore.sdk import kernels_for
 
     return kernels_for("hqq", f"{_MODULE}.decode:decoder_for")

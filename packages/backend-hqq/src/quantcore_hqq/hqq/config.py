@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from quantcore.quantization_config import (
+from quantcore.sdk import (
     Config,
     QuantizationConfigMixin,
     QuantizationMethod,
@@ -18,6 +18,7 @@ from quantcore.quantization_config import (
 
 BITS = (8, 6, 5, 4, 3, 2, 1.58, 1)
 _WEIGHT = "weight_quant_params"
+_PARTS = (_WEIGHT, "scale_quant_params", "zero_quant_params")
 _MAX_GROUP_SIZE = 1 << 24
 _TYPES: dict[str, Any] = {
     "nbits": int | float,
@@ -82,6 +83,15 @@ class HqqConfig(QuantizationConfigMixin):
         for label, settings in self.by_tag().items():
             _check_settings(settings, f"HqqConfig.quant_config{f'[{label!r}]' if label else ''}")
 
+    def key_places(self) -> Iterator[tuple[str, Iterable[str], Collection[str]]]:
+        for label, given, known in super().key_places():
+            yield label, given, {*known, *_CONSTRUCTOR}
+        for tag, settings in self.by_tag().items():
+            label = f"quant_config[{tag!r}]" if tag else "quant_config"
+            yield label, settings, (*_PARTS, "offload_meta")
+            for part in _PARTS:
+                yield f"{label}.{part}", settings.get(part) or {}, _TYPES
+
     def by_tag(self) -> dict[str, dict[str, Any]]:
         """The settings per layer tag; the tag "" stands for every layer."""
         return {"": self.quant_config} if _WEIGHT in self.quant_config else self.quant_config
@@ -96,9 +106,7 @@ class HqqConfig(QuantizationConfigMixin):
         values = {str(key): copy.deepcopy(value) for key, value in config_dict.items() if key != "quant_method"}
         quant_config = values.pop("quant_config", None)
         if _WEIGHT in values:
-            keys = [
-                key for key in (_WEIGHT, "scale_quant_params", "zero_quant_params", "offload_meta") if key in values
-            ]
+            keys = [key for key in (*_PARTS, "offload_meta") if key in values]
             quant_config = {key: values.pop(key) for key in keys}
         flat = {key: values.pop(key) for key in _CONSTRUCTOR if key in values}
         config = cls(**flat)
@@ -157,14 +165,20 @@ def _completed(quant_config: Any) -> Any:
 def _check_settings(settings: Any, label: str) -> None:
     if not isinstance(settings, dict) or not isinstance(settings.get(_WEIGHT), dict):
         raise TypeError(f"{label} must be a dict with a dict {_WEIGHT!r}, got {settings!r:.80}")
-    weight = settings[_WEIGHT]
-    if "nbits" not in weight:
-        raise ValueError(f"{label}.{_WEIGHT}.nbits is missing; use one of {', '.join(map(str, BITS))}")
-    for key in _TYPES.keys() & weight.keys():
-        where = f"{label}.{_WEIGHT}.{key}"
-        check_type(weight[key], _TYPES[key], where)
-        if weight[key] is not None:
-            check_limits(weight[key], where, **_LIMITS.get(key, {}))
-    group_size = weight.get("group_size")
+    check_type(settings.get("offload_meta"), bool | None, f"{label}.offload_meta")
+    for part in _PARTS:
+        check_type(settings.get(part), dict[str, Any] | None, f"{label}.{part}")
+        if settings.get(part) is not None:
+            _check_part(settings[part], f"{label}.{part}")
+
+
+def _check_part(part: Mapping[str, Any], label: str) -> None:
+    if "nbits" not in part:
+        raise ValueError(f"{label}.nbits is missing; use one of {', '.join(map(str, BITS))}")
+    for key in _TYPES.keys() & part.keys():
+        check_type(part[key], _TYPES[key], f"{label}.{key}")
+        if part[key] is not None:
+            check_limits(part[key], f"{label}.{key}", **_LIMITS.get(key, {}))
+    group_size = part.get("group_size")
     if group_size is not None and group_size % 8:
-        raise ValueError(f"{label}.{_WEIGHT}.group_size must be a multiple of 8, got {group_size}")
+        raise ValueError(f"{label}.group_size must be a multiple of 8, got {group_size}")

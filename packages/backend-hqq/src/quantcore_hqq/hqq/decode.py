@@ -3,79 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
 
-import triton
-import triton.language as tl
-
-from quantcore.formats.base import WeightFormat
-from quantcore.kernels.triton.decoder import Decoder, Words, places
-from quantcore.kernels.triton.rounding import TRITON_DTYPES, rounded
+from quantcore.sdk import TRITON_DTYPES, Decoder, WeightFormat
+from quantcore_hqq.grouped_decoder import grouped_decoder
 from quantcore_hqq.hqq.format import Hqq
-from quantcore_hqq.hqq.packing import PACKINGS, Packing
-
-
-class Groups(NamedTuple):
-    """The matrix of codes and its packing. group: values in a group; 0 where the matrix is the weight's own [N, K].
-
-    axis: 1 where each row has a scale, 0 where each column has one, -1 where one spans all.
-    """
-
-    group: int
-    axis: int
-    bits: int
-    codes_per_word: int
-
-
-@triton.jit
-def decode_groups(tensors, k, n, N, K, D: tl.constexpr):
-    """(code - zero) * scale, each step rounded to D.rounds; tensors are words, scale and zero."""
-    rows = tl.full([], N, n.dtype)
-    columns = tl.full([], K, n.dtype)
-    row, column = n, k
-    if D.group > 0:
-        element = n * K + k
-        if D.axis == 1:
-            rows, columns = rows * columns // D.group, tl.full([], D.group, n.dtype)
-        else:
-            rows, columns = tl.full([], D.group, n.dtype), rows * columns // D.group
-        row, column = element // columns, element % columns
-    step = (rows + D.codes_per_word - 1) // D.codes_per_word  # word [i, c] holds the codes of rows i, i + step, ...
-    word = tl.load(tensors[0] + (row % step) * columns + column).to(tl.int32)
-    shift = (D.codes_per_word - 1 - row // step) * D.bits
-    code = (word >> shift.to(tl.int32)) & ((1 << D.bits) - 1)
-    group = row if D.axis == 1 else column
-    if D.axis == -1:
-        group = tl.full([], 0, n.dtype)
-    scale = tl.load(tensors[1] + group).to(tl.float32)
-    zero = tl.load(tensors[2] + group).to(tl.float32)
-    return rounded(difference(code, zero, D) * scale, D.rounds).to(tl.float32)
-
-
-@triton.jit
-def level_of_code(tensors, codes, n, g, N, K, D: tl.constexpr):
-    """code - zero, rounded to D.rounds, on axis 1."""
-    zero = tl.load(tensors[2] + group_place(n, g, K, D)).to(tl.float32)
-    return difference(codes, zero[:, :, None], D)
-
-
-@triton.jit
-def scale_of_group(tensors, n, g, N, K, D: tl.constexpr):
-    return tl.load(tensors[1] + group_place(n, g, K, D)).to(tl.float32)
-
-
-@triton.jit
-def group_place(n, g, K, D: tl.constexpr):
-    """Where group g of row n stands on axis 1; D.group divides K."""
-    place = n + g
-    if D.group > 0:
-        place = n * (K // D.group) + g
-    return place
-
-
-@triton.jit
-def difference(codes, zero, D: tl.constexpr):
-    return rounded(codes.to(tl.float32) - zero, D.rounds).to(tl.float32)
+from quantcore_hqq.packing import PACKINGS
 
 
 @cache
@@ -83,26 +15,6 @@ def decoder_for(weight_format: WeightFormat) -> Decoder | None:
     """The decoder of a format that computes in float32, bfloat16 or float16; None for any other."""
     if type(weight_format) is not Hqq or weight_format.compute_torch_dtype not in TRITON_DTYPES:
         return None
-    dtype = weight_format.compute_torch_dtype
-    packing = PACKINGS[weight_format.packing]
-    whole = weight_format.group_size is None or not weight_format.channel_wise
     axis = weight_format.axis if weight_format.channel_wise else -1
-    length = 0 if whole else weight_format.group_size
-    return Decoder(
-        name=f"hqq {packing.bits} bits axis {axis} group {length or 'whole'}",
-        decode=decode_groups,
-        constants=Groups(length, axis, packing.bits, packing.codes_per_word),
-        views=(packing.word_dtype, None, None),
-        dtype=dtype,
-        words=_words(packing, length) if axis == 1 else None,
-        level=level_of_code,
-        factor=scale_of_group,
-        rounds=dtype,
-    )
-
-
-def _words(packing: Packing, group: int) -> Words | None:
-    """The words of rows of codes; None where no power of two of them makes a word."""
-    codes = packing.codes_per_word
-    order = places(*reversed(range(codes)))  # the first rows lie highest
-    return None if codes & (codes - 1) else Words(codes, packing.bits, "apart", order, group=group, numbers=codes > 1)
+    length = (weight_format.group_size or 0) if weight_format.channel_wise else 0
+    return grouped_decoder("hqq", PACKINGS[weight_format.packing], axis, length, weight_format.compute_torch_dtype)

@@ -9,18 +9,27 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
-from quantcore.formats.families import Affine, Family, Grouping
-from quantcore.quantization_config import matches_type
+from quantcore.sdk import (
+    Affine,
+    Family,
+    Grouping,
+    Reshaped,
+    TensorSpec,
+    WeightFormat,
+    dtype_name,
+    float_dtype,
+    matches_type,
+)
 from quantcore_hqq.hqq.config import BITS
 from quantcore_hqq.hqq.legacy import HqqLegacy
-from quantcore_hqq.hqq.packing import pack, packed_rows, packing_for, unpack, unpack_rows, word_dtype
 from quantcore_hqq.hqq.solver import group_length, grouped_shape, solve
+from quantcore_hqq.hqq.widths import packing_for
+from quantcore_hqq.packing import pack, packed_rows, unpack, unpack_rows, word_dtype
 
 _UNSUPPORTED_FLAGS = ("quant_scale", "quant_zero", "offload_meta")
 _ONES = ("encoded_state_dict", "stores_quant_config")
@@ -51,11 +60,11 @@ class Hqq(WeightFormat):
         words, stored = word_dtype(self.packing), (packed_rows(rows, self.packing), columns)
         if self.view_as_float:
             words, stored = dtype, (stored[0], stored[1] * words.itemsize // dtype.itemsize)
-        scale_shape = self._scale_shape(shape)
+        scale_shape, (of_codes, of_scales) = self._scale_shape(shape), self._axes(shape)
         operands = (
-            TensorSpec("W_q", words, stored),
-            TensorSpec("scale", dtype, scale_shape),
-            TensorSpec("zero", dtype, scale_shape),
+            TensorSpec("W_q", words, stored, is_packed=True, **of_codes),
+            TensorSpec("scale", dtype, scale_shape, **of_scales),
+            TensorSpec("zero", dtype, scale_shape, **of_scales),
         )
         described = self._metadata(shape)
         return operands + tuple(TensorSpec(k, v.dtype, tuple(v.shape), metadata=True) for k, v in described.items())
@@ -149,18 +158,17 @@ class Hqq(WeightFormat):
         return Affine(codes, tensors["scale"].view(-1), tensors["zero"].view(-1), self._grouping(shape), self.bits)
 
     def raise_(self, family: Family) -> dict[str, Tensor]:
-        shape = tuple(family.codes.shape)
+        shape = tuple(family.shape)
         if not isinstance(family, Affine) or family.grouping != self._grouping(shape) or family.bits > self.bits:
             raise ValueError(
-                f"{type(family).__name__} of {family.bits} bits in {family.grouping} does not fit {self!r}"
+                f"{type(family).__name__} of {family.bits} bits in {getattr(family, 'grouping', None)} does not fit "
+                f"{self!r}"
             )
         dtype = float_dtype(self.compute_dtype, "compute_dtype")
-        if family.scale.dtype != dtype:
-            raise ValueError(
-                f"scale is {family.scale.dtype}, compute_dtype {dtype}; the product would round differently"
-            )
+        if family.dtype != dtype:
+            raise ValueError(f"scale is {family.dtype}, compute_dtype {dtype}; the product would round differently")
         codes, form = family.codes.reshape(self._grouped(shape)), self._scale_shape(shape)
-        return self._stored(codes, family.scale.view(form), family.zero.view(form), shape)
+        return self._stored(codes, family.scales().view(form), family.zeros().view(form), shape)
 
     def _grouped(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of the code matrix: grouped, or the weight's own where one range spans it."""
@@ -179,6 +187,26 @@ class Hqq(WeightFormat):
             return Grouping(math.prod(shape))
         return Grouping(group_length(shape, self.group_size, self.axis), strided=self.axis == 0)
 
+    def _axes(self, shape: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """How codes and scales are cut: as rows of the weight, and of those that hold whole groups as columns."""
+        if not self.reads_rows_alone(shape) and self.channel_wise:
+            return {}, {}
+        codes = {"along_n": (0, 1), "along_k": (1, 1), "opened": HqqCodes(self, shape)}
+        if not self.channel_wise:
+            return codes, {}
+        grid = Reshaped((shape[0], self._grouped(shape)[0] // shape[0]))
+        by_columns = None if self.group_size is None else (1, self.group_size)
+        return codes, {"along_n": (0, 1), "along_k": by_columns, "opened": grid}
+
+    def why_whole(self, along_n: bool) -> str:
+        if not self.channel_wise:
+            return ""
+        return "a group holds values of several rows; quantize with axis=1 and a group_size that divides in_features"
+
+    def describe_shape(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+        described = {name: tensor.to(tensors[name].device) for name, tensor in self._metadata(shape).items()}
+        return {**tensors, **described}
+
     def _codes(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
         return unpack(self._words(stored), self.packing, self._grouped(shape)[0])
 
@@ -187,14 +215,18 @@ class Hqq(WeightFormat):
 
     def _stored(self, codes: Tensor, scale: Tensor, zero: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
         dtype = float_dtype(self.compute_dtype, "compute_dtype")
-        words = pack(codes, self.packing)
         stored = {
-            "W_q": words.view(dtype) if self.view_as_float else words,
+            "W_q": self._packed(codes),
             "scale": scale.to(dtype),
             "zero": zero.to(dtype),
         }
         metadata = {name: tensor.to(codes.device) for name, tensor in self._metadata(shape).items()}
         return {**stored, **metadata}
+
+    def _packed(self, codes: Tensor) -> Tensor:
+        """Words of grouped codes."""
+        words = pack(codes, self.packing)
+        return words.view(float_dtype(self.compute_dtype, "compute_dtype")) if self.view_as_float else words
 
     def _metadata(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """The description that upstream's reader asks for, all of it."""
@@ -221,6 +253,20 @@ class Hqq(WeightFormat):
             **{name: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for name, text in texts.items()},
             **{name: number(int(flag), dtype=torch.uint8) for name, flag in flags.items()},
         }
+
+
+@dataclass(frozen=True)
+class HqqCodes:
+    """The codes [N, K] of the packed tensor of a weight of this shape, to be cut."""
+
+    weight_format: Hqq
+    shape: tuple[int, ...]
+
+    def open(self, stored: Tensor) -> Tensor:
+        return self.weight_format._codes(stored, self.shape).reshape(self.shape)
+
+    def close(self, numbers: Tensor) -> Tensor:
+        return self.weight_format._packed(numbers.reshape(self.weight_format._grouped(tuple(numbers.shape))))
 
 
 def _read_bits(tensor: Tensor) -> int | float:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
-from quantcore_hqq.hqq.packing import packed_rows, packing_for, unpack, word_dtype
+from quantcore.sdk import TensorSpec, WeightFormat, dtype_name, float_dtype
 from quantcore_hqq.hqq.solver import grouped_shape
+from quantcore_hqq.hqq.widths import packing_for
+from quantcore_hqq.packing import packed_rows, unpack, word_dtype
 
 FLOAT = 0
 WHOLE = -1

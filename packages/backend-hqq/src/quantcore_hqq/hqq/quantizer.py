@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from quantcore.formats.base import dtype_name
-from quantcore.quantizers.weight import WeightQuantizer
+from quantcore.sdk import WeightQuantizer, dtype_name, weight_dtype
 from quantcore_hqq.hqq.config import HqqConfig
 from quantcore_hqq.hqq.format import Hqq
 
@@ -51,7 +50,7 @@ def _format(weight: dict[str, Any], module: nn.Module) -> Hqq:
         bits=bits if bits == 1.58 else int(bits),
         group_size=weight.get("group_size", 64),
         axis=weight.get("axis", 1),
-        compute_dtype=dtype_name(module.weight.dtype),  # type: ignore[arg-type]
+        compute_dtype=dtype_name(weight_dtype(module)),
         view_as_float=weight.get("view_as_float", False),
         channel_wise=weight.get("channel_wise", True),
         optimize=weight.get("optimize", True),

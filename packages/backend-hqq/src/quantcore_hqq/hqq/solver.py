@@ -2,7 +2,7 @@
 
 Gives the bits of hqq 0.2.8 on a CPU. The weight is read tile by tile, so that float32 copies are never larger than a
 tile. Groups are independent but for the common stop test, and a group whose zero no longer changes is at a fixed
-point: only the other groups are visited again, and the stored error of the settled ones stands in for them in the test.
+point: only the other groups are visited again, and the stored error of the others stands in for them in the test.
 The test adds up in float64, hqq in float32: on weights of magnitude 1000, where a step changes the error by less than
 float32 resolves, hqq stops some steps earlier.
 
@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantcore.formats.base import dtype_name
-from quantcore.kernels import trial
-from quantcore.threads import one_cpu_thread
-from quantcore_hqq.hqq.packing import packing_for
+from quantcore.sdk import dtype_name, threads, verification
+from quantcore_hqq.hqq.shrinkage import SHRINK_FROM, shrink
+from quantcore_hqq.hqq.widths import packing_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,14 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_STEPS = 20
-LP_NORM = 0.7
-BETA = 10.0
 MAX_INV_SCALE = 2e4
 FLAT_RANGE = 1e-4  # groups whose max - min is not above this get scale 1
-
-# Shrinkage leaves 0 below |error| = BETA ** (-1 / (2 - LP_NORM)) = 0.1701; a tile is shrunk from a safe distance
-# below on.
-SHRINK_FROM = 0.16
 
 # Five float32 buffers of this many values lie in a core's cache; devices with launch latency need larger tiles.
 CPU_TILE_VALUES = 1 << 18
@@ -77,7 +70,7 @@ def solve(
         group_size, axis = None, 1
     size = group_length(tuple(weight.shape), group_size, axis)
     matrix = weight.detach().reshape((-1, size) if axis == 1 else (size, -1))
-    with one_cpu_thread():
+    with threads.one_cpu_thread():
         low, high = _ranges(matrix, axis)
         if not channel_wise:
             low, high = low.amin(), high.amax()
@@ -160,7 +153,7 @@ def _refine_zero(matrix: Tensor, axis: int, inv_scale: Tensor, zero: Tensor, top
 
 def _step_for(matrix: Tensor, axis: int) -> Callable[..., tuple[Tensor, Tensor]]:
     """The function that makes a step on a tile."""
-    if trial.may_use_triton(matrix.device):
+    if verification.may_use_triton(matrix.device):
         from quantcore_hqq.hqq import solver_kernel
 
         if solver_kernel.fits(matrix.shape[axis]):
@@ -173,7 +166,7 @@ def _step_with_triton(part: Tensor, inv_scale: Tensor, zero: Tensor, top: int, a
     from quantcore_hqq.hqq import solver_kernel
 
     arguments = (part, inv_scale, zero, top, axis)
-    return trial.run(
+    return verification.run(
         f"hqq solver step ({dtype_name(part.dtype)}, axis {axis})",
         part.shape[axis],
         part.device,
@@ -193,20 +186,15 @@ def _step(part: Tensor, inv_scale: Tensor, zero: Tensor, top: int, axis: int, bu
     torch.sub(values, residual, out=residual)
     torch.abs(residual, out=magnitude)
     if not magnitude.amax() < SHRINK_FROM:  # also where it is NaN
-        torch.mul(values - _shrink(residual, magnitude), inv_scale, out=scaled)
+        torch.mul(values - shrink(residual, magnitude), inv_scale, out=scaled)
     return codes.sub_(scaled).mean(axis, keepdim=True), magnitude.sum(axis, keepdim=True)
-
-
-def _shrink(residual: Tensor, magnitude: Tensor) -> Tensor:
-    """Generalized soft threshold of the l_p norm: sign(e) * max(|e| - |e|**(p - 1) / beta, 0)."""
-    return magnitude.pow(LP_NORM - 1).mul_(-1 / BETA).add_(magnitude).clamp_(min=0).mul_(residual.sign())
 
 
 def _unsettled(changed: Tensor, multiple: int) -> Tensor:
     """Indices of the groups to visit again, as many as keep every group's order of summation.
 
-    The groups after the last multiple stay at the end, settled or not. Those before are filled up to a multiple with
-    visits to group 0: a visit to a settled group changes nothing.
+    The groups after the last multiple stay at the end, done or not. Those before are filled up to a multiple with
+    visits to group 0: a visit to a group that is done changes nothing.
     """
     tail = changed.numel() % multiple
     changed[changed.numel() - tail :] = True

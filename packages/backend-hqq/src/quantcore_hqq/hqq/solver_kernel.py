@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """One step of the HQQ solver as a Triton kernel: a group's values are read once, and only two numbers are written."""
 
 from __future__ import annotations
@@ -7,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantcore.kernels.triton.launch import on_device
-from quantcore_hqq.hqq.solver import BETA, LP_NORM, SHRINK_FROM
+from quantcore.sdk import on_device
+from quantcore_hqq.hqq.shrinkage import BETA, LP_NORM, SHRINK_FROM
 
 _PROGRAM = 2048  # values of one program, or one group: sixteen a thread
 _LONGEST_GROUP = 16384

@@ -6,9 +6,7 @@ import importlib
 
 from torch import Tensor, nn
 
-from quantcore.errors import MissingExtraError
-from quantcore.formats.families import Affine
-from quantcore.nn import QuantizedLinear
+from quantcore.sdk import Affine, MissingExtraError, QuantizedLinear
 from quantcore_hqq.hqq.config import HqqConfig
 from quantcore_hqq.hqq.format import Hqq
 
@@ -30,7 +28,7 @@ def linear(dense: nn.Linear, config: HqqConfig) -> nn.Module:
     if stored.axis != 1 or dense.in_features % group:
         raise ValueError(f"gemlite serves axis 1 and groups within rows, not axis {stored.axis}, group_size {group}")
     codes: Tensor = affine.codes.view(dense.out_features, dense.in_features)
-    scale, zero = (each.view(-1, 1).clone() for each in (affine.scale, affine.zero))
+    scale, zero = (each.view(-1, 1).clone() for each in (affine.scales(), affine.zeros()))
     make = helper.A16Wn(device=str(dense.weight.device), dtype=dense.weight.dtype)
     made: nn.Module = make.from_weights(codes, scale, zero, int(stored.bits), group)
     return made

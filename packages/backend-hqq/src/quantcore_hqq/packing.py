@@ -1,7 +1,7 @@
-"""HQQ's packed storage: a matrix of codes, split over its rows, several codes to a word.
+"""Packed storage of HQQ and SINQ: a matrix of codes, split over its rows, several codes to a word.
 
 The rows of the grouped code matrix [R, C] are cut into equal blocks, and word [i, c] holds code [i, c] of every
-block, the first block in the highest bits. Source: the layout that hqq 0.2.8 writes.
+block, the first block in the highest bits. Source: the layouts that hqq 0.2.8 and sinq 0.2.0 write.
 """
 
 from __future__ import annotations
@@ -32,43 +32,24 @@ class Packing:
 
 PACKINGS = {
     "8bit_u8": Packing(bits=8, codes_per_word=1, word_dtype=torch.uint8),
+    "6bit_32": Packing(bits=6, codes_per_word=5, word_dtype=torch.int32, pads_rows=True),
+    "5bit_32": Packing(bits=5, codes_per_word=6, word_dtype=torch.int32, pads_rows=True),
     "4bit_u8": Packing(bits=4, codes_per_word=2, word_dtype=torch.uint8),
     "3bit_32": Packing(bits=3, codes_per_word=10, word_dtype=torch.int32, pads_rows=True),
     "2bit_u8": Packing(bits=2, codes_per_word=4, word_dtype=torch.uint8),
     "1bit_u8": Packing(bits=1, codes_per_word=8, word_dtype=torch.uint8),
 }
 
-PACKING_BY_BITS = {
-    8: "8bit_u8",
-    6: "8bit_u8",
-    5: "8bit_u8",
-    4: "4bit_u8",
-    3: "3bit_32",
-    2: "2bit_u8",
-    1.58: "2bit_u8",
-    1: "1bit_u8",
-}
-
-
-def packing_for(bits: float) -> str:
-    """Name of the packing in which codes of `bits` bits are stored.
-
-    Raises ValueError for a width that HQQ does not have.
-    """
-    if bits not in PACKING_BY_BITS:
-        raise ValueError(f"bits={bits} has no HQQ packing; use one of {', '.join(map(str, PACKING_BY_BITS))}")
-    return PACKING_BY_BITS[bits]
-
 
 def word_dtype(packing: str) -> torch.dtype:
-    """Dtype of the packed words: int32 for `3bit_32`, uint8 for the others."""
+    """Dtype of the packed words: int32 where the name ends in `_32`, uint8 for the others."""
     return _layout(packing).word_dtype
 
 
 def packed_rows(rows: int, packing: str) -> int:
     """Rows of words that hold `rows` rows of codes.
 
-    Raises ValueError where `rows` does not divide into equal blocks; `3bit_32` pads and takes any number.
+    Raises ValueError where `rows` does not divide into equal blocks; those in int32 pad and take any number.
     """
     layout = _layout(packing)
     if rows % layout.codes_per_word and not layout.pads_rows:
@@ -128,7 +109,7 @@ def unpack_rows(words: Tensor, packing: str, rows: int, wanted: Tensor) -> Tenso
 
 def _layout(packing: str) -> Packing:
     if packing not in PACKINGS:
-        raise ValueError(f"packing {packing!r} is not an HQQ packing; use one of {', '.join(PACKINGS)}")
+        raise ValueError(f"packing {packing!r} is not known; use one of {', '.join(PACKINGS)}")
     return PACKINGS[packing]
 
 
