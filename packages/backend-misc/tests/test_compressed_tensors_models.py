@@ -210,7 +210,10 @@ def test_layers_that_are_served_as_one_share_the_global_scale_of_nvfp4(tmp_path:
         ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": True}, "scheme": "W8A8"}, "static scales"),
         ({"kv_cache_scheme": {"strategy": "channel"}, "scheme": "W8A8"}, "kv_cache_scheme: strategy 'channel'"),
         ({"config_groups": {"g": group(FP8, input_activations={"strategy": "channel"})}}, "activations cannot be"),
-        ({"config_groups": {"g": group({**INT4, "group_size": 48})}}, "layers.0.mlp: in_features 64 is not a multiple"),
+        (
+            {"config_groups": {"g": group({**INT4, "group_size": 48})}},
+            "layers.0.mlp.*: in_features 64 is not a multiple",
+        ),
         ({"ignore": ["Linear"], "scheme": "W8A8"}, "every Linear layer of Model is left float"),
     ],
 )
@@ -458,28 +461,20 @@ def test_rows_of_a_batch_are_rounded_apart_whatever_its_shape() -> None:
     torch.testing.assert_close(layer(x.view(2, 3, 64)).view(6, 8), layer(x), rtol=1e-4, atol=1e-4)
 
 
-SPLITS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "int4": ({"weights": INT4}, ("colwise", "rowwise")),
-    "int4-asymmetric": ({"weights": {**INT4, "symmetric": False}}, ("colwise", "rowwise")),
-    "int3": ({"weights": {**INT4, "num_bits": 3}}, ("colwise",)),
-    "fp8-channel": ({"weights": FP8}, ("colwise", "rowwise")),
-    "fp8-block": ({"weights": {**FP8, "strategy": "block", "block_structure": [16, 32]}}, ("colwise", "rowwise")),
-    "nvfp4": (
-        {"weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}},
-        ("colwise", "rowwise"),
-    ),
+SPLITS: dict[str, dict[str, Any]] = {
+    "int4": {"weights": INT4},
+    "int4-asymmetric": {"weights": {**INT4, "symmetric": False}},
+    "int3": {"weights": {**INT4, "num_bits": 3}},
+    "fp8-channel": {"weights": FP8},
+    "fp8-block": {"weights": {**FP8, "strategy": "block", "block_structure": [16, 32]}},
+    "nvfp4": {"weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}},
 }
 
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_shares_of_a_layer_are_parts_of_its_weight(name: str) -> None:
-    scheme, styles = SPLITS[name]
-    config = {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": ["Linear"], **scheme}}}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": ["Linear"], **SPLITS[name]}}}
     layer = QuantizedLinear.from_linear(nn.Linear(128, 64), config)
     for style in ("colwise", "rowwise"):
-        if style not in styles:
-            with pytest.raises(ValueError, match="runs along K"):
-                shard_linear(layer, style, 0, 2)
-            continue
         shares = [shard_linear(layer, style, rank, 2).dequantize() for rank in range(2)]
         assert torch.equal(torch.cat(shares, 0 if style == "colwise" else 1), layer.dequantize())

@@ -11,7 +11,8 @@ from torch import Tensor
 from quantcore.formats.activation import Activation
 from quantcore.formats.base import WeightFormat
 from quantcore.kernels import float8, reference
-from quantcore.kernels.dispatch import Kernel, Problem, choose
+from quantcore.kernels.dispatch import choose
+from quantcore.kernels.kernel import Kernel, Problem
 from quantcore.nn import QuantizedLinear
 from quantcore.testing.compare import relative_error
 from quantcore.testing.torch_cpu import needs_float8_rows
@@ -41,19 +42,19 @@ INT8 = QuarkWeight(element="int8", dtype="float32", scale_dtype="float32", input
 FP8 = QuarkWeight(strategy="channel", input=of_quark("e4m3", "channel"))
 
 INTEGERS: dict[str, WeightFormat] = {
-    "tokens": IntegerWeight(ROWS, "float32", TOKENS),
-    "static": IntegerWeight(ROWS, "float32", STATIC),
-    "tensor": IntegerWeight(Scaling("int8", rows=0), "float32", replace(TOKENS, strategy="tensor")),
-    "four_bits": IntegerWeight(Scaling("int4"), "float32", TOKENS),
+    "tokens": IntegerWeight(ROWS, "float32", input=TOKENS),
+    "static": IntegerWeight(ROWS, "float32", input=STATIC),
+    "tensor": IntegerWeight(Scaling("int8", rows=0), "float32", input=replace(TOKENS, strategy="tensor")),
+    "four_bits": IntegerWeight(Scaling("int4"), "float32", input=TOKENS),
     "quark": INT8,
     "quark-channel": INT8.replace(strategy="channel"),
     "quark-static": INT8.replace(input=QUARK_STATIC, input_dtype="float32"),
     "quark-other-names": INT8.replace(input=QUARK_STATIC, names=(("input_scale", "input_quantizer.scale"),)),
 }
 FLOATS: dict[str, WeightFormat] = {
-    "tokens": FloatWeight(FLOAT_ROWS, "bfloat16", FLOAT_TOKENS),
-    "static": FloatWeight(FLOAT_ROWS, "bfloat16", FLOAT_STATIC),
-    "tensor": FloatWeight(Scaling("e4m3", rows=0), "bfloat16", FLOAT_STATIC),
+    "tokens": FloatWeight(FLOAT_ROWS, "bfloat16", input=FLOAT_TOKENS),
+    "static": FloatWeight(FLOAT_ROWS, "bfloat16", input=FLOAT_STATIC),
+    "tensor": FloatWeight(Scaling("e4m3", rows=0), "bfloat16", input=FLOAT_STATIC),
     "optimized": FloatWeight(FLOAT_ROWS, "bfloat16").optimized(),
     "quark": FP8,
     "quark-static": FP8.replace(strategy="tensor", input=of_quark("e4m3", "tensor", is_dynamic=False)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +17,9 @@ from quantcore.formats.minifloat import E4M3, minifloat
 from quantcore.nn import QuantizedLinear
 from quantcore.testing.compare import differences
 from quantcore.testing.golden import GoldenLayer, golden_folder
-from quantcore_misc.quark.codes import INTEGERS, pack_integers, unpack_integers
+from quantcore_misc.quark.codes import INTEGERS
 from quantcore_misc.quark.interleaved import InterleavedWeight
-from quantcore_misc.quark.plain import FakeWeight, FloatWeight
+from quantcore_misc.quark.plain import QuarkFake, QuarkFloat
 from quantcore_misc.quark.progressive import ProgressiveWeight
 from quantcore_misc.quark.spec import TensorQuant
 from quantcore_misc.quark.weight import QuarkWeight
@@ -97,6 +96,10 @@ def test_quantizing_the_weight_gives_the_golden_bytes(case: GoldenLayer) -> None
     )
 
 
+def pack_integers(codes: Tensor, element: str, is_reordered: bool) -> Tensor:
+    return QuarkWeight(element=element, is_reordered=is_reordered).grid_format.pack(codes)["weight"]
+
+
 def test_words_hold_codes_as_published() -> None:
     codes = torch.arange(8, dtype=torch.uint8)[None]
     found = [pack_integers(codes, "uint4", is_reordered).item() for is_reordered in (True, False)]
@@ -112,12 +115,12 @@ def test_bytes_hold_two_and_three_bits_as_published() -> None:
 
 
 @pytest.mark.parametrize("element", INTEGERS)
-@pytest.mark.parametrize("shape", [(), (24,), (3, 40)], ids=str)
-def test_every_code_of_an_integer_survives_its_packing(element: str, shape: tuple[int, ...]) -> None:
-    low, high = INTEGERS[element].ends
-    codes = torch.arange(math.prod(shape)).remainder(high - low + 1).add(low).to(INTEGERS[element].code_dtype)
-    packed = pack_integers(codes.view(shape), element, True)
-    assert torch.equal(unpack_integers(packed, shape[-1] if shape else 1, element, True), codes.view(shape))
+@pytest.mark.parametrize("strategy", ["tensor", "group"])
+def test_every_code_of_an_integer_survives_its_packing(element: str, strategy: str) -> None:
+    grid = QuarkWeight(element=element, strategy=strategy, group_size=20).grid_format
+    low, high = int(grid.element.low), int(grid.element.high)
+    codes = torch.arange(16 * 40).remainder(high - low + 1).add(low).to(grid.element.dtype).view(16, 40)
+    assert torch.equal(grid.unpack(grid.pack(codes), (16, 40)), codes)
 
 
 @every_format
@@ -126,7 +129,7 @@ def test_values_lie_within_half_a_step_of_the_weight(weight_format: QuarkWeight)
     stored = weight_format.quantize(source)
     assert weight_format.faults(stored, (40, 96)) == []
     error = (weight_format.dequantize(stored, (40, 96), torch.float32) - source.float()).norm() / source.float().norm()
-    bits = INTEGERS[weight_format.element].bits if weight_format.has_zero else minifloat(weight_format.element).bits
+    bits = weight_format.grid_format.element.bits if weight_format.has_zero else minifloat(weight_format.element).bits
     assert error <= {2: 0.9, 3: 0.4, 4: 0.25 if weight_format.strategy == "tensor" else 0.16}.get(bits, 0.06)
 
 
@@ -183,7 +186,8 @@ def test_format_is_rebuilt_from_its_key(weight_format: QuarkWeight) -> None:
 def test_shares_of_processes_are_parts_of_the_weight(weight_format: QuarkWeight) -> None:
     whole = layer(weight_format, weight_format.quantize(weight(64, 256)), (64, 256))
     for style, dim in (("colwise", 0), ("rowwise", 1)):
-        if (dim == 1 and not weight_format.splits_columns) or weight_format.packing.along_n is None:
+        specs = weight_format.tensor_specs((64, 256))
+        if not any(spec.along_k if dim else spec.along_n for spec in specs):
             with pytest.raises(ValueError, match=f"runs along {'NK'[dim]}"):
                 shard_linear(whole, style, 0, 2)
             continue
@@ -286,12 +290,13 @@ def test_scales_of_a_measured_range_are_those_of_the_page() -> None:
 def test_floats_with_scales_are_rounded_as_codes_are(name: str) -> None:
     source, real = weight(), FORMATS[name]
     stored, end = real.quantize(source), (40,) if real.strategy == "channel" else (40, -1)
-    floats = {"weight": source, "weight_scale": real.scales_of(stored).reshape(end)}
-    if real.has_zero:
-        floats["weight_zero_point"] = real.zeros_of(stored, (40, 96)).int().reshape(end)
+    factor, zero = real.grid_format.tables(stored, (40, 96))
+    floats = {"weight": source, "weight_scale": factor.reshape(end)}
+    if zero is not None:
+        floats["weight_zero_point"] = zero.int().reshape(end)
     if real.scale == "e4m3":
         floats |= {"weight_scale": stored["weight_scale"].float(), "weight_scale_2": stored["weight_scale_2"]}
-    fake = FakeWeight(**vars(real))
+    fake = QuarkFake(**vars(real))
     found = layer(fake, floats)
     assert torch.equal(found.dequantize(torch.float32), real.dequantize(stored, (40, 96), torch.float32))
     assert differences(found.state_dict(), floats) == []
@@ -312,7 +317,7 @@ def test_interleaved_blocks_are_those_of_two_tensors() -> None:
 
 def test_float_weight_rounds_its_output_alone() -> None:
     static = Activation("e4m3", "tensor", is_static=True, scale="input", scale_math="input", code_math="input")
-    plain = FloatWeight(output=static)
+    plain = QuarkFloat(output=static)
     stored = {**plain.quantize(torch.eye(40, 96).bfloat16()), "output_scale": torch.tensor(0.5).bfloat16()}
     found = layer(plain, stored)  # type: ignore[arg-type]
     x = torch.zeros(1, 96).bfloat16()

@@ -16,7 +16,7 @@ from quantcore.checkpoints.write import write_tensors
 from quantcore.errors import CheckpointError
 from quantcore.nn.replace import quantized_modules
 from quantcore.testing.compare import differences
-from quantcore_misc.quark.plain import FloatWeight
+from quantcore_misc.quark.plain import QuarkFloat
 
 FP8 = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False, "symmetric": True}
 INT8 = {**FP8, "dtype": "int8"}
@@ -189,7 +189,7 @@ def test_float_projections_may_round_what_they_give(tmp_path: Path) -> None:
     first = quantized(config(None, layer_quant_config=keys), calibration=[IDS])
     quantcore.save(first, tmp_path / "out")
     second = quantcore.load(tmp_path / "out", Model)
-    assert {type(module.format) for _, module in quantized_modules(second)} == {FloatWeight}
+    assert {type(module.format) for _, module in quantized_modules(second)} == {QuarkFloat}
     assert torch.equal(second(IDS), first(IDS))
 
 

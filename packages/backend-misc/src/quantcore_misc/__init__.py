@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
 
-from quantcore.plugins import Backend, hookimpl
-from quantcore_misc import compressed_tensors, quark
+from quantcore.sdk import Backend, hookimpl
 
-# A method per row.
-_METHODS = (compressed_tensors, quark)
+# A folder per row.
+_METHODS = (
+    "aqlm",
+    "bitnet",
+    "compressed_tensors",
+    "eetq",
+    "fouroversix",
+    "fp_quant",
+    "gemma",
+    "gguf",
+    "higgs",
+    "metal",
+    "modelopt",
+    "mxfp4",
+    "nvfp4",
+    "quanto",
+    "quark",
+    "spqr",
+    "torchao",
+    "vptq",
+)
 
 
 @hookimpl
 def quantcore_backends() -> Iterable[Backend]:
-    return [method.BACKEND for method in _METHODS]
+    return [import_module(f"{__name__}.{name}").BACKEND for name in _METHODS]

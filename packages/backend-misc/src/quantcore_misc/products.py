@@ -12,12 +12,17 @@ from typing import NamedTuple, Protocol, cast
 
 from torch import Tensor
 
-from quantcore.formats.activation import Activation, QuantizedInput
-from quantcore.formats.base import WeightFormat
-from quantcore.kernels.dispatch import REFERENCE, Kernel, Problem
-from quantcore.kernels.float8 import float8_matmul, refuse_float8
-from quantcore.kernels.int8 import int8_product, refuse_int8
-from quantcore.kernels.reference import linear_input_grad
+from quantcore.sdk import (
+    REFERENCE,
+    Activation,
+    Kernel,
+    Problem,
+    QuantizedInput,
+    WeightFormat,
+    float8,
+    int8_product,
+    reference,
+)
 
 _PRIORITY = REFERENCE.priority + 20  # before the skeletons, which read weights alone
 
@@ -48,9 +53,15 @@ class _Product(NamedTuple):
 
 
 _PRODUCTS = {
-    "int8": _Product("int8", "triton", _PRIORITY, int8_product, refuse_int8),
-    "float8": _Product("float8", "triton", _PRIORITY, float8_matmul, refuse_float8),
-    "int8_cpu": _Product("int8", "cpu", REFERENCE.priority - 1, int8_product, partial(refuse_int8, device="cpu")),
+    "int8": _Product("int8", "triton", _PRIORITY, int8_product.int8_product, int8_product.refuse_int8),
+    "float8": _Product("float8", "triton", _PRIORITY, float8.float8_matmul, float8.refuse_float8),
+    "int8_cpu": _Product(
+        "int8",
+        "cpu",
+        REFERENCE.priority - 1,
+        int8_product.int8_product,
+        partial(int8_product.refuse_int8, device="cpu"),
+    ),
 }
 
 
@@ -66,7 +77,7 @@ def product_kernels(label: str, codes_of: Callable[[WeightFormat], str | None]) 
             product.group,
             partial(_refuse, product, codes_of),
             partial(_linear, product),
-            linear_input_grad,
+            reference.linear_input_grad,
             product.priority,
             on_trial=product.group == "triton",
         )

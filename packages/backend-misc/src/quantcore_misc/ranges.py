@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from quantcore.calibration.block import token_rows
-from quantcore.calibration.statistics import MinMax
+from quantcore.sdk import statistics, token_rows
 
 if TYPE_CHECKING:
-    from quantcore.calibration.block import Block
+    from quantcore.sdk import Block
 
 
-def extents(block: Block, side: str) -> dict[str, MinMax]:
+def extents(block: Block, side: str) -> dict[str, statistics.MinMax]:
     """By name the range of the "input" or "output" of each layer that stores something of it.
 
     It is taken over all samples and processes, without masked tokens; a layer that no token reaches is left out.
@@ -22,15 +21,15 @@ def extents(block: Block, side: str) -> dict[str, MinMax]:
     if not names:
         return {}
     if side == "input":
-        found = block.collect(names, lambda layer: MinMax(layer.dense.shape[1]))
+        found = block.collect(names, lambda layer: statistics.MinMax(layer.dense.shape[1]))
     else:
         found = _of_outputs(block, names)
     return {name: extent for name, extent in found.items() if extent.tokens}
 
 
-def _of_outputs(block: Block, names: Sequence[str]) -> dict[str, MinMax]:
+def _of_outputs(block: Block, names: Sequence[str]) -> dict[str, statistics.MinMax]:
     layers = {name: block.layers[name].dense for name in names}
-    found = {name: MinMax(dense.shape[0], dense.weight.device) for name, dense in layers.items()}
+    found = {name: statistics.MinMax(dense.shape[0], dense.weight.device) for name, dense in layers.items()}
     for sample, called in zip(block.samples, block.calls(names), strict=True):
         for name, call in called.items():
             found[name].update(token_rows(call.output, sample.mask))

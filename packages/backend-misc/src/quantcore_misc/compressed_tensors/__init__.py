@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from quantcore.plugins import Backend, hookimpl
+from quantcore.sdk import Backend, Guide, PerLayer, Refusal, hookimpl
 
 if TYPE_CHECKING:
-    from quantcore.kernels.dispatch import Kernel
+    from quantcore.sdk import Kernel
 
 _MODULE = "quantcore_misc.compressed_tensors"
+_SPARSE = ("sparse-bitmask", "sparse-24-bitmask")
 
 BACKEND = Backend(
     method="compressed-tensors",
@@ -27,6 +28,23 @@ BACKEND = Backend(
         {"scheme": "MXFP6A16"},
         {"scheme": "W4A16_ASYM"},
     ),
+    guide=Guide(
+        purposes=("serving", "inference"),
+        pros="One file format for W4A16, W8A8, FP8, NVFP4 and more, which servers read as it is.",
+        cons="Many settings: start from a scheme; a scheme that rounds inputs statically needs data.",
+        served_by={
+            "vllm": "tested with vLLM 0.32: W4A16, W4A16_ASYM, W8A8, FP8_DYNAMIC, FP8_BLOCK; on a CPU no W8A16",
+            "sglang": "by the source of SGLang 0.5.23",
+            "transformers": "tested with transformers 5.23 and compressed-tensors 0.20",
+        },
+        refused=(
+            Refusal("vllm", {"config_groups.*.weights.actorder": ("group", "dynamic")}, {"actorder": "weight"}),
+            Refusal("vllm", {"sparsity_config.format": _SPARSE}, {"sparsity_config": None}),
+        ),
+    ),
+    per_layer=PerLayer(
+        "config_groups", "{name}", tuple({"weights": {"num_bits": bits}} for bits in (2, 3, 4, 8)), targets="targets"
+    ),
 )
 
 
@@ -36,10 +54,8 @@ def quantcore_backends() -> Iterable[Backend]:
 
 
 def triton_kernels() -> list[Kernel]:
-    """The GPU kernels of this method; triton is imported when a problem on a GPU is asked about."""
-    from quantcore.kernels.triton.kernels import kernels_for
+    """The products of 8-bit codes by 8-bit codes; the core has kernels for all else."""
     from quantcore_misc.compressed_tensors.plain import codes_of
     from quantcore_misc.products import product_kernels
 
-    label = "compressed_tensors"
-    return [*product_kernels(label, codes_of), *kernels_for(label, f"{_MODULE}.decode:decoder_for")]
+    return product_kernels("compressed_tensors", codes_of)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from quantcore.quantization_config import (
-    Config,
+from quantcore.sdk import (
     QuantizationConfigMixin,
     QuantizationMethod,
     check_type,
@@ -66,7 +65,7 @@ class CompressedTensorsConfig(QuantizationConfigMixin):
     scheme: dataclasses.InitVar[str | None] = None
     actorder: dataclasses.InitVar[bool | str | None] = None
 
-    def __post_init__(self, scheme: str | None, actorder: bool | str | None) -> None:  # type: ignore[override]
+    def __post_init__(self, scheme: str | None, actorder: bool | str | None) -> None:
         self._read: dict[str, Any] = {}  # what a file said, where that is not how it is written today
         if scheme is not None:
             check_type(scheme, str, "CompressedTensorsConfig.scheme")
@@ -127,19 +126,22 @@ class CompressedTensorsConfig(QuantizationConfigMixin):
         return self.is_quantized and self.quantization_status == "compressed"
 
     @classmethod
-    def from_dict(
-        cls: type[Config], config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Config | tuple[Config, dict[str, Any]]:
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """A config of a dict as in config.json, also one nested under `compression_config` as older files have it."""
         values = _unwrapped(config_dict)
         scheme, actorder = values.pop("scheme", None), values.pop("actorder", None)
         if scheme is not None or actorder is not None:
-            given = {key: values.get(key) for key in ("config_groups", "solver")}
+            given: dict[str, Any] = {key: values.get(key) for key in ("config_groups", "solver")}
             values["config_groups"] = cls(scheme=scheme, actorder=actorder, **given).config_groups
-        config, unused = super().from_dict(values, return_unused_kwargs=True, **kwargs)
+        read: Any = super().from_dict(values, return_unused_kwargs=True, **kwargs)
+        config, unused = read
         if values.get("version") is not None and scheme is None:
             config._read = {key: copy.deepcopy(value) for key, value in values.items() if key not in kwargs}
         return (config, unused) if return_unused_kwargs else config
+
+    def key_places(self) -> Iterator[tuple[str, Iterable[str], Collection[str]]]:
+        for label, given, known in super().key_places():
+            yield label, given, {*known, "scheme", "actorder"}
 
     def to_dict(self) -> dict[str, Any]:
         """What stands in config.json, in the spelling of compressed-tensors 0.20.

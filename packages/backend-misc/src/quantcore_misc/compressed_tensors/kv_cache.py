@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from quantcore.calibration.block import token_rows
-from quantcore.calibration.statistics import MinMax
-from quantcore.nn.kv_cache import cache_argument, put_between
-from quantcore_misc.compressed_tensors.rotations import Rotation
+from quantcore.sdk import kv_cache, rotation, statistics, token_rows
 from quantcore_misc.compressed_tensors.static import range_tensors
 
 if TYPE_CHECKING:
-    from quantcore.calibration.block import Block
-    from quantcore.formats.activation import Activation
+    from quantcore.sdk import Activation, Block
 
 OLD_SUFFIXES = ("output_scale", "output_zero_point")  # on k_proj and v_proj, in files of 2024
 
@@ -43,7 +39,7 @@ class _Ranges:
 
     def __init__(self, by_head: bool) -> None:
         self.by_head = by_head
-        self.found: dict[tuple[str, str], MinMax] = {}
+        self.found: dict[tuple[str, str], statistics.MinMax] = {}
         self.states: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
@@ -51,12 +47,12 @@ class _Ranges:
         """A block in which the keys and values of modules are noted."""
         with contextlib.ExitStack() as stack:
             for name in names:
-                handle = put_between(model.get_submodule(name), partial(self._note, name, mask))
+                handle = kv_cache.put_between(model.get_submodule(name), partial(self._note, name, mask))
                 assert handle is not None
                 stack.callback(handle.remove)
             yield
 
-    def ends(self, name: str, extent: MinMax) -> tuple[Tensor, Tensor]:
+    def ends(self, name: str, extent: statistics.MinMax) -> tuple[Tensor, Tensor]:
         """The least and the largest, of each head or of all, in the dtype of the states."""
         low, high = (extent.low, extent.high) if self.by_head else (extent.low.amin(), extent.high.amax())
         return low.to(self.states[name].dtype), high.to(self.states[name].dtype)
@@ -65,7 +61,7 @@ class _Ranges:
         heads, width = states.shape[1], states.shape[3]
         rows = token_rows(states.transpose(1, 2), mask).reshape(-1, heads, width)
         rows = rows.transpose(1, 2).reshape(-1, heads) if self.by_head else rows.reshape(-1, width)
-        self.found.setdefault((name, side), MinMax(rows.shape[1], rows.device)).update(rows)
+        self.found.setdefault((name, side), statistics.MinMax(rows.shape[1], rows.device)).update(rows)
         self.states[name] = states.new_empty(0)
         return states
 
@@ -73,18 +69,18 @@ class _Ranges:
 def _cache_users(block: Block) -> list[str]:
     """The innermost modules of a block that take a cache."""
     modules = block.module.named_modules(prefix=block.name)
-    found = [name for name, module in modules if cache_argument(module) is not None]
+    found = [name for name, module in modules if kv_cache.cache_argument(module) is not None]
     outer = {name for name in found if any(other != name and other.startswith(f"{name}.") for other in found)}
     return [name for name in found if name not in outer and name]
 
 
 def basis(module: nn.Module, side: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
     """The rotation under which the keys of a module were calibrated, and its inverse; None where there is none."""
-    rotation = next(_rotations(module), None) if side == "k" else None
-    return None if rotation is None else (rotation, rotation.back)
+    rotated = next(_rotations(module), None) if side == "k" else None
+    return None if rotated is None else (rotated, rotated.back)
 
 
-def _rotations(module: nn.Module) -> Iterator[Rotation]:
+def _rotations(module: nn.Module) -> Iterator[rotation.Rotation]:
     for child in module.children():
-        if isinstance(child, Rotation) and child.transform.location == "k_cache":
+        if isinstance(child, rotation.Rotation) and child.location == "k_cache":
             yield child

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec
-from quantcore.formats.constants import kept
-from quantcore.formats.packing import pack_words, stream_layout, unpack_words
+from quantcore.sdk import TensorSpec, cached_tensors, packing
 from quantcore_misc.compressed_tensors.sparse import KEPT, RUN, largest_two
-from quantcore_misc.compressed_tensors.weight import CompressedWeight
+from quantcore_misc.compressed_tensors.weight import CompressedWeight, UnpackedWeight
 
 _TILE = 16
 _CHUNK = 1024  # values that are permuted together: four tiles
@@ -27,7 +25,7 @@ _PADDING = {0: (2, 3), 1: (0, 2), 2: (1, 2), 4: (2, 3), 8: (2, 3)}  # which plac
 
 
 @dataclass(frozen=True)
-class Marlin24Weight(CompressedWeight):
+class Marlin24Weight(UnpackedWeight):
     """Codes of 4 or 8 bits of which two in four neighbours are kept; float16 scales per group or row.
 
     A weight [N, K] needs K a multiple of 32 and N of 64.
@@ -35,17 +33,13 @@ class Marlin24Weight(CompressedWeight):
 
     dtype: str = "float16"  # the only one that the kernel has
 
-    rows_apart = False
-
     @classmethod
     def holds(cls, tensors: Mapping[str, Tensor]) -> bool:
         return "weight_packed" in tensors and "meta" in tensors
 
-    def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+    def scale_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         assert self.scaling is not None
-        rows, groups = self.scaling.grid(shape)
-        scales = TensorSpec("scale_packed", self.torch_dtype, (groups, rows))
-        return (*self.code_specs(shape), scales)
+        return (TensorSpec("scale_packed", self.torch_dtype, self.scaling.grid(shape)[::-1]),)
 
     def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         assert self.scaling is not None
@@ -84,14 +78,14 @@ class Marlin24Weight(CompressedWeight):
         values = _tiled(kept.t()).reshape(-1, _CHUNK)[:, _permutation(self.scaling.bits).to(codes.device)]
         shifted = values.reshape(codes.shape[1] // 32, -1).view(torch.uint8) + (1 << (self.scaling.bits - 1))
         return {
-            "weight_packed": pack_words(shifted, stream_layout(self.scaling.bits), dim=1),
+            "weight_packed": packing.pack_words(shifted, packing.stream_layout(self.scaling.bits), dim=1),
             "meta": _pack_meta(places),
         }
 
     def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         assert self.scaling is not None
         bits, (rows, columns) = self.scaling.bits, shape
-        shifted = unpack_words(tensors["weight_packed"], stream_layout(bits), rows * _TILE, dim=1)
+        shifted = packing.unpack_words(tensors["weight_packed"], packing.stream_layout(bits), rows * _TILE, dim=1)
         values = shifted.sub_(1 << (bits - 1)).view(torch.int8).reshape(-1, _CHUNK)
         kept = _untiled(values[:, _permutation(bits).argsort().to(values.device)], (columns // 2, rows)).t()
         places = _unpack_meta(tensors["meta"], (rows, columns))
@@ -119,7 +113,7 @@ def _places(codes: Tensor) -> Tensor:
     return _pairs(codes.device)[(filled * weights).sum(-1)]
 
 
-@kept
+@cached_tensors
 def _pairs(device: torch.device) -> Tensor:
     """The two places by the bits of which are filled, [16, 2]."""
     pairs = [
@@ -130,7 +124,8 @@ def _pairs(device: torch.device) -> Tensor:
 
 def _tiled(matrix: Tensor) -> Tensor:
     """A matrix as tiles of 16 x 16 one after the other, row by row of tiles."""
-    return matrix.unflatten(1, (-1, _TILE)).unflatten(0, (-1, _TILE)).transpose(1, 2)
+    tiles: Tensor = matrix.unflatten(1, (-1, _TILE)).unflatten(0, (-1, _TILE)).transpose(1, 2)
+    return tiles
 
 
 def _untiled(tiles: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -138,7 +133,7 @@ def _untiled(tiles: Tensor, shape: tuple[int, int]) -> Tensor:
     return tiles.reshape(shape[0] // _TILE, shape[1] // _TILE, _TILE, _TILE).transpose(1, 2).reshape(shape)
 
 
-@kept
+@cached_tensors
 def _permutation(bits: int) -> Tensor:
     """Which value of a chunk stands at each place."""
     order = torch.tensor(_INTERLEAVE[bits])
@@ -153,7 +148,7 @@ def _pack_meta(places: Tensor) -> Tensor:
     """Places [N, K / 4, 2] as words of four pairs, in the order of the kernel: [K / 32, 2 N] int16."""
     rows = places.shape[0]
     pairs = (places[..., 0] | places[..., 1] << _BITS).to(torch.uint8)
-    words = pack_words(pairs, stream_layout(4, 16), dim=1)  # [N, K / 16]
+    words = packing.pack_words(pairs, packing.stream_layout(4, 16), dim=1)  # [N, K / 16]
     stored = torch.empty_like(words).view(-1)
     stored[_meta_offsets(rows, words.shape[1], words.device)] = words.flatten()
     return stored.view(-1, 2 * rows)
@@ -163,7 +158,7 @@ def _unpack_meta(meta: Tensor, shape: tuple[int, int]) -> Tensor:
     """Places of `_pack_meta`, for a weight of this shape."""
     rows, columns = shape
     words = meta.flatten()[_meta_offsets(rows, columns // 16, meta.device)].view(rows, -1)
-    pairs = unpack_words(words, stream_layout(4, 16), columns // RUN, dim=1)
+    pairs = packing.unpack_words(words, packing.stream_layout(4, 16), columns // RUN, dim=1)
     return torch.stack((pairs & 3, pairs >> _BITS), -1).long()
 
 

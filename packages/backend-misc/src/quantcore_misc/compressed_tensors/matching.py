@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
-from functools import cache
 from typing import TYPE_CHECKING
+
+from quantcore.sdk import patterns, spellings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,8 +19,8 @@ _ALIASES = {"LinearBase": "Linear"}  # the class of vLLM that stands for linear 
 def matches_name(name: str, target: str) -> bool:
     """Whether a target is the module's full name, or a `re:` pattern that matches from the start of the name."""
     if target.startswith(_REGEX):
-        return _compiled(target).match(name) is not None
-    return name == target
+        return any(patterns.matches(target.removeprefix(_REGEX), spelled) for spelled in spellings(name))
+    return target in spellings(name)
 
 
 def matches_class(module: nn.Module, target: str) -> bool:
@@ -45,14 +45,5 @@ def scheme_of(name: str, module: nn.Module, schemes: Sequence[Scheme]) -> Scheme
 
 def check_pattern(target: str, label: str) -> None:
     """Raise ValueError naming label for a `re:` target that is no regular expression."""
-    if not target.startswith(_REGEX):
-        return
-    try:
-        _compiled(target)
-    except re.error as error:
-        raise ValueError(f"{label}: {target!r:.80} is no regular expression: {error}") from None
-
-
-@cache
-def _compiled(target: str) -> re.Pattern[str]:
-    return re.compile(target.removeprefix(_REGEX))
+    if target.startswith(_REGEX):
+        patterns.check(target.removeprefix(_REGEX), label)

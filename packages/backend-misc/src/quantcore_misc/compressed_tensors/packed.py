@@ -10,11 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec
-from quantcore.formats.families import Affine, Family
-from quantcore.formats.minifloat import pack_fp6, unpack_fp6
-from quantcore.formats.packing import Layout, pack_words, padded_layout, stream_layout, unpack_words
-from quantcore_misc.compressed_tensors.lowering import lower_integers, raise_integers
+from quantcore.sdk import Codes, Family, Scaled, TensorSpec, Zero, minifloat, packing
 from quantcore_misc.compressed_tensors.presets import version_tuple
 from quantcore_misc.compressed_tensors.scaling import nvfp4_global_scale
 from quantcore_misc.compressed_tensors.weight import CompressedWeight, check_stored_shape, has_dtype
@@ -32,7 +28,6 @@ class PackedWeight(CompressedWeight):
     shapes do not.
     """
 
-    family: ClassVar[str | None] = "affine"
     rows_in: ClassVar[str | None] = "weight_packed"
 
     is_padded: bool = False
@@ -41,88 +36,34 @@ class PackedWeight(CompressedWeight):
     version: str | None = None
 
     @property
-    def rows_apart(self) -> bool:
-        return super().rows_apart and not self.has_index
+    def layout(self) -> Codes:
+        return Codes("weight_packed", "int32", "padded" if self.is_padded else "stream")
 
-    @property
-    def layout(self) -> Layout:
-        assert self.scaling is not None
-        return padded_layout(self.scaling.bits) if self.is_padded else stream_layout(self.scaling.bits)
+    def describe_grid(self) -> Scaled:
+        return dataclasses.replace(super().describe_grid(), index="weight_g_idx" if self.has_index else None)
 
-    def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        return (
-            self.code_spec("weight_packed", torch.int32, (shape[0], self.layout.count_words(shape[1])), self._whole),
-            TensorSpec("weight_shape", torch.int64, (2,), metadata=True),
-        )
+    def zero_storage(self, rank: int) -> Zero:
+        return super().zero_storage(rank) if self.plain_zero else Zero(dtype="int32", is_packed=True)
 
-    def scale_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        specs = super().scale_specs(shape)
-        return (*specs, TensorSpec("weight_g_idx", torch.int32, (shape[1],))) if self.has_index else specs
-
-    def zero_spec(self, shape: tuple[int, ...]) -> TensorSpec:
-        if self.plain_zero:
-            return super().zero_spec(shape)
-        rows, groups = self._grid(shape)
-        along_n, along_k = (0, self._whole), super().zero_spec(shape).along_k
-        stored = (self.layout.count_words(rows), groups)
-        return TensorSpec(
-            "weight_zero_point", torch.int32, stored, along_n=along_n if self._whole else None, along_k=along_k
-        )
-
-    @property
-    def splits(self) -> tuple[bool, bool]:
-        packs_zero = self.has_zero and not self.plain_zero
-        return self._whole > 0 or not packs_zero, self._whole > 0 and not self.has_index
-
-    @property
-    def _whole(self) -> int:
-        """Codes in a word, 0 where they cross from one into the next."""
-        assert self.scaling is not None
-        return 32 // self.scaling.bits if self.is_padded or 32 % self.scaling.bits == 0 else 0
+    def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        codes, *rest = super().tensor_specs(shape)
+        return (codes, TensorSpec("weight_shape", torch.int64, (2,), metadata=True), *rest)
 
     def describe_shape(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
         stored = tensors["weight_shape"]
         return {**tensors, "weight_shape": torch.tensor(shape, dtype=stored.dtype, device=stored.device)}
 
-    def pack(self, codes: Tensor) -> dict[str, Tensor]:
-        return {**super().pack(codes), "weight_shape": torch.tensor(codes.shape, device=codes.device)}
-
     def pack_rows(self, codes: Tensor) -> Tensor:
-        return pack_words(self._shift(codes), self.layout, dim=1)
-
-    def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        codes = unpack_words(tensors["weight_packed"], self.layout, shape[1], dim=1)
-        return self._shift_back(codes)
-
-    def pack_zero(self, zero: Tensor, shape: tuple[int, ...]) -> Tensor:
-        if self.plain_zero:
-            return super().pack_zero(zero, shape)
-        return pack_words(self._shift(zero.view(self._grid(shape))), self.layout, dim=0)
-
-    def unpack_zero(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
-        if self.plain_zero:
-            return super().unpack_zero(stored, shape)
-        return self._shift_back(unpack_words(stored, self.layout, self._grid(shape)[0], dim=0))
+        element = self.grid_format.element
+        return self.layout.pack_line(element.to_bits(codes), element.bits, 1)
 
     def quantize_under(self, weight: Tensor, global_scale: Tensor | None = None) -> dict[str, Tensor]:
         tensors = super().quantize_under(weight, global_scale)
         tensors["weight_shape"] = torch.tensor(weight.shape, device=weight.device)
         if self.has_index:
             tensors["weight_g_idx"] = self._runs(tuple(weight.shape), weight.device)
-        return {spec.name: tensors[spec.name] for spec in self.weight_specs(tuple(weight.shape))}
-
-    def dequantize(
-        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
-    ) -> Tensor:
-        if not self.has_index:
-            return super().dequantize(tensors, shape, dtype)
-        assert self.scaling is not None
-        scale, zero = self.read_scales(tensors, shape)
-        codes, index = self.unpack(tensors, shape), tensors["weight_g_idx"]
-        columns = dataclasses.replace(self.scaling, columns=1)
-        scale = scale.index_select(1, index)
-        zero = None if zero is None else zero.index_select(1, index)
-        return columns.dequantize(codes, scale, zero, None, dtype or scale.dtype)
+        names = (spec.name for spec in self.tensor_specs(tuple(weight.shape)))
+        return {name: tensors[name] for name in names if name in tensors}
 
     def operands(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
         found = super().operands(tensors, shape)
@@ -133,7 +74,7 @@ class PackedWeight(CompressedWeight):
 
     def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
         if "weight_shape" not in tensors:
-            return super().stored_shape(tensors)
+            return None
         return tuple(tensors["weight_shape"].tolist())
 
     @classmethod
@@ -150,7 +91,10 @@ class PackedWeight(CompressedWeight):
         words, zero = tensors.get("weight_packed"), tensors.get("weight_zero_point")
         is_padded, bits = self.is_padded, self.scaling.bits
         if words is not None and words.ndim == 2:
-            fits = [words.shape[1] == layout(bits).count_words(shape[1]) for layout in (stream_layout, padded_layout)]
+            fits = [
+                words.shape[1] == layout(bits).count_words(shape[1])
+                for layout in (packing.stream_layout, packing.padded_layout)
+            ]
             is_padded = not fits[0] or (all(fits) and self._wrote_padded())
         return dataclasses.replace(
             self,
@@ -159,35 +103,20 @@ class PackedWeight(CompressedWeight):
             has_index="weight_g_idx" in tensors,
         )
 
-    def lower(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Affine:
-        index = self.operands(tensors, shape)["weight_g_idx"] if self.has_index else None
-        return lower_integers(self, tensors, shape, index)
+    def lower(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Family:
+        return super().lower(self.operands(tensors, shape), shape)
 
     def raise_(self, family: Family) -> dict[str, Tensor]:
-        tensors = raise_integers(self, family, has_index=self.has_index)
-        if self.has_index:
-            assert isinstance(family, Affine)
-            tensors["weight_g_idx"] = family.by_columns()[2]
-        return tensors
+        tensors = super().raise_(family)
+        shape = torch.tensor(family.shape, device=next(iter(tensors.values())).device)
+        return {**tensors, "weight_shape": shape}
 
     def _wrote_padded(self) -> bool:
         return self.version is not None and version_tuple(self.version) < _FIRST_DENSE_VERSION
 
-    def _grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        assert self.scaling is not None
-        return self.scaling.grid(shape)
-
     def _runs(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         assert self.scaling is not None
         return torch.arange(shape[1], dtype=torch.int32, device=device) // self.scaling.block(shape)[1]
-
-    def _shift(self, codes: Tensor) -> Tensor:
-        assert self.scaling is not None
-        return codes.view(torch.uint8) + (1 << (self.scaling.bits - 1))
-
-    def _shift_back(self, codes: Tensor) -> Tensor:
-        assert self.scaling is not None
-        return codes.sub_(1 << (self.scaling.bits - 1)).view(torch.int8)
 
 
 @dataclass(frozen=True)
@@ -201,21 +130,13 @@ class SmallFloatWeight(CompressedWeight):
 
     largest: float | None = None
 
-    def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        assert self.scaling is not None
-        columns = 2 if self._is_fp4 else 0  # four codes of 6 bits lie in three bytes
-        return (self.code_spec("weight_packed", torch.uint8, (shape[0], shape[1] * self.scaling.bits // 8), columns),)
-
     @property
-    def splits(self) -> tuple[bool, bool]:
-        return True, self._is_fp4
+    def layout(self) -> Codes:
+        return Codes("weight_packed", "uint8", "stream")
 
     def pack_rows(self, codes: Tensor) -> Tensor:
-        return codes if self._is_fp4 else pack_fp6(codes)
-
-    def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        packed = tensors["weight_packed"]
-        return packed if self._is_fp4 else unpack_fp6(packed)
+        """As they are where `Scaling.quantize` packs them already."""
+        return codes if self._is_fp4 else minifloat.pack_fp6(codes)
 
     def quantize_under(self, weight: Tensor, global_scale: Tensor | None = None) -> dict[str, Tensor]:
         if self.largest is not None and global_scale is None:
@@ -228,13 +149,6 @@ class SmallFloatWeight(CompressedWeight):
 
     def as_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> CompressedWeight:
         return super(SmallFloatWeight, dataclasses.replace(self, largest=None)).as_stored(tensors, shape)
-
-    def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
-        packed = tensors.get("weight_packed")
-        if packed is None:
-            return super().stored_shape(tensors)
-        assert self.scaling is not None
-        return packed.shape[0], packed.shape[1] * 8 // self.scaling.bits
 
     @property
     def _is_fp4(self) -> bool:

@@ -9,34 +9,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec, WeightFormat
-from quantcore.formats.families import Affine, Family
-from quantcore_misc.compressed_tensors.lowering import lower_integers, raise_integers
-from quantcore_misc.compressed_tensors.weight import FLOATS, CompressedWeight, has_dtype
+from quantcore.sdk import Codes, TensorSpec, WeightFormat, minifloat
+from quantcore_misc.compressed_tensors.weight import FLOATS, CompressedWeight, UnpackedWeight, has_dtype
 
 
 @dataclass(frozen=True)
 class IntegerWeight(CompressedWeight):
     """Formats int-quantized and naive-quantized: codes of up to 8 bits in int8."""
 
-    family: ClassVar[str | None] = "affine"
     rows_in: ClassVar[str | None] = "weight"
 
     @classmethod
     def holds(cls, tensors: Mapping[str, Tensor]) -> bool:
         return has_dtype(tensors, "weight", torch.int8)
-
-    def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        return (self.code_spec("weight", torch.int8, tuple(shape)),)
-
-    def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        return tensors["weight"]
-
-    def lower(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Affine:
-        return lower_integers(self, tensors, shape)
-
-    def raise_(self, family: Family) -> dict[str, Tensor]:
-        return raise_integers(self, family)
 
 
 @dataclass(frozen=True)
@@ -45,19 +30,17 @@ class FloatWeight(CompressedWeight):
 
     rows_in: ClassVar[str | None] = "weight"
 
+    @property
+    def layout(self) -> Codes:
+        return Codes(dtype="float8_e4m3fn")
+
     @classmethod
     def holds(cls, tensors: Mapping[str, Tensor]) -> bool:
         return has_dtype(tensors, "weight", torch.float8_e4m3fn)
 
-    def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        return (self.code_spec("weight", torch.float8_e4m3fn, tuple(shape)),)
-
-    def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        return tensors["weight"]
-
 
 @dataclass(frozen=True)
-class FakeWeight(CompressedWeight):
+class FakeWeight(UnpackedWeight):
     """Format dense, of checkpoints that are calibrated or frozen: float weights, and the scales by which they round.
 
     dtype: of the weight. Dequantizing rounds the weight to its codes and back; where that was done before saving,
@@ -69,26 +52,26 @@ class FakeWeight(CompressedWeight):
         return has_dtype(tensors, "weight", *FLOATS) and "weight_scale" in tensors
 
     def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        return (self.code_spec("weight", self.torch_dtype, tuple(shape)),)
+        return (TensorSpec("weight", self.torch_dtype, tuple(shape)),)
+
+    def pack(self, codes: Tensor) -> dict[str, Tensor]:
+        return {}  # the weight itself stands in their place
+
+    def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        assert self.scaling is not None
+        scale = self.grid_format.scale.load(tensors["weight_scale"], self.grid_format.grid(shape))
+        zero = self.read_scales(tensors, shape)[1]
+        codes = self.scaling.encode(tensors["weight"], scale, zero, tensors.get("weight_global_scale"))
+        return minifloat.unpack_fp4(codes) if self.scaling.element == "e2m1" else codes
 
     def quantize_under(self, weight: Tensor, global_scale: Tensor | None = None) -> dict[str, Tensor]:
-        assert self.scaling is not None
         weight = weight.to(self.torch_dtype)
-        codes, scale, zero, global_scale = self.scaling.quantize(weight, global_scale)
-        rounded = self.scaling.dequantize(codes, scale, zero, global_scale, weight.dtype)
-        tensors = {"weight": rounded, **self.store_scales(scale, zero, tuple(weight.shape))}
-        if global_scale is not None:
-            tensors["weight_global_scale"] = global_scale
-        return tensors
+        tensors = {"weight": weight, **super().quantize_under(weight, global_scale)}
+        return {**tensors, "weight": self.dequantize(tensors, tuple(weight.shape), weight.dtype)}
 
-    def dequantize(
-        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
-    ) -> Tensor:
-        assert self.scaling is not None
-        weight, global_scale = tensors["weight"], tensors.get("weight_global_scale")
-        scale, zero = self.read_scales(tensors, shape)
-        codes = self.scaling.encode(weight, scale, zero, global_scale)
-        return self.scaling.dequantize(codes, scale, zero, global_scale, dtype or weight.dtype)
+    @property
+    def own_dtype(self) -> torch.dtype:
+        return self.torch_dtype
 
 
 def codes_of(weight_format: WeightFormat) -> str | None:

@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from quantcore.calibration.solvers import shared_solver
-from quantcore.formats.base import dtype_name
-from quantcore.nn.kv_cache import owners, round_caches, take_off
-from quantcore.nn.replace import quantized_modules
-from quantcore.quantizers import selection
-from quantcore.quantizers.calibrated import CalibratedQuantizer
-from quantcore.quantizers.plan import Plan
-from quantcore.quantizers.weight import dequantize_layers
-from quantcore_misc.compressed_tensors import kv_cache, rotations, static
+from quantcore.sdk import (
+    CalibratedQuantizer,
+    Plan,
+    dequantize_layers,
+    dtype_name,
+    kv_cache,
+    quantized_modules,
+    rotation,
+    selection,
+    shared_solver,
+)
+from quantcore_misc.compressed_tensors import rotations, static
 from quantcore_misc.compressed_tensors.config import CompressedTensorsConfig
 from quantcore_misc.compressed_tensors.fused import joined_layers
+from quantcore_misc.compressed_tensors.kv_cache import OLD_SUFFIXES, basis, measure
 from quantcore_misc.compressed_tensors.matching import is_named, matches_name, scheme_of
 from quantcore_misc.compressed_tensors.packed import SmallFloatWeight
 from quantcore_misc.compressed_tensors.schemes import Scheme
@@ -31,13 +35,7 @@ from quantcore_misc.compressed_tensors.transform_config import Transform, online
 from quantcore_misc.compressed_tensors.weight import CompressedWeight
 
 if TYPE_CHECKING:
-    from quantcore.calibration.block import Block
-    from quantcore.calibration.data import Calibration
-    from quantcore.checkpoints.read import Checkpoint
-    from quantcore.formats.activation import Activation
-    from quantcore.formats.base import WeightFormat
-    from quantcore.quantizers.plan import PlannedLayer
-    from quantcore.quantizers.weight import WeightsOf
+    from quantcore.sdk import Activation, Block, Checkpoint, PlannedLayer, WeightFormat, WeightsOf
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +84,7 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
         if config.use_optimized_inference and _is_fp8(scheme):
             found = found.optimized()
         if config.kv_cache_scheme is not None and name.endswith(_KEY_VALUE) and self.pre_quantized:
-            return found.replace(may_carry=kv_cache.OLD_SUFFIXES)  # type: ignore[return-value]
+            return found.replace(may_carry=OLD_SUFFIXES)  # type: ignore[return-value]
         return found
 
     def format_of(self, name: str, module: nn.Module) -> WeightFormat | None:
@@ -119,11 +117,16 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
         rounded = [args for scheme in schemes for args in (scheme.input_activations, scheme.output_activations)]
         return any(activation_of(args).is_measured for args in rounded if args is not None)
 
+    @property
+    def takes_turns(self) -> bool:
+        """Always: the solver does, and without one each weight is rounded alone."""
+        return True
+
     def solve_block(self, block: Block) -> None:
         static.measure(block)
         cache = self.quantization_config.cache_args
         if cache is not None:
-            kv_cache.measure(block, cache_rounding(cache), by_head=cache.strategy == "attn_head")
+            measure(block, cache_rounding(cache), by_head=cache.strategy == "attn_head")
         if self._solver is None:
             static.round_block(block)
         else:
@@ -137,12 +140,10 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
         damp = self.quantization_config.dampening_frac
         return {"order": order} if damp is None else {"order": order, "damp": damp}
 
-    def calibrate_model(self, model: nn.Module, calibration: Calibration) -> nn.Module:
-        model = super().calibrate_model(model, calibration)
-        if self.cache_rounding is not None and not owners(model):
+    def describe_calibrated(self, model: nn.Module) -> None:
+        if self.cache_rounding is not None and not kv_cache.owners(model):
             logger.warning("%s has no module that writes to a cache; no scales are stored", type(model).__name__)
         self.quantization_config.update(solver=None, dampening_frac=None)
-        return model
 
     def plan(self, model: nn.Module) -> Plan:
         """As for every method; the config, which is this quantizer's own, then names all that stays float."""
@@ -151,7 +152,7 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
             self.quantization_config.update(ignore=self._ignored(model, plan))
         return plan
 
-    def settle(self, layers: Sequence[PlannedLayer], weights: WeightsOf) -> dict[str, WeightFormat]:
+    def finalize_formats(self, layers: Sequence[PlannedLayer], weights: WeightsOf) -> dict[str, WeightFormat]:
         """Layers that are served as one get one global scale, for their largest magnitude."""
         formats = {layer.name: layer.weight_format for layer in layers if _has_global_scale(layer.weight_format)}
         groups = joined_layers(formats)
@@ -195,20 +196,20 @@ class CompressedTensorsQuantizer(CalibratedQuantizer):
 
     def round_caches(self, model: nn.Module) -> None:
         if self.cache_rounding is not None:
-            round_caches(model, self.cache_rounding, kv_cache.basis)
+            kv_cache.round_caches(model, self.cache_rounding, basis)
 
     # Leaving
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Weights alone stay rounded: activations, keys and values are no longer, and rotations are in the weights."""
-        found = list(rotations.rotations(model))
-        kept = {name: dict(model.get_submodule(name)._modules) for name, _ in found}
+        found = list(rotation.rotations(model))
+        kept = {name: dict(model.get_submodule(name)._modules) for name, _, _ in found}
         model = dequantize_layers(model, dtype or _float_dtype(model))
         for name, children in kept.items():
             for child, module in children.items():
                 model.get_submodule(name).add_module(child, module)
-        rotations.fold_all(model, found)
-        take_off(model)
+        rotation.fold_all(model, found)
+        kv_cache.take_off(model)
         return model
 
     # The config

@@ -1,75 +1,25 @@
-"""Rotations of activations that run with the model: Hadamard and other matrices, in blocks of the last dimension."""
+"""Where the rotations of a checkpoint's `transform_config` run, and where their matrices are stored."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quantcore.errors import CheckpointError
+from quantcore.sdk import CheckpointError, rotation, transforms
 from quantcore_misc.compressed_tensors.matching import is_named
 from quantcore_misc.compressed_tensors.transform_config import Transform
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from quantcore.checkpoints.safetensors_file import Header
+    from torch import Tensor
 
-_STORED = ("weight", "perm")
+    from quantcore.sdk import Header
 
-
-class Rotation(nn.Module):
-    """x [..., K] in blocks of h, each times a matrix [h, h] that is stored once for all modules that share it.
-
-    The module that stores it holds it as `weight` (and `perm`, the order of its rows and columns); the others refer to
-    that module. Hadamard matrices are stored as signs.
-    """
-
-    def __init__(self, transform: Transform, stored: Mapping[str, Tensor], owner: Rotation | None = None) -> None:
-        super().__init__()
-        self.transform = transform
-        for name in _STORED:
-            value = stored.get(name)
-            parameter = None if value is None else nn.Parameter(value, requires_grad=False)
-            self.register_parameter(name, parameter)
-        self._owner = (owner,)  # in a tuple, so that it is no submodule
-
-    @property
-    def matrix(self) -> Tensor:
-        """The orthogonal, or otherwise inverted offline, matrix [h, h] that x is multiplied by from the right."""
-        holder = self._owner[0] or self
-        matrix, order = holder.weight, holder.perm
-        if self.transform.kind == "random-matrix":
-            return matrix  # the inverse is stored as such
-        if order is not None:
-            matrix = matrix[order][:, order]
-        matrix = matrix.t() if self.transform.is_inverse else matrix
-        return matrix / matrix.shape[0] ** 0.5
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x rotated, in its dtype; the product is taken in float32, or in x's dtype where that is wider."""
-        return _rotate(x, self.matrix.to(x.device))
-
-    def back(self, x: Tensor) -> Tensor:
-        """x rotated back: the inverse of `forward` for an orthogonal matrix."""
-        return _rotate(x, self.matrix.to(x.device).t())
-
-    def fold(self, module: nn.Module) -> None:
-        """Put the rotation into the float weight of the module that it belongs to, for good."""
-        weight = module.weight.data
-        if self.transform.location == "input":
-            module.weight = nn.Parameter(self.back(weight), requires_grad=False)
-            return
-        along = self.forward if isinstance(module, nn.Embedding) else lambda values: self.forward(values.t()).t()
-        module.weight = nn.Parameter(along(weight).contiguous(), requires_grad=False)
-        if getattr(module, "bias", None) is not None:
-            module.bias = nn.Parameter(self.forward(module.bias.data), requires_grad=False)
-
-    def extra_repr(self) -> str:
-        return f"{self.transform.kind}, {self.transform.location}, size={self.matrix.shape[0]}"
+_STORED = ("weight", "perm")  # the matrix [h, h], and the order of its rows and columns
 
 
 @dataclass(frozen=True)
@@ -105,7 +55,7 @@ def attach(model: nn.Module, found: Sequence[Place], headers: Mapping[str, Heade
 
     Raises CheckpointError naming each transform whose matrix is stored nowhere.
     """
-    owners: dict[tuple[object, ...], Rotation] = {}
+    owners: dict[tuple[object, ...], rotation.Rotation] = {}
     for place in sorted(found, key=lambda place: f"{place.path}.weight" not in headers):
         key = _matrix_key(place)
         stored = {
@@ -118,69 +68,24 @@ def attach(model: nn.Module, found: Sequence[Place], headers: Mapping[str, Heade
                 f"{place.path}.weight: missing, and no other module stores the matrix of transform "
                 f"{place.transform.scheme!r}; the weights are rotated, so that the model is useless without it"
             )
-        rotation = Rotation(place.transform, stored, None if stored else owners[key])
-        owners.setdefault(key, rotation)
-        run_with(model.get_submodule(place.name), rotation)
+        owner = None if "weight" in stored else owners[key]
+        held = stored if owner is None else dict(owner.named_parameters())
+        made = rotation.Rotation(_matrix(place.transform, held), stored, place.transform.location, owner)
+        owners.setdefault(key, made)
+        rotation.run_with(model.get_submodule(place.name), made, place.transform.module_name)
 
 
-def run_with(module: nn.Module, rotation: Rotation) -> None:
-    """Rotate what goes into a module, or comes out of it; attention reads its rotations itself."""
-    name, location = rotation.transform.module_name, rotation.transform.location
-    module.add_module(name, rotation)
-    if location == "input":
-        module.register_forward_pre_hook(_RotateInput(name), prepend=True)
-    elif location == "output":
-        module.register_forward_hook(_RotateOutput(name))
-
-
-def rotations(model: nn.Module) -> Iterator[tuple[str, Rotation]]:
-    """Every rotation of a model, with the name of the module that it belongs to."""
-    for name, module in model.named_modules():
-        if isinstance(module, Rotation):
-            yield name.rpartition(".")[0], module
-
-
-def fold_all(model: nn.Module, found: Sequence[tuple[str, Rotation]]) -> None:
-    """Put rotations into the float weights of a model and take them off it."""
-    for name, rotation in found:
-        module = model.get_submodule(name)
-        if rotation.transform.location in ("input", "output"):
-            rotation.fold(module)
-    for name, rotation in found:
-        _take_off(model.get_submodule(name), rotation.transform.module_name)
-
-
-def _take_off(module: nn.Module, name: str) -> None:
-    module._modules.pop(name, None)
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if getattr(hook, "name", None) == name:
-                del hooks[key]
-
-
-@dataclass(frozen=True)
-class _RotateInput:
-    """A hook that finds the rotation on the module by name, so that copies of the module use their own."""
-
-    name: str
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (module.get_submodule(self.name)(args[0]), *args[1:])
-
-
-@dataclass(frozen=True)
-class _RotateOutput:
-    name: str
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        rotated: Tensor = module.get_submodule(self.name)(output)
-        return rotated
-
-
-def _rotate(x: Tensor, matrix: Tensor) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    blocks = x.to(dtype).unflatten(-1, (-1, matrix.shape[0]))
-    return (blocks @ matrix.to(dtype)).flatten(-2).to(x.dtype)
+def _matrix(transform: Transform, stored: Mapping[str, Tensor]) -> transforms.BlockMatrix:
+    """Hadamard matrices are stored as signs; of a matrix of another kind the inverse is stored as such."""
+    is_hadamard = transform.kind != "random-matrix"
+    return transforms.BlockMatrix(
+        matrix="weight",
+        size=stored["weight"].shape[0],
+        is_transposed=is_hadamard and transform.is_inverse,
+        is_signs=is_hadamard,
+        is_orthogonal=is_hadamard,
+        order="perm" if is_hadamard and "perm" in stored else None,
+    )
 
 
 def _size(module: nn.Module, transform: Transform) -> int | None:

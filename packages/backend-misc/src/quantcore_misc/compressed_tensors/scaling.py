@@ -11,25 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcore.formats.activation import abs_max
-from quantcore.formats.base import Description
-from quantcore.formats.blocks import block_abs_max, grid
-from quantcore.formats.minifloat import (
-    E4M3,
-    MiniFloat,
-    decode,
-    decode_fp4,
-    e4m3_scale,
-    e8m0_codes,
-    e8m0_values,
-    encode,
-    minifloat,
-    pack_fp4,
+from quantcore.sdk import (
+    Description,
+    Element,
+    Float,
+    Integer,
+    abs_max,
+    blocks as grids,
+    minifloat as floats,
+    row_chunks,
+    threads,
 )
-from quantcore.formats.pieces import row_pieces
-from quantcore.threads import share_out
 
-NVFP4_RANGE = 6.0 * E4M3.maximum
+NVFP4_RANGE = 6.0 * floats.E4M3.maximum
 _FLOAT16_ZERO_GROUP = 127  # the byte of 1: upstream's power of two is 0 in float16, and is replaced
 _SCALE_DTYPES = {"e8m0": torch.uint8, "nvfp4": torch.float8_e4m3fn}
 _SIGN = -(1 << 15)  # of 16 bits
@@ -61,8 +55,8 @@ class Scaling(Description):
         return int(self.element.removeprefix("int")) if self.is_integer else self.minifloat.bits
 
     @property
-    def minifloat(self) -> MiniFloat:
-        return minifloat(self.element)
+    def minifloat(self) -> floats.MiniFloat:
+        return floats.minifloat(self.element)
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -80,13 +74,19 @@ class Scaling(Description):
     def code_dtype(self) -> torch.dtype:
         return torch.int8 if self.is_integer else self.minifloat.dtype or torch.uint8
 
+    def grid_element(self, *, is_shifted: bool) -> Element:
+        """The element of a grid; is_shifted: integers are stored shifted to 0 and above."""
+        if not self.is_integer:
+            return Float(self.element)
+        return Integer(self.bits, is_signed=False, bias=1 << (self.bits - 1)) if is_shifted else Integer(self.bits)
+
     def block(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of a block of a weight of this shape."""
         return self.rows or shape[0], self.columns or shape[1]
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """How many blocks there are down and across."""
-        return grid(shape, self.block(shape))
+        return grids.grid(shape, self.block(shape))
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError with a remedy when blocks of one row do not fill a row. Larger blocks may hang over."""
@@ -127,13 +127,13 @@ class Scaling(Description):
         def quantize(tile: tuple[slice, slice]) -> None:
             rows, blocks = tile
             if not whole:
-                scale[blocks], shift = self.scales_of(weight[rows], global_scale)
-                if zero is not None:
-                    zero[blocks] = shift
+                scale[blocks], found = self.scales_of(weight[rows], global_scale)
+                if zero is not None and found is not None:
+                    zero[blocks] = found
             shift = None if zero is None else zero[blocks]
             take(rows, self._encode_tile(weight[rows], scale[blocks], shift, global_scale))
 
-        share_out(quantize, self._tiles(shape), weight.device)
+        threads.share_out(quantize, self._tiles(shape), weight.device)
         return scale, zero, global_scale
 
     def encode(self, weight: Tensor, scale: Tensor, zero: Tensor | None, global_scale: Tensor | None) -> Tensor:
@@ -151,29 +151,6 @@ class Scaling(Description):
             values += zero[:, None, :, None]
         return self._round(values.flatten(2).flatten(0, 1)[: tile.shape[0], : tile.shape[1]])
 
-    def dequantize(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        zero: Tensor | None,
-        global_scale: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """Values [N, K] of codes, each step rounded to the dtype of float scales, else to float32, then to dtype.
-
-        codes: [N, K]; 4-bit floats two in a byte, [N, K / 2].
-        """
-        work, is_packed = self.work_dtype(scale.dtype), self.element == "e2m1"
-        factors = self.factors(scale, global_scale, work)
-        shape = torch.Size((codes.shape[0], codes.shape[1] * (2 if is_packed else 1)))
-        weight = torch.empty(shape, dtype=dtype, device=codes.device)
-        for rows, blocks in self._tiles(shape):
-            values = decode_fp4(codes[rows], work) if is_packed else self._values(codes[rows], work)
-            if zero is not None:
-                values = self._each(torch.sub, values, zero[blocks].to(work))
-            weight[rows] = self._each(torch.mul, values, factors[blocks])
-        return weight
-
     def work_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of the arithmetic for a weight, or a float scale, of dtype.
 
@@ -184,13 +161,10 @@ class Scaling(Description):
     def factors(self, scale: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
         """What codes are multiplied by, in dtype."""
         if self.scales == "e8m0":
-            return e8m0_values(scale, dtype)
+            return floats.e8m0_values(scale, dtype)
         if global_scale is not None:
-            return decode(scale, E4M3) / global_scale
+            return floats.decode(scale, floats.E4M3) / global_scale
         return scale.to(dtype)
-
-    def _values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        return codes.to(dtype) if self.is_integer else decode(codes, self.minifloat, dtype)
 
     def _round(self, values: Tensor) -> Tensor:
         """Codes of values, which are overwritten."""
@@ -198,18 +172,18 @@ class Scaling(Description):
             return values.clamp_(*self.bounds).round_().to(torch.int8)
         if self.minifloat.dtype is not None:
             return values.clamp_(*self.bounds).to(self.minifloat.dtype)
-        codes = encode(values, self.minifloat)
-        return pack_fp4(codes) if self.element == "e2m1" else codes
+        codes = floats.encode(values, self.minifloat)
+        return floats.pack_fp4(codes) if self.element == "e2m1" else codes
 
     def scales_of(self, weight: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Scales and zeros [grid] for a weight, or for rows of one that are whole blocks."""
         if not self.is_symmetric:
             return self._asymmetric_scales(weight)
-        amax = block_abs_max(weight, self.block(tuple(weight.shape)))
+        amax = grids.block_abs_max(weight, self.block(tuple(weight.shape)))
         if self.scales == "e8m0":
-            rule = "even_fp4" if self.minifloat is E4M3 else "even"
+            rule = "even_fp4" if self.minifloat is floats.E4M3 else "even"
             zero = _FLOAT16_ZERO_GROUP if weight.dtype == torch.float16 else 0
-            return e8m0_codes(amax, self.minifloat, rule, zero=zero), None
+            return floats.e8m0_codes(amax, self.minifloat, rule, zero=zero), None
         if self.scales == "nvfp4":
             assert global_scale is not None
             return self._nvfp4_scales(amax, global_scale), None
@@ -228,18 +202,18 @@ class Scaling(Description):
         return _no_zeros(scale), zero
 
     def _nvfp4_scales(self, amax: Tensor, global_scale: Tensor) -> Tensor:
-        scale = e4m3_scale(global_scale * (amax / self.minifloat.maximum).float())
+        scale = floats.e4m3_scale(global_scale * (amax / self.minifloat.maximum).float())
         smallest = torch.tensor(_SMALLEST_E4M3_SCALE, device=amax.device).to(scale.dtype)
         return torch.where(scale.view(torch.uint8) == 0, smallest, scale)
 
     def _tiles(self, shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
         """Rows, and the rows of the grid that they lie in, for each tile."""
         if self.rows == 0:
-            yield from ((rows, slice(0, 1)) for rows in row_pieces(shape, _TILE))
+            yield from ((rows, slice(0, 1)) for rows in row_chunks(shape, _TILE))
             return
-        blocks = max(1, _TILE // max(1, self.rows * shape[1]))
-        for start in range(0, grid(shape, self.block(shape))[0], blocks):
-            yield slice(start * self.rows, (start + blocks) * self.rows), slice(start, start + blocks)
+        count = max(1, _TILE // max(1, self.rows * shape[1]))
+        for start in range(0, grids.grid(shape, self.block(shape))[0], count):
+            yield slice(start * self.rows, (start + count) * self.rows), slice(start, start + count)
 
     def _split(self, tile: Tensor) -> Tensor:
         """A tile [T, K] as [blocks down, rows, blocks across, columns], filled up with zeros."""
@@ -247,18 +221,16 @@ class Scaling(Description):
         right, below = -tile.shape[1] % columns, -tile.shape[0] % rows
         if right or below:
             tile = torch.nn.functional.pad(tile, (0, right, 0, below))
-        return tile.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
-
-    def _each(self, operation: object, tile: Tensor, per_block: Tensor) -> Tensor:
-        """operation(tile [T, K], the number of each value's block), per_block: [blocks down, blocks across]."""
-        parts = operation(self._split(tile), per_block[:, None, :, None])  # type: ignore[operator]
-        return parts.flatten(2).flatten(0, 1)[: tile.shape[0], : tile.shape[1]]
+        split: Tensor = tile.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+        return split
 
 
 def _abs_max(weight: Tensor) -> Tensor:
     """The largest magnitude of a weight, 0-dimensional."""
     found: list[Tensor] = []
-    share_out(lambda rows: found.append(abs_max(abs_max(weight[rows]))), row_pieces(weight.shape, _TILE), weight.device)
+    threads.share_out(
+        lambda rows: found.append(abs_max(abs_max(weight[rows]))), row_chunks(weight.shape, _TILE), weight.device
+    )
     return abs_max(torch.stack(found)) if found else weight.new_zeros(())
 
 

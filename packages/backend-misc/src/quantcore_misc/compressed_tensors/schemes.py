@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantcore.quantization_config import check_limits, check_type
+from quantcore.sdk import check_limits, check_type
 
 STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 FORMATS = (
@@ -226,9 +226,9 @@ class Scheme:
 def parse_format(value: Any, label: str) -> str | None:
     """A storage format by name, legacy names translated. Raises ValueError naming label."""
     check_type(value, str | None, label)
-    value = LEGACY_FORMATS.get(value, value)
-    check_limits(value, label, choices=(None, *FORMATS))
-    return value
+    name: str | None = LEGACY_FORMATS.get(value, value)
+    check_limits(name, label, choices=(None, *FORMATS))
+    return name
 
 
 def _strategy(values: Mapping[str, Any]) -> str:

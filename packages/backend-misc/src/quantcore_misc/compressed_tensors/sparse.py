@@ -8,17 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec, dtype_name
-from quantcore.formats.packing import pack_words, stream_layout, unpack_words
-from quantcore_misc.compressed_tensors.weight import CompressedWeight, check_stored_shape
+from quantcore.sdk import TensorSpec, dtype_name, packing
+from quantcore_misc.compressed_tensors.weight import UnpackedWeight, check_stored_shape
 
-_BITS = stream_layout(1, 8)  # column 8 i + j is bit j of byte i
+_BITS = packing.stream_layout(1, 8)  # column 8 i + j is bit j of byte i
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # integers to move floats in
 KEPT, RUN = 2, 4  # values that 2:4 sparsity keeps, of how many neighbours
 
 
 @dataclass(frozen=True)
-class SparseWeight(CompressedWeight):
+class SparseWeight(UnpackedWeight):
     """Formats sparse-24-bitmask and sparse-bitmask, in place of a plain `weight`.
 
     value_dtype: of what is stored, codes or without a scaling values; None is dtype. is_structured: two of four
@@ -27,9 +26,6 @@ class SparseWeight(CompressedWeight):
 
     value_dtype: str | None = None
     is_structured: bool = True
-
-    rows_apart = False
-    splits = (False, False)
 
     @classmethod
     def holds(cls, tensors: Mapping[str, Tensor]) -> bool:
@@ -57,7 +53,7 @@ class SparseWeight(CompressedWeight):
         kept = largest_two(codes) if self.is_structured else codes != 0
         values = _as_integers(codes)[kept].view(codes.dtype)
         shape = torch.tensor(codes.shape, device=codes.device)
-        mask = pack_words(kept.to(torch.uint8), _BITS, dim=1)
+        mask = packing.pack_words(kept.to(torch.uint8), _BITS, dim=1)
         if self.is_structured:
             return {"shape": shape[:, None], "compressed": values.view(codes.shape[0], -1), "bitmask": mask}
         counts = kept.sum(1)
@@ -65,7 +61,7 @@ class SparseWeight(CompressedWeight):
 
     def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         values = tensors["compressed"]
-        kept = unpack_words(tensors["bitmask"], _BITS, shape[1], dim=1).view(torch.bool)
+        kept = packing.unpack_words(tensors["bitmask"], _BITS, shape[1], dim=1).view(torch.bool)
         codes = torch.zeros(shape, dtype=values.dtype, device=values.device)
         _as_integers(codes).masked_scatter_(kept, _as_integers(values))
         return codes

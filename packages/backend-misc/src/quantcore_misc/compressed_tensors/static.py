@@ -11,8 +11,7 @@ from quantcore_misc.compressed_tensors.scaling import Scaling, nvfp4_global_scal
 from quantcore_misc.ranges import extents
 
 if TYPE_CHECKING:
-    from quantcore.calibration.block import Block
-    from quantcore.formats.activation import Activation
+    from quantcore.sdk import Activation, Block
     from quantcore_misc.compressed_tensors.weight import CompressedWeight
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from quantcore.formats.activation import Activation
-from quantcore.formats.base import dtype_name
+from quantcore.sdk import Activation, dtype_name
 from quantcore_misc.compressed_tensors.marlin24 import Marlin24Weight
 from quantcore_misc.compressed_tensors.packed import PackedWeight, SmallFloatWeight
 from quantcore_misc.compressed_tensors.plain import FakeWeight, FloatWeight, IntegerWeight

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantcore.quantization_config import check_limits, check_type
+from quantcore.sdk import check_limits, check_type
 
 TYPES = ("hadamard", "random-hadamard", "random-matrix")
 OFFLINE = ("weight_input", "weight_output")

@@ -10,31 +10,39 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcore.formats.activation import Activation, QuantizedInput
-from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
+from quantcore.sdk import (
+    Activation,
+    Codes,
+    GridLayer,
+    Outer,
+    QuantizedInput,
+    Scale,
+    Scaled,
+    TensorSpec,
+    WeightFormat,
+    Zero,
+    dtype_name,
+    float_dtype,
+)
 from quantcore_misc.compressed_tensors.scaling import Scaling
 
 _OPTIMIZED_ZERO_SCALE = 1.0
 
 
 @dataclass(frozen=True)
-class CompressedWeight(WeightFormat):
-    """Codes under block scales. Subclasses say how codes are stored: `code_specs`, `pack` and `unpack`.
+class CompressedWeight(GridLayer):
+    """Codes under block scales. Subclasses say how codes are stored: by `layout`, or as `UnpackedWeight`.
 
     rows_in: the stored tensor whose rows hold the codes of the weight's rows, for which `pack_rows` stands for `pack`.
-    dtype: of float scales, and so of the weight. input, output: how a layer rounds its activations; None leaves them.
-    has_zero: zero points are stored; they are, but for symmetric codes. flat: stored scales that have one dimension
-    less than usual. carried: one-number tensors that are stored with the layer and read by another
-    module, of those that it may_carry.
+    dtype: of float scales, and so of the weight. has_zero: zero points are stored; they are, but for symmetric codes.
+    flat: stored scales that have one dimension less than usual. carried: one-number tensors that are stored with the
+    layer and read by another module, of those that it may_carry.
     """
 
-    activations: ClassVar[tuple[str, ...]] = ("input", "output")
     rows_in: ClassVar[str | None] = None
 
     scaling: Scaling | None = None
     dtype: str = "bfloat16"
-    input: Activation | None = None
-    output: Activation | None = None
     has_zero: bool = False
     flat: tuple[str, ...] = ()
     input_dtype: str | None = None
@@ -43,12 +51,13 @@ class CompressedWeight(WeightFormat):
 
     # What a subclass defines
 
-    def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        """The tensors that hold the codes of a weight of this shape."""
-        raise NotImplementedError(f"{type(self).__name__} defines no code_specs")
+    @property
+    def layout(self) -> Codes:
+        """How codes lie in a tensor."""
+        return Codes()
 
     def pack(self, codes: Tensor) -> dict[str, Tensor]:
-        """The tensors of `code_specs` that hold codes as `Scaling.quantize` gives them."""
+        """The stored tensors of codes as `Scaling.quantize` gives them."""
         if self.rows_in is None:
             raise NotImplementedError(f"{type(self).__name__} defines no pack")
         return {self.rows_in: self.pack_rows(codes)}
@@ -57,77 +66,72 @@ class CompressedWeight(WeightFormat):
         """Rows of the tensor `rows_in` that hold rows of codes; by default the codes themselves."""
         return codes
 
-    def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        """Codes of stored tensors; the inverse of `pack`."""
-        raise NotImplementedError(f"{type(self).__name__} defines no unpack")
-
     # The weight
 
+    def describe_grid(self) -> Scaled:
+        assert self.scaling is not None
+        scaling, is_whole = self.scaling, self.scaling.rows == 0 and self.scaling.columns == 0
+        dtype = self.dtype if scaling.scale_dtype is None else dtype_name(scaling.scale_dtype)
+        rank = 1 if is_whole else 2
+        ranks = {name: rank - (name in self.flat) for name in ("weight_scale", "weight_zero_point")}
+        outer = Outer("weight_global_scale", rank=1 - ("weight_global_scale" in self.flat), divides=True)
+        return Scaled(
+            scaling.grid_element(is_shifted=self.layout.dtype == "int32"),
+            (scaling.rows, scaling.columns),
+            self.layout,
+            Scale("weight_scale", dtype, ranks["weight_scale"]),
+            self.zero_storage(ranks["weight_zero_point"]) if self.has_zero else None,
+            outer if scaling.scales == "nvfp4" else None,
+            math="stored",
+            fills_blocks=False,
+        )
+
+    def zero_storage(self, rank: int) -> Zero:
+        """How zero points are stored, of this rank where that is not 2 for good."""
+        return Zero(rank=rank)
+
     @property
-    def rows_apart(self) -> bool:
-        """Whether the stored parts of a row are its own: no block spans rows, and zeros are not packed across them."""
-        return self.scaling is not None and self.scaling.rows < 2 and not self.has_zero
+    def own_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.scaling is not None and self.scaling.scales != "float" else self.torch_dtype
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return float_dtype(self.dtype, "dtype")
+
+    @property
+    def family(self) -> str | None:  # type: ignore[override]
+        return self.grid_format.family if self.scaling is not None and self.is_plain_grid else None
 
     @property
     def cache_scales(self) -> tuple[str, ...]:
         return self.carried
 
     def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        return (*self.weight_specs(shape), *self._activation_specs())
+        return (*super().tensor_specs(shape), *self._carried_specs())
 
-    def weight_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        """The tensors that store the weight itself."""
-        return (*self.code_specs(shape), *self.scale_specs(shape))
+    def _carried_specs(self) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(name, self.torch_dtype, (1,), metadata=True) for name in self.carried)
 
-    def scale_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        """The tensors that scale and shift codes."""
-        if self.scaling is None:
-            return ()
-        specs = [self._grid_spec("weight_scale", self.scaling.scale_dtype or self.torch_dtype, shape)]
-        if self.has_zero:
-            specs.append(self.zero_spec(shape))
-        if self.scaling.scales == "nvfp4":
-            specs.append(
-                TensorSpec("weight_global_scale", torch.float32, self._stored_shape("weight_global_scale", (1,)))
-            )
-        return tuple(specs)
-
-    @property
-    def splits(self) -> tuple[bool, bool]:
-        """Whether the stored tensors can be cut along N and along K."""
-        return True, True
-
-    def code_spec(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], columns: int = 1) -> TensorSpec:
-        """The spec of codes [N, K / columns], `columns` of them in an element."""
-        rows_apart, columns_apart = self.splits
-        along_n, along_k = (0, 1) if rows_apart else None, (1, columns) if columns_apart else None
-        return TensorSpec(name, dtype, shape, along_n=along_n, along_k=along_k)
-
-    def _grid_spec(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorSpec:
-        """The spec of one number for each block of a weight of this shape."""
-        assert self.scaling is not None
-        rows_apart, columns_apart = self.splits
-        along_n = (0, self.scaling.rows) if self.scaling.rows and rows_apart else None
-        along_k = (1, self.scaling.columns) if self.scaling.columns and columns_apart else None
-        stored = self._stored_shape(name, self._scale_shape(shape))
-        return TensorSpec(name, dtype, stored, along_n=along_n, along_k=along_k)
-
-    def zero_spec(self, shape: tuple[int, ...]) -> TensorSpec:
-        return self._grid_spec("weight_zero_point", torch.int8, shape)
+    def unmeasured(self, device: torch.device) -> dict[str, Tensor]:
+        carried = {spec.name: torch.ones(spec.shape, dtype=spec.dtype, device=device) for spec in self._carried_specs()}
+        return {**super().unmeasured(device), **carried}
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         if self.scaling is not None:
             self.scaling.check_shape(shape)
 
+    def value_faults(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> list[str]:
+        """As for every grid; values that are stored as floats have no scales."""
+        if self.scaling is None:
+            return super(GridLayer, self).value_faults(tensors, shape)
+        return super().value_faults(tensors, shape)
+
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """As `quantize_under`; stored scales of activations are 1 and their zeros 0 until calibration measures them."""
         ones = {
-            spec.name: (torch.zeros if spec.name.endswith("zero_point") else torch.ones)(
-                spec.shape, dtype=spec.dtype, device=weight.device
-            )
-            for spec in self._activation_specs()
+            spec.name: torch.ones(spec.shape, dtype=spec.dtype, device=weight.device) for spec in self._carried_specs()
         }
-        return {**self.quantize_under(weight), **ones}
+        return {**self.quantize_under(weight), **self.unmeasured(weight.device), **ones}
 
     def quantize_under(self, weight: Tensor, global_scale: Tensor | None = None) -> dict[str, Tensor]:
         """The stored tensors of a weight but for those of activations.
@@ -141,7 +145,7 @@ class CompressedWeight(WeightFormat):
             codes, scale, zero, global_scale = self.scaling.quantize(weight, global_scale)
             tensors = self.pack(codes)
         else:
-            spec = next(spec for spec in self.code_specs(shape) if spec.name == self.rows_in)
+            spec = next(spec for spec in self.tensor_specs(shape) if spec.name == self.rows_in)
             packed = torch.empty(spec.shape, dtype=spec.dtype, device=weight.device)
             take = lambda rows, codes: packed.__setitem__(rows, self.pack_rows(codes))  # noqa: E731
             scale, zero, global_scale = self.scaling.quantize_tiles(weight, take, global_scale)
@@ -158,58 +162,21 @@ class CompressedWeight(WeightFormat):
 
     def store_scales(self, scale: Tensor, zero: Tensor | None, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Scales and zeros [grid] as they are stored."""
-        tensors = {"weight_scale": scale.reshape(self._stored_shape("weight_scale", self._scale_shape(shape)))}
+        tensors = {"weight_scale": self.grid_format.scale.store(scale)}
         if self.has_zero:
             zero = torch.zeros_like(scale, dtype=torch.int8) if zero is None else zero
-            tensors["weight_zero_point"] = self.pack_zero(zero, shape)
+            tensors["weight_zero_point"] = self.grid_format.store_zero(zero)
         return tensors
-
-    def pack_zero(self, zero: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Zeros [grid] int8 as they are stored."""
-        return zero.reshape(self.zero_spec(shape).shape)
-
-    def unpack_zero(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Zeros [grid] int8; the inverse of `pack_zero`."""
-        assert self.scaling is not None
-        return stored.view(self.scaling.grid(shape))
-
-    def dequantize(
-        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
-    ) -> Tensor:
-        codes = self.unpack(tensors, shape)
-        if self.scaling is None:
-            return codes if dtype is None else codes.to(dtype)
-        scale, zero = self.read_scales(tensors, shape)
-        dtype = dtype or (self.torch_dtype if self.scaling.scales == "float" else torch.bfloat16)
-        return self.scaling.dequantize(codes, scale, zero, tensors.get("weight_global_scale"), dtype)
-
-    def dequantize_rows(
-        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        if not self.rows_apart or self.scaling is None:
-            return super().dequantize_rows(tensors, shape, rows, dtype)
-        of_rows = {spec.name for spec in self.code_specs(shape)}
-        if self.scaling.rows == 1:
-            of_rows.add("weight_scale")
-        parts = {name: t.index_select(0, rows) if name in of_rows else t for name, t in tensors.items()}
-        return self.dequantize(parts, (len(rows), *shape[1:]), dtype)
-
-    def read_scales(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-        """Scales and zeros, [grid]."""
-        assert self.scaling is not None
-        scale = tensors["weight_scale"].view(self.scaling.grid(shape))
-        return scale, self.unpack_zero(tensors["weight_zero_point"], shape) if self.has_zero else None
 
     # The layer
 
     def linear(self, x: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int]) -> Tensor:
-        if self.input is None and self.output is None:
+        if not self.is_optimized:
             return super().linear(x, operands, bias, shape)
-        rounded = self.round_activation("input", x, operands)
-        dtype = x.dtype
-        if self.is_optimized:  # products in float32, of codes that are not rounded to the weight's dtype before
-            dtype, operands = torch.float32, {**operands, "weight_scale": operands["weight_scale"].float()}
-        y = self.product(rounded.to(dtype), operands, bias, shape, dtype).to(x.dtype)
+        # Products in float32, of codes that are not rounded to the weight's dtype before.
+        rounded, operands = self.round_activation("input", x, operands), {**operands}
+        operands["weight_scale"] = operands["weight_scale"].float()
+        y = self.product(rounded, operands, bias, shape, torch.float32).to(x.dtype)
         return self.round_activation("output", y, operands)
 
     @property
@@ -222,59 +189,28 @@ class CompressedWeight(WeightFormat):
         tokens = Activation("e4m3", "token", scale="float32", zero_scale=_OPTIMIZED_ZERO_SCALE)
         return dataclasses.replace(self, input=tokens)
 
-    def activation(self, side: str) -> Activation | None:
-        """How the layer's "input" or "output" is rounded."""
-        return self.input if side == "input" else self.output
-
     def round_activation(self, side: str, x: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
-        activation = self.activation(side)
-        if activation is None:
-            return x
-        if side == "input" and self.is_optimized:
-            return activation.fake_quantize(x.float())
-        return activation.fake_quantize(x, *_stored_scales(activation, side, x.dtype, operands))
+        if side == "input" and self.input is not None and self.is_optimized:
+            return self.input.fake_quantize(x.float())
+        return super().round_activation(side, x, operands)
 
     def quantize_input(self, x: Tensor, operands: Mapping[str, Tensor]) -> QuantizedInput:
-        """Codes of the layer's input x [M, K], of which `round_activation` gives the values."""
-        assert self.input is not None
-        if self.is_optimized:
+        if self.input is not None and self.is_optimized:
             return self.input.quantize(x.float())
-        return self.input.quantize(x, *_stored_scales(self.input, "input", x.dtype, operands))
+        return super().quantize_input(x, operands)
 
-    def _activation_specs(self) -> tuple[TensorSpec, ...]:
-        return (
-            *(spec for side in ("input", "output") for spec in self._specs_of(side)),
-            *(TensorSpec(name, self.torch_dtype, (1,), metadata=True) for name in self.carried),
-        )
-
-    def _specs_of(self, side: str) -> list[TensorSpec]:
-        activation, specs = self.activation(side), []
-        if activation is None:
-            return []
-        if activation.outer is not None:
-            specs.append(self._spec(f"{side}_global_scale", torch.float32, (1,)))
-        if activation.is_static or (side == "input" and self.is_optimized and self.input_dtype is not None):
+    def side_spec(self, side: str, role: str) -> TensorSpec:
+        spec = super().side_spec(side, role)
+        if role == "scale":
             dtype = self.torch_dtype if self.input_dtype is None else float_dtype(self.input_dtype, "input_dtype")
-            specs.append(self._spec(f"{side}_scale", dtype, (1,)))
-            if not activation.is_symmetric:
-                specs.append(self._spec(f"{side}_zero_point", torch.int8, (1,)))
+            spec = dataclasses.replace(spec, dtype=dtype)
+        return dataclasses.replace(spec, shape=()) if spec.name in self.flat else spec
+
+    def side_specs(self, side: str) -> dict[str, TensorSpec]:
+        specs = super().side_specs(side)
+        if side == "input" and self.is_optimized and self.input_dtype is not None:
+            specs["scale"] = self.side_spec(side, "scale")
         return specs
-
-    # Shapes and dtypes
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)  # type: ignore[no-any-return]  # checked where it is read
-
-    def _spec(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorSpec:
-        return TensorSpec(name, dtype, self._stored_shape(name, shape))
-
-    def _stored_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[:-1] if name in self.flat else shape
-
-    def _scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        assert self.scaling is not None
-        return (1,) if self.scaling.rows == 0 and self.scaling.columns == 0 else self.scaling.grid(shape)
 
     # Reading
 
@@ -285,7 +221,11 @@ class CompressedWeight(WeightFormat):
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
         """The format that the names and dtypes of stored tensors show, whatever format the config names."""
-        kinds = [kind for kind in CompressedWeight.__subclasses__() if kind.holds(tensors)]
+        kinds = [
+            kind
+            for kind in (*CompressedWeight.__subclasses__(), *UnpackedWeight.__subclasses__())
+            if kind.holds(tensors)
+        ]
         kind = kinds[0] if kinds else type(self)
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(CompressedWeight)}
         found = self if kind is type(self) else kind(**shared)
@@ -305,15 +245,41 @@ class CompressedWeight(WeightFormat):
         return dataclasses.replace(found, flat=tuple(name for name in flat if name.endswith(_SCALES)))
 
 
-def _stored_scales(
-    activation: Activation, side: str, dtype: torch.dtype, operands: Mapping[str, Tensor]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The scale, the zero and the global scale that the layer stores; the scale of a tensor in the input's dtype."""
-    scale, zero, outer = (operands.get(f"{side}_{name}") for name in ("scale", "zero_point", "global_scale"))
-    if not activation.is_static:
-        return None, None, outer
-    is_cast = scale is not None and activation.strategy == "tensor"
-    return scale.to(dtype) if is_cast else scale, zero, outer  # type: ignore[union-attr]
+@dataclass(frozen=True)
+class UnpackedWeight(CompressedWeight):
+    """A weight whose codes lie as no layout says. Subclasses define `code_specs`, `pack` and `unpack`."""
+
+    def code_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        """The tensors that hold the codes of a weight of this shape."""
+        raise NotImplementedError(f"{type(self).__name__} defines no code_specs")
+
+    def unpack(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Codes of stored tensors; the inverse of `pack`."""
+        raise NotImplementedError(f"{type(self).__name__} defines no unpack")
+
+    def scale_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        """The tensors that scale and shift codes."""
+        return () if self.scaling is None else self.grid_format.tensor_specs(shape)[1:]
+
+    def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        own = (*self.code_specs(shape), *self.scale_specs(shape))
+        uncut = (dataclasses.replace(spec, along_n=None, along_k=None) for spec in own)
+        return (*uncut, *self.activation_specs(), *self._carried_specs())
+
+    def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+        return WeightFormat.stored_shape(self, tensors)
+
+    def read_scales(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """What codes are multiplied and shifted by, [grid]."""
+        return self.grid_format.tables(tensors, shape)
+
+    def dequantize(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        codes = self.unpack(tensors, shape)
+        if self.scaling is None:
+            return codes if dtype is None else codes.to(dtype)
+        return self.grid_format.values(codes, *self.read_scales(tensors, shape), dtype or self.own_dtype)
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

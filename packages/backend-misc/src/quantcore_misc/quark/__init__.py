@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from quantcore.plugins import Backend, hookimpl
+from quantcore.sdk import Backend, Guide, hookimpl
 
 if TYPE_CHECKING:
-    from quantcore.kernels.dispatch import Kernel
+    from quantcore.sdk import Kernel
 
 _MODULE = "quantcore_misc.quark"
 
@@ -39,6 +39,16 @@ BACKEND = Backend(
             weight={**_GROUP_MX, "dtype": "fp6_e2m3"}, input_tensors={**_GROUP_MX, "dtype": "fp6_e2m3", **_DYNAMIC}
         ),
     ),
+    guide=Guide(
+        purposes=("serving",),
+        pros="AMD's exports: FP8, int8, int4 and OCP MX, inputs rounded as they were measured.",
+        cons="Made for AMD GPUs; most settings come from Quark's own calibration.",
+        served_by={
+            "vllm": "by the source of vLLM 0.32",
+            "sglang": "by the source of SGLang 0.5.23",
+            "transformers": "by the source of transformers 5.23, with amd-quark",
+        },
+    ),
 )
 
 
@@ -48,9 +58,8 @@ def quantcore_backends() -> Iterable[Backend]:
 
 
 def triton_kernels() -> list[Kernel]:
-    """The GPU kernels of this method; triton is imported when a problem on a GPU is asked about."""
-    from quantcore.kernels.triton.kernels import kernels_for
+    """The products of 8-bit codes by 8-bit codes; the core has kernels for all else."""
     from quantcore_misc.products import product_kernels
     from quantcore_misc.quark.weight import codes_of
 
-    return [*product_kernels("quark", codes_of), *kernels_for("quark", f"{_MODULE}.decode:decoder_for")]
+    return product_kernels("quark", codes_of)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from quantcore.quantization_config import (
+from quantcore.sdk import (
     Config,
     QuantizationConfigMixin,
     QuantizationMethod,
     check_limits,
     check_type,
     option,
+    spellings,
 )
-from quantcore_misc.quark.spec import LayerSpec, TensorQuant
+from quantcore_misc.quark.spec import KEYS, PARTS, LayerSpec, TensorQuant
 
 _EXPORT_CHOICES = {"pack_method": ("reorder", "order"), "weight_format": ("real_quantized", "fake_quantized")}
 
@@ -63,6 +64,14 @@ class QuarkConfig(QuantizationConfigMixin):
             config_dict = {**config_dict, "exclude": None}
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
+    def key_places(self) -> Iterator[tuple[str, Iterable[str], Collection[str]]]:
+        yield from super().key_places()
+        for label, layer in self._layers():
+            yield label, layer, PARTS
+            for part, spec in layer.items():
+                for stage in spec if isinstance(spec, list) else [spec or {}]:
+                    yield f"{label}.{part}", stage if isinstance(stage, Mapping) else {}, KEYS
+
     @property
     def pack_method(self) -> str:
         """The order of 4-bit codes in a word."""
@@ -90,7 +99,7 @@ class QuarkConfig(QuantizationConfigMixin):
 
     def for_layer(self, name: str, type_name: str) -> LayerSpec | None:
         """What is rounded of the layer of this name and type, by the first pattern that fits; None where nothing is."""
-        if any(fnmatchcase(name, pattern) for pattern in self.exclude or ()):
+        if any(fnmatchcase(spelled, pattern) for pattern in self.exclude or () for spelled in spellings(name)):
             return None
         found = self._spec_of(name, type_name)
         layer = LayerSpec.parse(found, f"the spec of {name}")
@@ -111,7 +120,7 @@ class QuarkConfig(QuantizationConfigMixin):
     def _spec_of(self, name: str, type_name: str) -> Any:
         for specs in (self.layer_quant_config, self.kv_cache_quant_config):
             for pattern, spec in (specs or {}).items():
-                if fnmatchcase(name, pattern):
+                if any(fnmatchcase(spelled, pattern) for spelled in spellings(name)):
                     return spec
         return (self.layer_type_quant_config or {}).get(type_name, self.global_quant_config)
 

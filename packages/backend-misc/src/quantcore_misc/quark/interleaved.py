@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec
-from quantcore_misc.quark.layer import SIDES
+from quantcore.sdk import TensorSpec
 from quantcore_misc.quark.weight import QuarkWeight
 
 _BYTES = 17  # of 32 values: an exponent in two's complement, and 16 bytes of two codes
@@ -20,9 +19,11 @@ _BIAS = 127  # of the exponents that `QuarkWeight` reads
 class InterleavedWeight(QuarkWeight):
     """MXFP4 in one tensor, uint8 [N, K / 32 * 17]. Only read: nothing is saved by it."""
 
+    family = None
+
     def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         stored = (shape[0], shape[1] // self.group_size * _BYTES)
-        return (TensorSpec("weight", torch.uint8, stored, along_n=(0, 1)), *self.activation_specs(*SIDES))
+        return (TensorSpec("weight", torch.uint8, stored, along_n=(0, 1)), *self.activation_specs())
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         raise ValueError("dtype 'mx' is read, not made; quantize to 'fp4' with scale_format 'e8m0'")
@@ -32,7 +33,7 @@ class InterleavedWeight(QuarkWeight):
     ) -> Tensor:
         blocks = tensors["weight"].unflatten(1, (-1, _BYTES))
         parts = {"weight": blocks[:, :, 1:].flatten(1), "weight_scale": blocks[:, :, 0] + _BIAS}
-        return super().dequantize(parts, shape, dtype)
+        return self.grid_format.dequantize(parts, shape, dtype or self.own_dtype)
 
     def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
         weight = tensors.get("weight")

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec, WeightFormat, dtype_name, float_dtype
-from quantcore_misc.quark.layer import SECONDS, SIDES, QuarkLayer
-from quantcore_misc.quark.scaling import dequantize_codes, encode_weight, values_of_codes
+from quantcore.sdk import OnGrid, TensorSpec, WeightFormat, dtype_name, float_dtype
+from quantcore_misc.quark.layer import QuarkLayer
+from quantcore_misc.quark.scaling import encode_weight
 from quantcore_misc.quark.weight import QuarkWeight
 
 
 @dataclass(frozen=True)
-class FloatWeight(QuarkLayer):
+class QuarkFloat(QuarkLayer):
     """The weight itself, in the model's dtype; the layer rounds activations alone."""
 
     def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         weight = TensorSpec("weight", float_dtype(self.dtype, "dtype"), shape)
-        return (weight, *self.activation_specs(*SIDES))
+        return (weight, *self.activation_specs())
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """The weight, and scales of activations that are 1 until calibration measures them."""
@@ -33,30 +33,27 @@ class FloatWeight(QuarkLayer):
 
 
 @dataclass(frozen=True)
-class FakeWeight(QuarkWeight):
+class QuarkFake(QuarkWeight):
     """Floats, and the scales to round them under: [], [N], or [N, G], zero points likewise, one in an integer.
 
     Weights that are rounded already stay as they are. zero_dtype: of zero points. Only read: nothing is saved by it.
     """
 
+    family = None
+
     zero_dtype: str = "int32"
 
     def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        weight = TensorSpec("weight", float_dtype(self.dtype, "dtype"), shape)
-        scale = TensorSpec(
-            self.name_of("weight_scale"), float_dtype(self.scale_dtype, "scale_dtype"), self._grid(shape)
-        )
-        specs = [weight, scale]
-        if self.has_zero:
-            dtype = getattr(torch, self.zero_dtype)
-            specs.append(TensorSpec(self.name_of("weight_zero_point"), dtype, self._grid(shape)))
-        if self.scale == "e4m3":
-            specs.append(self.second_spec("weight"))
-        return (*specs, *self.activation_specs(*SIDES))
+        grid = self.grid_format.grid(shape)
+        specs = [TensorSpec("weight", self.own_dtype, shape)]
+        specs += [TensorSpec(part.name, part.torch_dtype, part.shape(grid)) for part in self._tables]
+        if self.grid_format.outer is not None:
+            specs.append(self.grid_format.outer.spec())
+        return (*specs, *self.activation_specs())
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> WeightFormat:
         found = super().read(tensors, shape)
-        assert isinstance(found, FakeWeight)
+        assert isinstance(found, QuarkFake)
         zero = tensors.get(found.name_of("weight_zero_point"))
         is_integer = zero is not None and zero.dtype in (torch.int8, torch.uint8, torch.int32, torch.int64)
         return found if zero is None or not is_integer else found.replace(zero_dtype=dtype_name(zero.dtype))
@@ -67,15 +64,14 @@ class FakeWeight(QuarkWeight):
     def dequantize(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
     ) -> Tensor:
-        scale, zero = tensors[self.name_of("weight_scale")].float(), tensors.get(self.name_of("weight_zero_point"))
-        if self.scale == "e4m3":
-            scale = scale * tensors[SECONDS["weight"]].float()
-        if self.strategy == "channel":
-            scale, zero = scale[:, None], None if zero is None else zero[:, None]
-        weight = tensors["weight"].to(float_dtype(self.dtype, "dtype"))
+        grid, weight = self.grid_format, tensors["weight"].to(self.own_dtype)
+        scale, *zeros = (part.load(tensors[part.name], grid.grid(shape)) for part in self._tables)
+        scale, zero = scale.float(), zeros[0] if zeros else None
+        if grid.outer is not None:
+            scale = scale * tensors[grid.outer.name].float()
         is_plain = self.scale == "float" and not self.has_zero  # floats are divided in their own dtype
         codes = encode_weight(weight, scale.to(weight.dtype) if is_plain else scale, zero, self)
-        return dequantize_codes(values_of_codes(codes, self.element), shape, scale, zero, self, dtype or weight.dtype)
+        return grid.values(codes, scale, zero, dtype or weight.dtype)
 
     def stored_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
         weight = tensors.get("weight")
@@ -84,6 +80,9 @@ class FakeWeight(QuarkWeight):
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Floats are not packed, so every shape is stored."""
 
-    def _grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        grid = super()._grid(shape)
-        return grid[::-1] if self._is_transposed else grid
+    @property
+    def _tables(self) -> tuple[OnGrid, ...]:
+        """Scales, and zero points of integers, none of them packed or transposed."""
+        grid = self.grid_format
+        scale = OnGrid(grid.scale.name, self.scale_dtype, grid.scale.rank)
+        return (scale,) if grid.zero is None else (scale, OnGrid(grid.zero.name, self.zero_dtype, grid.zero.rank))

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from quantcore.formats.base import TensorSpec, float_dtype
+from quantcore.sdk import Outer, Parts, Scaled
 from quantcore_misc.quark.scaling import quantize_weight
 from quantcore_misc.quark.weight import QuarkWeight
-
-_OUTER = "weight_scale"
-_INNER = {_OUTER: "weight_scale_2", "weight_zero_point": "weight_zero_point_2"}
 
 
 @dataclass(frozen=True)
 class ProgressiveWeight(QuarkWeight):
     """w = (code - zero) * scale_2 * scale, where (code - zero) * scale_2 is in units of E4M3 codes of the tensor."""
 
-    def name_of(self, name: str) -> str:
-        return super().name_of(_INNER.get(name, name))
+    def describe_grid(self) -> Scaled:
+        grid = super().describe_grid()
+        assert grid.zero is not None
+        return dataclasses.replace(
+            grid,
+            scale=dataclasses.replace(grid.scale, name="weight_scale_2"),
+            zero=dataclasses.replace(grid.zero, name="weight_zero_point_2"),
+            outer=Outer("weight_scale", self.scale_dtype),
+        )
 
-    def tensor_specs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        outer = TensorSpec(_OUTER, float_dtype(self.scale_dtype, "scale_dtype"), ())
-        return (*super().tensor_specs(shape), outer)
-
-    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        dtype = float_dtype(self.dtype, "dtype")
-        outer = quantize_weight(weight.to(dtype), QuarkWeight(dtype=self.dtype))
-        stored = super().quantize(outer.codes.to(dtype))
-        return {**stored, _OUTER: outer.scale.to(float_dtype(self.scale_dtype, "scale_dtype"))}
-
-    def scales_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return super().scales_of(tensors) * tensors[_OUTER].float()
+    def round_weight(self, weight: Tensor) -> Parts:
+        outer = quantize_weight(weight.to(self.own_dtype), QuarkWeight(dtype=self.dtype))
+        return super().round_weight(outer.codes.to(self.own_dtype))._replace(outer=outer.scale.reshape(()))

@@ -11,26 +11,20 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from quantcore.formats.base import FLOAT_DTYPES, dtype_name
-from quantcore.nn.kv_cache import stored_scales
-from quantcore.quantizers import selection
-from quantcore.quantizers.calibrated import CalibratedQuantizer
-from quantcore.quantizers.plan import Plan
-from quantcore_misc.quark import kv_cache
+from quantcore.sdk import FLOAT_DTYPES, CalibratedQuantizer, Plan, dtype_name, kv_cache, selection
 from quantcore_misc.quark.codes import INTEGERS
 from quantcore_misc.quark.config import QuarkConfig
 from quantcore_misc.quark.interleaved import InterleavedWeight
+from quantcore_misc.quark.kv_cache import PROJECTIONS, round_outputs, take_off
 from quantcore_misc.quark.layer import SECONDS, SIDES, QuarkLayer
-from quantcore_misc.quark.plain import FakeWeight, FloatWeight
+from quantcore_misc.quark.plain import QuarkFake, QuarkFloat
 from quantcore_misc.quark.progressive import ProgressiveWeight
 from quantcore_misc.quark.spec import LayerSpec, TensorQuant
 from quantcore_misc.quark.weight import QuarkWeight
 from quantcore_misc.ranges import extents
 
 if TYPE_CHECKING:
-    from quantcore.calibration.block import Block
-    from quantcore.checkpoints.read import Checkpoint
-    from quantcore.formats.activation import Activation
+    from quantcore.sdk import Activation, Block, Checkpoint
 
 _WRITTEN = "0.13"  # the version of quark whose files are written
 _EXPORT = {
@@ -77,10 +71,10 @@ class QuarkQuantizer(CalibratedQuantizer):
         if layer is None:
             return None
         owner, _, last = name.rpartition(".")
-        if owner in self._scaled and last in kv_cache.PROJECTIONS:
+        if owner in self._scaled and last in PROJECTIONS:
             layer = dataclasses.replace(layer, output=None)
         found = format_of(layer, self.quantization_config, dtype_name(module.weight.dtype))  # type: ignore[arg-type]
-        is_float = isinstance(found, FloatWeight) and not any(map(found.measures, SIDES))
+        is_float = isinstance(found, QuarkFloat) and not any(map(found.measures, SIDES))
         return None if is_float else found
 
     # Quantizing
@@ -121,7 +115,7 @@ class QuarkQuantizer(CalibratedQuantizer):
     ) -> None:
         """Scales of keys and values may stand with attention modules, and then their projections have none."""
         if checkpoint is not None:
-            self._scaled = frozenset(stored_scales(model, checkpoint.headers))
+            self._scaled = frozenset(kv_cache.stored_scales(model, checkpoint.headers))
         super()._process_model_before_weight_loading(model, checkpoint=checkpoint, **kwargs)
 
     @property
@@ -132,12 +126,14 @@ class QuarkQuantizer(CalibratedQuantizer):
         """As for every method where keys are rounded after RoPE; before it, projections round what they give."""
         if self.quantization_config.kv_cache_post_rope:
             return super().round_caches(model)
-        for owner in self._scaled:
-            kv_cache.round_outputs(model.get_submodule(owner), self.cache_rounding)
+        faults: list[str] = []
+        for owner in sorted(self._scaled):
+            faults += round_outputs(owner, model.get_submodule(owner), self.cache_rounding)
+        kv_cache.refuse_unapplied(faults)
         return None
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        kv_cache.take_off(model)
+        take_off(model)
         return super()._dequantize(model, dtype)
 
 
@@ -157,7 +153,7 @@ def format_of(layer: LayerSpec, config: QuarkConfig, dtype: str) -> QuarkLayer:
     dtypes = {name: dtype if kind == "float" else kind for name, kind in seconds.items()}
     shared["seconds"] = tuple((name, found) for name, found in dtypes.items() if found != "float32")
     if weight is None:
-        return FloatWeight(**shared)
+        return QuarkFloat(**shared)
     return _kind(weight, config)(
         **shared,
         element=weight.element,
@@ -173,7 +169,7 @@ def format_of(layer: LayerSpec, config: QuarkConfig, dtype: str) -> QuarkLayer:
 
 def _kind(weight: TensorQuant, config: QuarkConfig) -> type[QuarkWeight]:
     if config.is_fake:
-        return FakeWeight
+        return QuarkFake
     if weight.is_progressive:
         return ProgressiveWeight
     return InterleavedWeight if weight.is_interleaved else QuarkWeight

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quantcore.quantization_config import check_type
+from quantcore.sdk import check_limits, check_type
 
 if TYPE_CHECKING:
-    from quantcore.formats.activation import Activation
+    from quantcore.sdk import Activation
 
 # Quark's names of elements, and ours; floats of 16 bits and more leave a tensor as it is.
 _ELEMENTS = {
@@ -34,6 +34,15 @@ _BELOW_8_BITS = ("e2m1", "e2m3", "e3m2")
 _FLOATS = ("bfloat16", "float16", "float32")
 _STRATEGIES = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group", "per_block": "block"}
 _MODES = ("even", "floor", "ceil")
+_ROUNDINGS = ("half_even", "round", "floor", "ceil", "dither")  # recorded by quark, whose exported codes are rounded
+_SCALE_FORMATS = ("float", *_FLOATS, "e8m0", "e5m3", "float8_e8m0fnu", "float8_e5m3")
+KEYS = (
+    *("dtype", "qscheme", "ch_axis", "group_size", "block_size", "symmetric", "is_dynamic", "scale_type"),
+    *("scale_format", "scale_calculation_mode", "round_method", "observer_cls", "mx_element_dtype", "zero_point_type"),
+    *("is_scale_quant", "qat_spec", "mx_block_size", "num_groups", "is_second_stage", "enable_buffer_reuse"),
+    "max_input_numel",
+)
+PARTS = ("weight", "input_tensors", "output_tensors", "bias", "target_device")
 _SCALE_TYPES = ("float", *_FLOATS, "pof2", "float8_e5m3", "float8_e8m0fnu")
 _OLD_MX = {"mx_element_dtype": "fp4", "group_size": 32}  # what the old data type "mx" is read with
 _TENSOR_FP8 = "fp8_e4m3"  # per tensor: what scales are rounded to, or a weight whose codes are rounded again
@@ -112,7 +121,7 @@ class TensorQuant:
         Raises ValueError for what has no activation here: unsigned elements, blocks of several rows, and stored scales
         of more than the tensor.
         """
-        from quantcore.formats.activation import Activation
+        from quantcore.sdk import Activation
         from quantcore_misc.quark.scaling import E8M0_RULES, LEAST_SCALE
 
         if self.element.startswith("uint"):
@@ -210,6 +219,7 @@ def _block(scheme: str, values: Mapping[str, Any], label: str) -> tuple[int, int
 def _size(value: Any, label: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{label} must be a positive integer, got {value!r:.80}")
+    check_limits(value, label, maximum=1 << 24)
     return value
 
 
@@ -239,8 +249,12 @@ def _check_words(values: Mapping[str, Any], label: str) -> None:
     _check(values.get("qscheme") or "per_tensor", _STRATEGIES, f"{label}.qscheme")
     _check(values.get("scale_calculation_mode") or "even", _MODES, f"{label}.scale_calculation_mode")
     _check(values.get("scale_type") or "float", _SCALE_TYPES, f"{label}.scale_type")
+    _check(values.get("scale_format") or "float", _SCALE_FORMATS, f"{label}.scale_format")
+    _check(values.get("round_method") or "half_even", _ROUNDINGS, f"{label}.round_method")
     for key in ("is_dynamic", "symmetric"):
         check_type(values.get(key), bool | None, f"{label}.{key}")
+    check_type(values.get("ch_axis"), int | None, f"{label}.ch_axis")
+    check_limits(values.get("ch_axis"), f"{label}.ch_axis", choices=(None, 0, 1, -1, -2))
 
 
 def _check(value: Any, choices: Mapping[str, Any] | tuple[str, ...], label: str) -> None:
