@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
+import pages
 import pytest
 import torch
 
@@ -23,43 +22,43 @@ from quantcore.plugins.backend import import_string
 
 ROOT = Path(__file__).parents[1]
 PLUGIN = ROOT / "tests" / "third_party" / "quantcore-plugin-rowint8"
+NOTEBOOK = ROOT / "examples" / "tour.ipynb"
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```(?:sh|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 QUOTED = re.compile(r"<!-- file: (\S+) -->\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    (folder / "examples").symlink_to(ROOT / "examples")
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=os.environ, capture_output=True, text=True, timeout=300
-    )
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+@pytest.mark.parametrize("page", pages.PAGES)
 def test_blocks_of_a_page_run_one_after_the_other(page: str, tmp_path: Path) -> None:
-    blocks = BLOCK.findall((ROOT / page).read_text())
-    assert blocks
-    done = run("\n".join(blocks), tmp_path)
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    assert list(pages.walk(page, tmp_path)) == []
 
 
-HOW_TO = BLOCK.findall((ROOT / "docs" / "how-to.md").read_text())
+def test_every_page_that_has_blocks_is_walked_through() -> None:
+    written = ("README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+    found = {page for page in written if any(block.kind in ("python", "sh") for block in pages.blocks(page))}
+    assert found == {*pages.PAGES, *pages.NOT_WALKED}
 
 
-@pytest.mark.parametrize("number", range(len(HOW_TO)))
-def test_each_block_of_the_how_to_runs_on_its_own(number: int, tmp_path: Path) -> None:
-    done = run(HOW_TO[number], tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_cells_of_the_notebook_run(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    assert list(pages.run_notebook(NOTEBOOK, tmp_path)) == []
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "packages").glob("*/README.md"))]
+def test_notebook_holds_no_outputs() -> None:
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert cells
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+WRITTEN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "packages").glob("*/README.md"))]
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_command_lines_of_a_page_are_understood(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = "".join(SHELL.findall(page.read_text())).splitlines()
-    for words in (shlex.split(line, comments=True) for line in lines if line.startswith("quantcore ")):
+    for words in (shlex.split(line.rstrip("& "), comments=True) for line in lines if line.startswith("quantcore ")):
         command: click.Command = import_string(VERBS[words[1]].target)
         command.make_context(words[1], words[2:])
 

@@ -13,7 +13,7 @@ import torch
 import quantcore
 from quantcore.checkpoints.read import Checkpoint
 from quantcore.kernels import reference
-from quantcore.kernels.dispatch import Kernel
+from quantcore.kernels.kernel import Kernel
 from quantcore.nn import QuantizedExperts
 from quantcore.nn.replace import quantized_modules
 from quantcore.plugins import hookimpl

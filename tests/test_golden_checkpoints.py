@@ -16,8 +16,8 @@ from quantcore.integrations.transformers import build_model
 FILE = "model.safetensors"
 
 # Relative Frobenius error of logits that the golden data allow, by dtype of the model and width: accumulation order in
-# bf16, the fused float32 matmul, the two matmuls of LLM.int8.
-TOLERANCES = {"bfloat16": 2e-2, "float32": 1e-4, "float16": 1e-2}
+# bf16, the fused float32 matmul, the two matmuls of LLM.int8 (0.011 between AVX2 and AMX).
+TOLERANCES = {"bfloat16": 2e-2, "float32": 1e-4, "float16": 2e-2}
 
 
 def config_json(folder: Path) -> dict[str, object]:

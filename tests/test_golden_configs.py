@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import quantcore
+from quantcore.distribution import install_line
 from quantcore.errors import BackendNotInstalledError
-from quantcore.plugins.known import install_line
+from quantcore.plugins.known import KNOWN_METHODS
 
 
 def spell(value: Any) -> Any:
@@ -41,7 +42,8 @@ def check_refusal(case: dict[str, Any]) -> None:
     method = case["expect"]["method"]
     with pytest.raises(BackendNotInstalledError) as caught:
         quantcore.AutoQuantizationConfig.from_dict(case["config"])
-    assert install_line(method) in str(caught.value)
+    known = KNOWN_METHODS[method]
+    assert (install_line(known.extra) if known.is_available else "not available yet") in str(caught.value)
 
 
 def test_published_config_is_read_or_names_its_package(case: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 import quantcore
 from quantcore import settings
-from quantcore.kernels import reference, trial
+from quantcore.kernels import reference, verification
 from quantcore.nn import QuantizedLinear, grouped
 
 pytestmark = pytest.mark.gpu
@@ -89,13 +89,13 @@ def test_forced_kernel_gives_the_references_output_and_gradient(
 
 
 def test_kernels_pass_their_trial(config: dict[str, Any]) -> None:
-    trial.forget()
+    verification.forget()
     layer = QuantizedLinear.from_linear(torch.nn.Linear(1024, 384, dtype=torch.bfloat16), config).to("cuda")
     x = torch.randn(40, 1024, dtype=torch.bfloat16, device="cuda")
     expected = reference.linear(x, layer.operands, layer.bias, layer.format, 384)
     for rows in (1, 40):
         assert relative_error(layer(x[:rows]), expected[:rows]) <= TOLERANCE[torch.bfloat16]
-    assert trial.failures() == 0
+    assert verification.failures() == 0
 
 
 @pytest.mark.parametrize("config", [CONFIGS[name] for name in MEASURED], ids=MEASURED, indirect=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantcore
-from quantcore.checkpoints.read import SINGLE_NAME
+from quantcore.checkpoints.shards import SINGLE_NAME
 from quantcore.nn.replace import quantized_modules
 
 Make = Callable[[str], Any]
@@ -92,6 +93,15 @@ def test_dequantized_model_is_saved_and_loaded_as_float(make_model: Make, archit
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_weights_are_dequantized_to_the_dtype_that_a_model_was_loaded_in(make_model: Make, tmp_path: Path) -> None:
+    model = make_model("llama").to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    quantcore.save(quantcore.quantize(model, HQQ), tmp_path / "out")
+    dense = quantcore.dequantize(quantcore.load(tmp_path / "out", dtype="float32"))
+    assert {parameter.dtype for parameter in dense.parameters()} == {torch.float32}
+    assert logits(dense).isfinite().all()
+
+
 def test_float_checkpoint_of_transformers_loads(make_model: Make, architecture: str, tmp_path: Path) -> None:
     model = make_model(architecture)
     model.save_pretrained(tmp_path / "out")
@@ -124,6 +134,17 @@ def test_config_of_the_model_keeps_its_own_fields(make_model: Make, architecture
     after = quantcore.load(tmp_path / "out").config.to_dict()  # type: ignore[union-attr, operator]
     changed = {key for key in before if before[key] != after.get(key)}
     assert changed <= {"architectures", "_name_or_path", "dtype", "quantization_config"}
+
+
+@pytest.mark.parametrize("config", [None, NF4], ids=["float", "bitsandbytes"])
+def test_dtype_is_written_of_a_config_that_names_none(
+    make_model: Make, config: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    model = make_model("llama").to(torch.bfloat16)
+    model.config.dtype = None
+    quantcore.save(model if config is None else quantcore.quantize(model, config), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert quantcore.load(tmp_path / "out").config.dtype == torch.bfloat16  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -14,9 +14,10 @@ from quantcore.testing.golden import golden_folder
 
 FILE = "model.safetensors"
 FOLDERS = sorted(golden_folder("quark", Path(__file__).parent / "golden").glob("checkpoint-*"))
-# Relative error of logits in bfloat16, which another machine gave: sums are in another order, so that single values
-# differ by a last bit (4e-3). Layers by themselves are compared bit for bit.
-TOLERANCE = 4e-3
+# Relative error of logits in bfloat16, which another machine gave: sums are in another order, and where inputs are
+# rounded to 4 or 8 bits a last bit becomes a step: 0.068 for FP4, 0.026 for FP8, 0.006 for floats (AVX2 beside AMX).
+# Layers by themselves are compared bit for bit.
+TOLERANCE = 0.1
 
 
 @pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)

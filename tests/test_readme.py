@@ -6,12 +6,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import quantcore
+from quantcore.plugins.manager import plugins
+
 ROOT = Path(__file__).parents[1]
 
 
-def test_table_of_methods_is_the_generated_one() -> None:
+@pytest.mark.parametrize("method", [info.method for info in quantcore.methods() if info.installed])
+def test_every_method_says_what_it_is_good_for(method: str) -> None:
+    guide = plugins().backend(method).guide
+    assert guide.purposes
+    assert guide.pros
+    assert guide.cons
+
+
+def test_table_and_guide_of_methods_are_the_generated_ones() -> None:
     script = ROOT / "docs" / "methods_table.py"
-    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
 
 

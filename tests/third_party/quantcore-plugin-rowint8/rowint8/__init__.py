@@ -1,6 +1,6 @@
 """A complete quantization method: symmetric int8 with one scale per row. This module is cheap to import."""
 
-from quantcore.plugins import Backend, hookimpl
+from quantcore.sdk import Backend, hookimpl
 
 
 @hookimpl
