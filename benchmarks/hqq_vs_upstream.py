@@ -53,8 +53,9 @@ def read_arguments() -> argparse.Namespace:
 
 def quantize_quantcore(weight: Tensor, arguments: argparse.Namespace) -> Any:
     """Packed words, scale and zero (in the weight's dtype), and what reads them."""
-    from quantcore_hqq.hqq.packing import pack, packing_for
     from quantcore_hqq.hqq.solver import solve
+    from quantcore_hqq.hqq.widths import packing_for
+    from quantcore_hqq.packing import pack
 
     group_size, axis, bits = arguments.group_size, arguments.axis, arguments.bits
     codes, scale, zero = solve(weight, bits=bits, group_size=group_size, axis=axis, round_zero=bits == 4)
@@ -63,7 +64,7 @@ def quantize_quantcore(weight: Tensor, arguments: argparse.Namespace) -> Any:
 
 
 def dequantize_quantcore(stored: Any, shape: tuple[int, int]) -> Tensor:
-    from quantcore_hqq.hqq.packing import unpack
+    from quantcore_hqq.packing import unpack
 
     words, packing, rows, scale, zero = stored
     return ((unpack(words, packing, rows).to(zero.dtype) - zero) * scale).reshape(shape)
