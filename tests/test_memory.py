@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from quantcore.testing.memory import assert_within
+from quantcore.testing.memory import STEADY_ALLOCATOR, assert_within
 
 # 8 layers of 2048 x 2048 bf16: 64 MiB of float weights, the largest tensor 8 MiB.
 WIDTH, LAYERS = 2048, 8
@@ -20,9 +20,6 @@ MIB = 1 << 20
 LARGEST = 2 * WIDTH * WIDTH
 FLOAT_MODEL = LAYERS * LARGEST
 NOISE = 4 * MIB  # arenas of the allocator, and what is imported late; measured on a model of a few kilobytes
-
-# glibc gives blocks of this size back at once; by default it moves the size up, and holes in its heap would count.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(MIB), "OMP_NUM_THREADS": "1"}
 
 PRELUDE = """
 import json, sys
@@ -92,7 +89,7 @@ def named_config(request: pytest.FixtureRequest, configs: dict[str, dict[str, An
 def measure(named_config: dict[str, Any], tmp_path: Path) -> Callable[[str], int]:
     """Runs code in a fresh process, always in the same folder, and gives the number that it prints last."""
 
-    def run(work: str, allocator: dict[str, str] = ALLOCATOR) -> int:
+    def run(work: str, allocator: dict[str, str] = STEADY_ALLOCATOR) -> int:
         command = [sys.executable, "-c", PRELUDE + work, json.dumps(named_config)]
         paths = os.pathsep.join(str(Path(path).absolute()) for path in sys.path if path)
         environment = {**os.environ, **allocator, "PYTHONPATH": paths}

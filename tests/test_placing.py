@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import quantcore
 from quantcore.checkpoints.devices import place, planned_devices
-from quantcore.testing.memory import assert_within
+from quantcore.testing.memory import STEADY_ALLOCATOR, assert_within
 
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 WIDTH, PARTS = 64, 10
@@ -132,7 +132,7 @@ def measure(tmp_path: Path) -> Callable[[str], str]:
         paths = os.pathsep.join(
             [str(Path(__file__).parent), *(str(Path(path).absolute()) for path in sys.path if path)]
         )
-        forced = {"QUANTCORE_KERNEL": "torch", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        forced = {"QUANTCORE_KERNEL": "torch", "PYTHONPATH": paths, **STEADY_ALLOCATOR}
         command = [sys.executable, "-c", WORK, what]
         done = subprocess.run(
             command, cwd=tmp_path, env={**os.environ, **forced}, capture_output=True, text=True, check=False

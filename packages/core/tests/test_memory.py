@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from quantcore import AutoQuantizationConfig
-from quantcore.testing.memory import assert_within
+from quantcore.testing.memory import STEADY_ALLOCATOR, assert_within
 
 # 8 layers of 2048 x 2048 bf16: 64 MiB of float weights, 32 MiB in int8, the largest tensor 4 MiB in int8, 8 in bf16.
 WIDTH, LAYERS = 2048, 8
@@ -20,9 +20,6 @@ FINISHED, LARGEST = LAYERS * WIDTH * (WIDTH + 4), WIDTH * WIDTH
 # What the same work adds on a model of 8 layers of 64 x 64: modules that are imported on first use, arenas of the
 # allocator. It is run before the measured work, and this much may still come on top.
 NOISE = 4 * MIB
-
-# glibc gives blocks of this size back at once; by default it moves the size up, and holes in its heap would count.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
 
 PRELUDE = """
 import torch
@@ -48,7 +45,7 @@ SAVED = PRELUDE + f"quantcore.save(quantcore.quantize(build({WIDTH}, {LAYERS}), 
 
 def measured(run_python: Callable[..., Any], work: str) -> Callable[[], int]:
     """Runs work in a process of its own: bytes that its last lines add to what the process held before them."""
-    return lambda: int(run_python(PRELUDE + work, env=ALLOCATOR).stdout.split()[-1])
+    return lambda: int(run_python(PRELUDE + work, env=STEADY_ALLOCATOR).stdout.split()[-1])
 
 
 def test_load_needs_the_finished_model_and_a_tenth(run_python: Callable[..., Any]) -> None:

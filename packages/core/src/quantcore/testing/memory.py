@@ -9,6 +9,11 @@ from pathlib import Path
 
 TRIES = 3
 
+# The environment of a process that measures itself. glibc then gives blocks of this size back at once; by default it
+# moves the size up as they are freed, and holes in its heap count, more or fewer of them by the machine. A thread has a
+# heap of its own.
+STEADY_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "OMP_NUM_THREADS": "1"}
+
 
 def mark() -> int:
     """Bytes that this process holds now. Its high-water mark begins here anew, where the system can do that: a peak
