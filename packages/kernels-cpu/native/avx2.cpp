@@ -6,7 +6,7 @@
 namespace {
 
 struct Avx2 {
-  static constexpr int kDotRows = 4, kTileRows = 6;
+  static constexpr int kDotRows = 4, kTileRows = 6, kTileBlocks = 1;
   static constexpr int64_t kDotTo = 5;
   static constexpr bool kRoundsBytes = false;  // maddubs saturates above 127
   template <bool kRounded, int kBits>

@@ -1,17 +1,13 @@
 // x86 with AVX-512 (F, BW, VL, DQ, VNNI, VBMI): 16 rows are one register. Exact inputs are two signed bytes each.
 #pragma once
-#ifdef QCPU_EMULATED
-#include "emulated_x86.h"
-#else
 #include <immintrin.h>
-#endif
 
 #include "fma.h"
 
 namespace {
 
 struct Avx512 {
-  static constexpr int kDotRows = 8, kTileRows = 12;
+  static constexpr int kDotRows = 8, kTileRows = 12, kTileBlocks = 2;
   static constexpr int64_t kDotTo = int64_t(1) << 40;  // two products of bytes take half the time of one of floats
   static constexpr bool kRoundsBytes = true;
   template <bool kRounded, int kBits>

@@ -171,33 +171,49 @@ void columns(float* panel, int64_t count, const float* scale, const float* zero)
     V::store(panel, V::times(V::minus(V::load_floats(panel), V::all(zero[k])), V::all(scale[k])));
 }
 
-template <class V, int kM>
-inline void multiply_tile(const float* x, int64_t ldx, const float* panel, int64_t columns, bool first, float* y) {
-  typename V::Floats sums[kM];
-  for (int m = 0; m < kM; m++) sums[m] = first ? V::all(0.0f) : V::load_floats(y + m * kRows);
-  for (int64_t k = 0; k < columns; k++) {
-    const auto weights = V::load_floats(panel + k * kRows);
+// kM rows of x times kB blocks: an input that is loaded serves all of these.
+template <class V, int kB, int kM>
+inline void multiply_tile(const float* x, int64_t ldx, const Panels& panels, float* y, int64_t next_y) {
+  typename V::Floats sums[kM][kB];
+  for (int m = 0; m < kM; m++)
+    for (int b = 0; b < kB; b++) sums[m][b] = panels.begins ? V::all(0.0f) : V::load_floats(y + m * kRows + b * next_y);
+  for (int64_t k = 0; k < panels.columns; k++) {
+    typename V::Floats weights[kB];
+    for (int b = 0; b < kB; b++) weights[b] = V::load_floats(panels.values + b * panels.next + k * kRows);
 #pragma GCC unroll 16
-    for (int m = 0; m < kM; m++) sums[m] = V::plus(weights, V::all(x[m * ldx + k]), sums[m]);
+    for (int m = 0; m < kM; m++) {
+      const auto input = V::all(x[m * ldx + k]);
+#pragma GCC unroll 2
+      for (int b = 0; b < kB; b++) sums[m][b] = V::plus(weights[b], input, sums[m][b]);
+    }
   }
-  for (int m = 0; m < kM; m++) V::store(y + m * kRows, sums[m]);
+  for (int m = 0; m < kM; m++)
+    for (int b = 0; b < kB; b++) V::store(y + m * kRows + b * next_y, sums[m][b]);
 }
 
-template <class V, int kM>
-inline void multiply_rest(const float* x, int64_t ldx, int64_t rows, const float* panel, int64_t columns, bool first,
-                          float* y) {
+template <class V, int kB, int kM>
+inline void multiply_rest(const float* x, int64_t ldx, int64_t rows, const Panels& panels, float* y, int64_t next_y) {
   if constexpr (kM > 0) {
-    if (rows == kM) return multiply_tile<V, kM>(x, ldx, panel, columns, first, y);
-    multiply_rest<V, kM - 1>(x, ldx, rows, panel, columns, first, y);
+    if (rows == kM) return multiply_tile<V, kB, kM>(x, ldx, panels, y, next_y);
+    multiply_rest<V, kB, kM - 1>(x, ldx, rows, panels, y, next_y);
   }
+}
+
+template <class V, int kB>
+void multiply_blocks(const float* x, int64_t ldx, int64_t rows, const Panels& panels, float* y, int64_t next_y) {
+  constexpr int kM = V::kTileRows;
+  for (; rows >= kM; rows -= kM, x += kM * ldx, y += kM * kRows) multiply_tile<V, kB, kM>(x, ldx, panels, y, next_y);
+  multiply_rest<V, kB, kM - 1>(x, ldx, rows, panels, y, next_y);
 }
 
 template <class V>
-void multiply(const float* x, int64_t ldx, int64_t rows, const float* panel, int64_t columns, bool first, float* y) {
-  constexpr int kM = V::kTileRows;
-  for (; rows >= kM; rows -= kM, x += kM * ldx, y += kM * kRows)
-    multiply_tile<V, kM>(x, ldx, panel, columns, first, y);
-  multiply_rest<V, kM - 1>(x, ldx, rows, panel, columns, first, y);
+void multiply(const float* x, int64_t ldx, int64_t rows, const Panels& panels, float* y, int64_t next_y) {
+  constexpr int kB = V::kTileBlocks;
+  Panels left = panels;
+  for (; left.count >= kB; left.count -= kB, left.values += kB * left.next, y += kB * next_y)
+    multiply_blocks<V, kB>(x, ldx, rows, left, y, next_y);
+  for (; left.count > 0; left.count--, left.values += left.next, y += next_y)
+    multiply_blocks<V, 1>(x, ldx, rows, left, y, next_y);
 }
 
 template <class V>

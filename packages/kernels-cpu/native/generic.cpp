@@ -4,7 +4,7 @@
 namespace {
 
 struct Generic {
-  static constexpr int kDotRows = 2, kTileRows = 4;
+  static constexpr int kDotRows = 2, kTileRows = 4, kTileBlocks = 1;
   static constexpr int64_t kDotTo = 4;
   static constexpr bool kRoundsBytes = true;
   template <bool kRounded, int kBits>

@@ -13,7 +13,6 @@ constexpr int64_t kMost = int64_t(1) << 31;
 constexpr int64_t kAtOnce = 4;          // blocks that a thread multiplies together with the same rows of x
 constexpr int64_t kInputBytes = 1 << 19;  // of inputs that are made ready at a time: they stay in the second cache
 constexpr int64_t kFewRows = 2;           // of x, whose sums lie in registers beside the decoded weights
-constexpr int64_t kFewTileRows = 32;    // up to which the sums of AMX's unscaled tiles are scaled afterwards
 
 bool holds(const int32_t* values, int64_t count, int64_t first, int64_t end) {
   int32_t low = values[0], high = values[0];
@@ -90,7 +89,7 @@ int check(const qcpu_product* p, const qcpu_weight& w, bool with_scratch) {
   if (p->x_rows < 0 || p->x_rows >= kMost || p->threads < 1 || p->threads > 4096) return QCPU_BAD_SHAPE;
   if (p->x_stride < w.columns || p->y_stride < w.rows) return QCPU_BAD_SHAPE;
   if (!is_float(p->x_type) || !is_float(p->y_type) || (p->bias && !is_float(p->bias_type))) return QCPU_BAD_TYPE;
-  if (p->path < QCPU_AUTO || p->path > QCPU_TILE) return QCPU_BAD_TYPE;
+  if (p->path < QCPU_AUTO || p->path > QCPU_PAIRS) return QCPU_BAD_TYPE;
   if (p->x_rows && with_scratch && (!p->x || !p->y || !p->scratch || !is_aligned(p->scratch))) return QCPU_BAD_POINTER;
   return QCPU_OK;
 }
@@ -100,18 +99,14 @@ bool serves_dot(const Weight& w) {
   return w.element == QCPU_INTEGER || (w.element == QCPU_TABLE && w.bits == 4 && w.small && !w.zero_type);
 }
 
-bool serves_codes(const Machine& m, const Weight& w, const qcpu_product& p) {
-  return m.tiles && p.x_type == QCPU_BF16 && !w.column_scale && m.tiles->serves_codes(w);
-}
-
-bool serves_tile(const Machine& m, const qcpu_product& p) { return m.tiles && p.x_type == QCPU_BF16; }
+bool serves_pairs(const Machine& m, const qcpu_product& p) { return m.pairs && p.x_type == QCPU_BF16; }
 
 // Integers hold what bfloat16 and float16 inputs hold; float32 inputs are multiplied as floats unless they may be rounded.
+// Pairs round weights, as dequantizing to bfloat16 does, never inputs.
 int choose_path(const Machine& m, const Weight& w, const qcpu_product& p) {
   const bool dot = serves_dot(w) && (p.x_type != QCPU_F32 || p.rounded);
-  if (p.x_rows <= 2 && dot) return QCPU_DOT;
-  if (p.x_rows <= kFewTileRows && serves_codes(m, w, p)) return QCPU_CODES;
-  if (serves_tile(m, p)) return QCPU_TILE;
+  const int64_t few = dot ? w.chunk / 2 : kFewRows;  // the sums of a chunk are scaled for each row, pairs are not
+  if (p.x_rows > few && serves_pairs(m, p) && !(dot && p.rounded)) return QCPU_PAIRS;
   return dot && p.x_rows <= m.kernels->dot_rows ? QCPU_DOT : QCPU_FMA;
 }
 
@@ -119,8 +114,7 @@ int path_of(const Machine& m, const Weight& w, const qcpu_product& p) {
   switch (p.path) {
     case QCPU_AUTO: return choose_path(m, w, p);
     case QCPU_DOT: return serves_dot(w) ? int(QCPU_DOT) : int(QCPU_NOT_HERE);
-    case QCPU_CODES: return serves_codes(m, w, p) ? int(QCPU_CODES) : int(QCPU_NOT_HERE);
-    case QCPU_TILE: return serves_tile(m, p) ? int(QCPU_TILE) : int(QCPU_NOT_HERE);
+    case QCPU_PAIRS: return serves_pairs(m, p) ? int(QCPU_PAIRS) : int(QCPU_NOT_HERE);
     default: return QCPU_FMA;
   }
 }
@@ -141,7 +135,6 @@ struct Plan {
 };
 
 int64_t rows_at_once(const Plan& plan, const Weight& w, int64_t rows) {
-  if (plan.path == QCPU_CODES) return least(rows, kFewTileRows);
   const int64_t most = kInputBytes * (plan.path == QCPU_FMA ? 4 : 2) / (plan.path == QCPU_FMA ? 4 * plan.ldx : 2 * w.padded);
   const int64_t whole = round_up(most < 48 ? 48 : most, 48);  // tiles of 6, 12 and 16 rows fill it
   const int64_t parts = (rows + whole - 1) / whole;
@@ -155,15 +148,14 @@ Plan plan_of(const Machine& m, const Weight& w, const qcpu_product& p) {
   plan.ldx = w.padded + 16;  // not a power of two, or all rows would share a few sets of the first cache
   plan.rows = rows_at_once(plan, w, p.x_rows);
   plan.row_bytes = plan.rounded ? w.padded : 2 * w.padded;
-  const int64_t tiled = round_up(plan.rows, kRows), tiles = plan.path == QCPU_CODES || plan.path == QCPU_TILE;
-  const int64_t input = plan.path == QCPU_DOT ? plan.row_bytes : plan.path == QCPU_FMA ? 4 * plan.ldx : 2 * w.padded;
-  const int64_t factors = plan.path == QCPU_DOT ? w.chunks : plan.path == QCPU_CODES ? w.groups : 0;
-  plan.inputs = plan.take(tiled * input + 64);
-  plan.scales = plan.take(plan.path == QCPU_DOT ? tiled * factors * 4 : 0);
-  plan.sums = plan.take(tiled * factors * 4);
-  plan.row_size = round_up(4 * plan.ldx * (tiles ? kRows : 1) + 4 * w.columns, 64);
-  plan.panel_size = tiles ? 1 << 16 : 4 * kRows * kPanel * kAtOnce;
-  plan.output_size = 4 * kRows * tiled * kAtOnce;
+  const int64_t input = plan.path == QCPU_DOT ? plan.row_bytes : (plan.path == QCPU_FMA ? 4 : 2) * plan.ldx;
+  const int64_t factors = plan.path == QCPU_DOT ? w.chunks : 0;
+  plan.inputs = plan.take(plan.rows * input + 64);
+  plan.scales = plan.take(plan.rows * factors * 4);
+  plan.sums = plan.take(plan.rows * factors * 4);
+  plan.row_size = round_up(4 * plan.ldx + 4 * w.columns, 64);
+  plan.panel_size = 4 * kRows * kPanel * kAtOnce;
+  plan.output_size = 4 * kRows * plan.rows * kAtOnce;
   plan.row = plan.take(plan.row_size * p.threads);
   plan.panels = plan.take(plan.panel_size * p.threads);
   plan.outputs = plan.take(plan.output_size * p.threads);
@@ -186,7 +178,6 @@ struct Work {
   Integers integers() const {
     return {at<uint8_t>(plan.inputs), at<float>(plan.scales), at<float>(plan.sums), rows, plan.row_bytes, plan.rounded};
   }
-  Tiles tiles() const { return {at<uint16_t>(plan.inputs), at<float>(plan.sums), rows}; }
 };
 
 // A row of x as float32, its columns in the order of the packed weight.
@@ -212,38 +203,20 @@ void ready_dot(Work& work, int64_t row, float* values, float* plain) {
     work.m.kernels->integers(values + k, least(w.chunk, w.padded - k), work.plan.rounded, q + k * bytes, scale + c, sum + c);
 }
 
-void sum_groups(Work& work, int64_t row, const float* values) {
-  const Weight& w = work.w;
-  float* sums = work.at<float>(work.plan.sums) + row / kRows * w.groups * kRows + row % kRows;
-  for (int64_t g = 0; g < w.groups; g++) {
-    const int64_t end = least((g + 1) * w.group, w.padded);
-    float parts[4] = {};
-    for (int64_t k = g * w.group; k < end; k++) parts[k % 4] += values[k];
-    sums[g * kRows] = (parts[0] + parts[1]) + (parts[2] + parts[3]);
-  }
-}
-
-void ready_tiles(Work& work, int64_t tile, float* values, float* plain) {
-  const Weight& w = work.w;
-  const int64_t rows = least(kRows, work.rows - tile * kRows);
-  for (int64_t r = 0; r < rows; r++) {
-    load_row(work, tile * kRows + r, values + r * work.plan.ldx, plain);
-    if (work.plan.path == QCPU_CODES) sum_groups(work, tile * kRows + r, values + r * work.plan.ldx);
-  }
-  uint16_t* out = work.at<uint16_t>(work.plan.inputs) + tile * kRows * w.padded;
-  work.m.tiles->pack(values, work.plan.ldx, rows, w.units, out);
-}
-
 void ready_inputs(void* argument, int thread) {
   Work& work = *static_cast<Work*>(argument);
-  const bool tiles = work.plan.path == QCPU_CODES || work.plan.path == QCPU_TILE;
-  const int64_t count = tiles ? (work.rows + kRows - 1) / kRows : work.rows;
+  const int64_t ldx = work.plan.ldx;
   float* values = work.at<float>(work.plan.row + thread * work.plan.row_size);
-  float* plain = values + work.plan.ldx * (tiles ? kRows : 1);
-  for (int64_t i; (i = work.next_input.fetch_add(1)) < count;) {
-    if (tiles) ready_tiles(work, i, values, plain);
-    else if (work.plan.path == QCPU_DOT) ready_dot(work, i, values, plain);
-    else load_row(work, i, work.at<float>(work.plan.inputs) + i * work.plan.ldx, plain);
+  float* plain = values + ldx;
+  for (int64_t i; (i = work.next_input.fetch_add(1)) < work.rows;) {
+    if (work.plan.path == QCPU_DOT) {
+      ready_dot(work, i, values, plain);
+    } else if (work.plan.path == QCPU_FMA) {
+      load_row(work, i, work.at<float>(work.plan.inputs) + i * ldx, plain);
+    } else {
+      load_row(work, i, values, plain);
+      work.m.kernels->store(values, work.w.padded, work.at<uint16_t>(work.plan.inputs) + i * ldx, QCPU_BF16);
+    }
   }
 }
 
@@ -293,35 +266,48 @@ void multiply_floats(const Work& work, int64_t block, int64_t count, float* pane
   for (int64_t unit = 0; unit < w.units; unit += ahead) {
     const int64_t units = least(ahead, w.units - unit);
     for (int64_t b = 0; b < count; b++) decode(work.m, w, block + b, unit, units, panel + b * kPanel * kRows);
+    const Panels panels{panel, kPanel * kRows, count, units * kColumns, unit == 0};
     for (int64_t m = 0; m < work.rows; m += tile)
-      for (int64_t b = 0; b < count; b++)
-        work.m.kernels->multiply(x + m * work.plan.ldx + unit * kColumns, work.plan.ldx, least(tile, work.rows - m),
-                                 panel + b * kPanel * kRows, units * kColumns, unit == 0,
-                                 sums + (b * work.rows + m) * kRows);
+      work.m.kernels->multiply(x + m * work.plan.ldx + unit * kColumns, work.plan.ldx, least(tile, work.rows - m), panels,
+                               sums + m * kRows, work.rows * kRows);
   }
 }
 
-void multiply_blocks(const Work& work, int64_t block, int64_t count, uint8_t* panel, float* sums) {
-  if (work.plan.path == QCPU_FMA) return multiply_floats(work, block, count, reinterpret_cast<float*>(panel), sums);
-  for (int64_t b = 0; b < count; b++, sums += work.rows * kRows) {
-    if (work.plan.path == QCPU_DOT) work.m.kernels->dot(work.w, work.integers(), block + b, sums, kRows);
-    else if (work.plan.path == QCPU_CODES) work.m.tiles->codes(work.w, work.tiles(), block + b, panel, sums);
-    else work.m.tiles->tile(work.w, work.tiles(), block + b, panel, sums);
+void multiply_pairs(const Work& work, int64_t block, int64_t count, float* panel, float* sums) {
+  const Weight& w = work.w;
+  const PairKernels& kernels = *work.m.pairs;
+  const int64_t ldx = work.plan.ldx / 2, tile = kernels.tile_rows, ahead = kPanel / kColumns, size = kPanel * kRows / 2;
+  const float* x = work.at<float>(work.plan.inputs);
+  float* pairs = panel + kPanel * kRows;  // those of all blocks take the room of two panels
+  for (int64_t unit = 0; unit < w.units; unit += ahead) {
+    const int64_t units = least(ahead, w.units - unit), columns = units * kColumns;
+    for (int64_t b = 0; b < count; b++) {
+      decode(work.m, w, block + b, unit, units, panel);
+      kernels.round(panel, columns, pairs + b * size);
+    }
+    const Panels panels{pairs, size, count, columns / 2, unit == 0};
+    for (int64_t m = 0; m < work.rows; m += tile)
+      kernels.multiply(x + m * ldx + unit * kColumns / 2, ldx, least(tile, work.rows - m), panels, sums + m * kRows,
+                       work.rows * kRows);
   }
+}
+
+void multiply_blocks(const Work& work, int64_t block, int64_t count, float* panel, float* sums) {
+  if (work.plan.path == QCPU_FMA) return multiply_floats(work, block, count, panel, sums);
+  if (work.plan.path == QCPU_PAIRS) return multiply_pairs(work, block, count, panel, sums);
+  for (int64_t b = 0; b < count; b++, sums += work.rows * kRows)
+    work.m.kernels->dot(work.w, work.integers(), block + b, sums, kRows);
 }
 
 void multiply(void* argument, int thread) {
   Work& work = *static_cast<Work*>(argument);
-  const bool tiles = work.plan.path == QCPU_CODES || work.plan.path == QCPU_TILE;
-  uint8_t* panel = work.at<uint8_t>(work.plan.panels + thread * work.plan.panel_size);
+  float* panel = work.at<float>(work.plan.panels + thread * work.plan.panel_size);
   float* sums = work.at<float>(work.plan.outputs + thread * work.plan.output_size);
-  if (tiles) work.m.tiles->begin();
   for (int64_t block; (block = work.next_block.fetch_add(kAtOnce)) < work.w.blocks;) {
     const int64_t count = least(kAtOnce, work.w.blocks - block);
     multiply_blocks(work, block, count, panel, sums);
     for (int64_t b = 0; b < count; b++) finish(work, block + b, sums + b * work.rows * kRows);
   }
-  if (tiles) work.m.tiles->end();
 }
 
 constexpr int64_t kAloneRows = 4;  // of x, which one thread makes ready sooner than several start

@@ -6,10 +6,6 @@
 
 #if defined(QCPU_X86)
 #include <cpuid.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 #elif defined(QCPU_ARM)
 #if defined(__linux__)
 #include <sys/auxv.h>
@@ -50,20 +46,13 @@ bool has_avx512() {
 }
 #endif
 
-#if defined(QCPU_HAS_AMX)
-bool may_use_tiles() {  // Linux grants the large registers to those that ask
-#if defined(__linux__)
-  constexpr long kRequest = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-
-bool has_amx() {
-  const Leaf seven(7, 0), more(7, 1);
-  const bool tiles = has(seven.d, 22) && has(seven.d, 24) && has(seven.d, 25) && has(more.a, 5);
-  return has_avx512() && tiles && (saved_state() >> 17 & 3) == 3 && may_use_tiles();
+#if defined(QCPU_HAS_AVX512_BF16)
+// Intel's processors take four times as long for a product of pairs as for one of floats, AMD's as long.
+bool has_fast_pairs() {
+  unsigned most, b = 0, c = 0, d = 0;
+  __get_cpuid(0, &most, &b, &c, &d);
+  const bool is_amd = b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
+  return is_amd && has_avx512() && has(Leaf(7, 1).a, 5);
 }
 #endif
 
@@ -88,30 +77,30 @@ bool has_i8mm() { return false; }
 #endif
 
 bool always() { return true; }
-const TileKernels* no_tiles() { return nullptr; }
+const PairKernels* no_pairs() { return nullptr; }
 
 struct Candidate {
   const char* name;
   bool (*runs)();
   const Kernels* (*kernels)();
-  const TileKernels* (*tiles)();
+  const PairKernels* (*pairs)();
 };
 
 const Candidate kCandidates[] = {  // best first
 #if defined(QCPU_X86)
-#if defined(QCPU_HAS_AMX)
-    {"amx", has_amx, avx512_kernels, amx_kernels},
+#if defined(QCPU_HAS_AVX512_BF16)
+    {"avx512_bf16", has_fast_pairs, avx512_kernels, avx512_bf16_pairs},
 #endif
 #if defined(QCPU_HAS_AVX512)
-    {"avx512", has_avx512, avx512_kernels, no_tiles},
+    {"avx512", has_avx512, avx512_kernels, no_pairs},
 #endif
-    {"avx2", has_avx2, avx2_kernels, no_tiles},
+    {"avx2", has_avx2, avx2_kernels, no_pairs},
 #elif defined(QCPU_ARM)
-    {"i8mm", has_i8mm, i8mm_kernels, no_tiles},
-    {"dotprod", has_dotprod, dotprod_kernels, no_tiles},
-    {"neon", always, neon_kernels, no_tiles},
+    {"i8mm", has_i8mm, i8mm_kernels, no_pairs},
+    {"dotprod", has_dotprod, dotprod_kernels, no_pairs},
+    {"neon", always, neon_kernels, no_pairs},
 #endif
-    {"generic", always, generic_kernels, no_tiles},
+    {"generic", always, generic_kernels, no_pairs},
 };
 constexpr int kCount = sizeof kCandidates / sizeof kCandidates[0];
 
@@ -124,7 +113,7 @@ struct Found {
   Found() {
     for (const Candidate& candidate : kCandidates) {
       if (!candidate.runs()) continue;
-      machines[count++] = {candidate.name, candidate.kernels(), candidate.tiles()};
+      machines[count++] = {candidate.name, candidate.kernels(), candidate.pairs()};
       if (names[0]) strcat(names, " ");
       strcat(names, candidate.name);
     }

@@ -7,7 +7,7 @@ namespace qcpu {
 struct Machine {
   const char* name;
   const Kernels* kernels;
-  const TileKernels* tiles;  // null without AMX
+  const PairKernels* pairs;  // null where they gain nothing
 };
 
 const Machine& machine();  // the one in use

@@ -10,7 +10,7 @@ enum NeonLevel { kPlain, kDotProduct, kMatrixInt8 };
 
 template <NeonLevel kLevel>
 struct Neon {
-  static constexpr int kDotRows = kLevel == kPlain ? 1 : 2, kTileRows = 6;
+  static constexpr int kDotRows = kLevel == kPlain ? 1 : 2, kTileRows = 6, kTileBlocks = 1;
   static constexpr int64_t kDotTo = kLevel == kPlain ? 2 : int64_t(1) << 40;
   static constexpr bool kRoundsBytes = true;
   // sdot takes signed codes: those of 8 bits are moved by 128. usdot of i8mm takes them as they are.

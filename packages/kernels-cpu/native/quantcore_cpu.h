@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-enum { QCPU_ABI = 1 };
+enum { QCPU_ABI = 2 };
 
 enum qcpu_status {
   QCPU_OK = 0,
@@ -46,8 +46,7 @@ enum qcpu_path {
   QCPU_AUTO = 0,
   QCPU_DOT = 1,    // integers: inputs as 16-bit (or 8-bit) integers under a scale for each group of columns
   QCPU_FMA = 2,    // floats: weights decoded to float32, multiplied in float32
-  QCPU_CODES = 3,  // AMX: unscaled values as bfloat16 tiles, sums scaled group by group; at most 32 rows at a time
-  QCPU_TILE = 4,   // AMX: scaled bfloat16 tiles
+  QCPU_PAIRS = 3,  // bfloat16 inputs: weights decoded and rounded to bfloat16, pairs of columns multiplied at once
 };
 
 typedef struct {

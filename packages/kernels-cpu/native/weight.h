@@ -34,11 +34,11 @@ struct Integers {
   bool rounded;
 };
 
-// Bfloat16 inputs as AMX tiles: [row tiles][units][16][32], rows beyond the last are zero.
-struct Tiles {
-  const uint16_t* values;
-  const float* sum;  // [row tiles][groups][16] sums of a group, for zeros
-  int64_t rows;
+// Decoded columns of `count` blocks, each [columns][16], `next` floats apart; `begins` with those that sums begin with.
+struct Panels {
+  const float* values;
+  int64_t next, count, columns;
+  bool begins;
 };
 
 struct Kernels {
@@ -56,19 +56,17 @@ struct Kernels {
   void (*few)(const Weight&, const float* x, int64_t ldx, int64_t rows, int64_t block, float* y);
   // Panel columns under factors of their own: (value - zero[k]) * scale[k].
   void (*columns)(float* panel, int64_t columns, const float* scale, const float* zero);
-  void (*multiply)(const float* x, int64_t ldx, int64_t rows, const float* panel, int64_t columns, bool first, float* y);
+  // y: [blocks][rows][16], next_y floats from block to block.
+  void (*multiply)(const float* x, int64_t ldx, int64_t rows, const Panels&, float* y, int64_t next_y);
 };
 
-// AMX, beside the functions for AVX-512.
-struct TileKernels {
-  void (*begin)();  // once by each thread that multiplies, before; `end` after
-  void (*end)();
-  // 16 rows of float32 [rows][padded] as tiles [units][16][32].
-  void (*pack)(const float* x, int64_t ldx, int64_t rows, int64_t units, uint16_t* out);
-  bool (*serves_codes)(const Weight&);
-  // y [rows of all tiles][16], for one block; panel: scratch of 64 KiB.
-  void (*codes)(const Weight&, const Tiles&, int64_t block, uint8_t* panel, float* y);
-  void (*tile)(const Weight&, const Tiles&, int64_t block, uint8_t* panel, float* y);
+// Beside the others, of a processor that multiplies a pair of bfloat16 columns in the time of one of float32.
+struct PairKernels {
+  int64_t tile_rows;
+  // A panel [columns][16], rounded to pairs [columns / 2][16] of bfloat16; a pair is as large as a float.
+  void (*round)(const float* panel, int64_t columns, float* pairs);
+  // As that of Kernels, for pairs of x and of the panels; ldx and columns count pairs.
+  void (*multiply)(const float* x, int64_t ldx, int64_t rows, const Panels&, float* y, int64_t next_y);
 };
 
 const Kernels* generic_kernels();
@@ -77,6 +75,6 @@ const Kernels* avx512_kernels();
 const Kernels* neon_kernels();
 const Kernels* dotprod_kernels();
 const Kernels* i8mm_kernels();
-const TileKernels* amx_kernels();
+const PairKernels* avx512_bf16_pairs();
 
 }  // namespace qcpu

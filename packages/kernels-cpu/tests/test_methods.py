@@ -26,7 +26,7 @@ def _examples() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("example", _examples())
+@pytest.mark.parametrize("example", list(_examples()))
 def test_a_layer_is_the_same_on_the_kernel_and_in_its_layout(
     example: Example, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

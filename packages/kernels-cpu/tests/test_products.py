@@ -112,6 +112,23 @@ def test_each_path_by_name(isa: str, path: str, M: int) -> None:
     check_product(affine(72, 512, 4, Grouping(128), torch.float16), M, torch.bfloat16, path)
 
 
+@pytest.mark.parametrize("M", [1, 4, 13, 200])
+def test_pairs_of_bfloat16_where_the_processor_gains_by_them(isa: str, M: int) -> None:
+    for family in (affine(72, 512, 4, Grouping(128), torch.float16), lookup(33, 300, NF4, Grouping(20))):
+        if isa == "avx512_bf16":
+            check_product(family, M, torch.bfloat16, "pairs")
+        else:
+            with pytest.raises(LibraryError, match="cannot run"):
+                check_product(family, M, torch.bfloat16, "pairs")
+
+
+def test_pairs_hold_no_float16_and_no_float32(isa: str) -> None:
+    packed = pack_family(lookup(16, 64, NF4, Grouping(32)))
+    for dtype in (torch.float16, torch.float32):
+        with pytest.raises(LibraryError, match="cannot run"):
+            packed.linear(torch.randn(8, 64, dtype=dtype), path="pairs")
+
+
 def test_a_path_that_does_not_serve_is_refused() -> None:
     packed = pack_family(lookup(16, 64, NF4, Grouping(32)))
     with pytest.raises(LibraryError, match="cannot run"):
@@ -141,15 +158,16 @@ def test_results_do_not_depend_on_threads(isa: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("path", ["dot", "fma"])
-def test_a_row_that_is_not_finite_spoils_itself_alone(isa: str, bad: float, path: str) -> None:
+@pytest.mark.parametrize(("path", "M"), [("dot", 3), ("fma", 3), ("auto", 40)])
+def test_a_row_that_is_not_finite_spoils_itself_alone(isa: str, bad: float, path: str, M: int) -> None:
     packed = pack_family(affine(32, 128, 4, Grouping(64), torch.float32))  # no code equals its fractional zero
-    x = torch.randn(3, 128).bfloat16()
+    x = torch.randn(M, 128).bfloat16()
     expected = packed.linear(x, path=path)
     x[1, 70] = bad
     found = packed.linear(x, path=path)
     assert not torch.isfinite(found[1]).any()
-    assert torch.equal(found[[0, 2]], expected[[0, 2]])
+    others = torch.arange(M) != 1
+    assert torch.equal(found[others], expected[others])
 
 
 def test_tiny_and_huge_inputs(isa: str) -> None:

@@ -14,10 +14,10 @@ import torch
 import quantcore_cpu
 from quantcore_cpu import settings
 
-ABI = 1
+ABI = 2
 FLOAT_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 TYPES = {**FLOAT_TYPES, torch.uint8: 4}
-PATHS = {"auto": 0, "dot": 1, "fma": 2, "codes": 3, "tile": 4}
+PATHS = {"auto": 0, "dot": 1, "fma": 2, "pairs": 3}
 INTEGER, TABLE, FLOAT = range(3)
 BAD_SCRATCH = -5
 _NAME = "libquantcore_cpu" + {"win32": ".dll"}.get(sys.platform, ".so")
