@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -24,6 +25,7 @@ from quantcore_hqq.sinq.config import SinqConfig
 from quantcore_hqq.sinq.format import COLUMN_SCALE, SinqStrips, SinqTiles, sinq_format
 from quantcore_hqq.sinq.levels import LEVELS, nearest
 from quantcore_hqq.sinq.small_scales import grow, shrink
+from quantcore_hqq.sinq.solver import sinkhorn
 
 GOLDEN = golden_folder("sinq", Path(__file__).parents[3] / "tests" / "golden")
 CASES = sorted(GOLDEN.glob("w*.safetensors"))
@@ -175,6 +177,26 @@ def test_strip_that_group_size_does_not_divide_has_narrower_tiles() -> None:
 def test_shape_that_cannot_be_stored_is_refused(shape: tuple[int, int], config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QuantizedLinear.from_linear(linear(*shape), {**SINQ, **config})
+
+
+def test_tiles_are_made_even_as_if_each_were_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tiles = torch.randn(2, 3, 16, 32, generator=generator) * torch.rand(2, 3, 16, 32, generator=generator)
+    tiles[0, 1] = tiles[0, 1, :1, :1]  # of equal values, which ends after another number of steps
+    rows, columns = sinkhorn(tiles)
+    for place in itertools.product(range(2), range(3)):
+        alone = sinkhorn(tiles[place])
+        assert torch.equal(rows[place], alone[0])
+        assert torch.equal(columns[place], alone[1])
+
+
+@pytest.mark.parametrize("tiling", ["1D", "2D"])
+@pytest.mark.parametrize("method", ["sinq_hqq", "sinq_nf4", "sinq_noz"])
+def test_weight_is_solved_alike_in_parts_of_any_size(monkeypatch: pytest.MonkeyPatch, tiling: str, method: str) -> None:
+    config = {**SINQ, "tiling_mode": tiling, "method": method}
+    whole = QuantizedLinear.from_linear(linear(192, 256), config).state_dict()
+    monkeypatch.setattr("quantcore_hqq.sinq.solver._ON_CPU", 1)
+    assert differences(QuantizedLinear.from_linear(linear(192, 256), config).state_dict(), whole) == []
 
 
 def test_values_beyond_float16_are_refused() -> None:
