@@ -62,3 +62,20 @@ def test_inputs_of_layers_are_recorded_by_kind(build_model: Callable[[], nn.Modu
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     seen = record_inputs(model, ["0", "1", "absent"], [{"input": torch.ones(5, 4)}, {"input": torch.zeros(1, 4)}])
     assert {kind: tuple(x.shape) for kind, x in seen.items()} == {"0": (6, 4), "1": (6, 3)}
+
+
+def test_format_of_larger_blocks_is_measured_on_as_many_rows_as_it_needs(
+    opened: FloatModel, planned: PlannedQuantization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (layer, *_) = planned.plan.layers
+    weight = torch.ones(1024, 4)
+
+    def check_shape(self: object, shape: tuple[int, ...]) -> None:
+        if shape[0] % 64:
+            raise ValueError("no blocks of 64 rows")
+
+    sample = LayerSample(opened, weights=1)
+    assert sample._rows(weight, layer).shape == (32, 4)
+    monkeypatch.setattr(type(layer.weight_format), "check_shape", check_shape)
+    assert sample._rows(weight, layer).shape == (64, 4)
+    assert sample._rows(weight[:40], layer).shape == (40, 4)

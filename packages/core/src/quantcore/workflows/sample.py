@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from quantcore.checkpoints.names import part_names
 from quantcore.evaluation.layer_error import output_error
+from quantcore.formats.base import WeightFormat
 from quantcore.nn.experts import fused_weights
 from quantcore.nn.layers import quantize_layer, view_layer
 from quantcore.nn.linear import QuantizedLinear
@@ -118,12 +119,11 @@ class LayerSample:
         return Measured(_error(linear.weight.detach(), quantized, x), seconds, linear.weight.numel())
 
     def _rows(self, weight: Tensor, layer: PlannedLayer) -> Tensor:
-        """As many rows as the sample takes, or all where the format stores blocks of more."""
-        rows = min(weight.shape[0], max(_FEWEST_ROWS, self._size // weight.shape[1]))
-        try:
-            layer.weight_format.check_shape((rows, weight.shape[1]))
-        except ValueError:
-            return weight
+        """As many rows as the sample takes, then powers of two until the format stores them; at most all."""
+        total, columns = weight.shape
+        rows = min(total, max(_FEWEST_ROWS, self._size // columns))
+        while rows < total and not _holds(layer.weight_format, (rows, columns)):
+            rows = min(total, _block_above(rows))
         return weight[:rows]
 
     def weight(self, layer: PlannedLayer) -> Tensor:
@@ -168,6 +168,19 @@ class LayerSample:
 def kind_of(name: str) -> str:
     """The name of a layer without its numbers: what it shares with the same layer of other blocks."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _holds(weight_format: WeightFormat, shape: tuple[int, int]) -> bool:
+    try:
+        weight_format.check_shape(shape)
+    except ValueError:
+        return False
+    return True
+
+
+def _block_above(rows: int) -> int:
+    """The next power of two, which most blocks divide."""
+    return 1 << rows.bit_length()
 
 
 def _is_inside(kind: str) -> bool:
