@@ -19,8 +19,9 @@ import quantcore
 from quantcore import Backend, QuantizationConfigMixin, option
 from quantcore.cli.candidates import neighbours, usual_data
 from quantcore.cli.needs import Facts, Needs, in_time, parse_seconds
-from quantcore.cli.shortlist import Advice, Candidate, ModelFacts
+from quantcore.cli.shortlist import Advice, Candidate, ModelFacts, faster_of_near
 from quantcore.plugins.backend import Guide, Refusal
+from quantcore.workflows.throughput import Rate
 
 Cli = Callable[..., Any]
 
@@ -161,6 +162,40 @@ def test_what_loses_more_than_three_levels_would_is_called_useless() -> None:
     rows = [Candidate(FACTS, {}, 1, error) for error in (0.343, 0.5, math.nan)]
     assert [row.is_useless for row in rows] == [False, True, False]
     assert "useless" in rows[1].remark
+
+
+def make_timed(method: str, error: float, tokens: float) -> Candidate:
+    facts = dataclasses.replace(FACTS, backend=Backend(method, "", "", guide=Guide(pros="Good.")))
+    return Candidate(facts, {}, 1, error, rate=Rate(tokens))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "order"),
+    [
+        ((1, 9, 5, 99), "bcad"),
+        ((8, 9, 8, 99), "abcd"),
+        ((math.nan, 9, math.nan, 99), "bacd"),
+        ((math.nan, math.nan, math.nan, 1), "abcd"),
+    ],
+    ids=["faster", "as fast", "not timed", "none timed"],
+)
+def test_of_errors_that_are_near_the_faster_comes_first(tokens: tuple[float, ...], order: str) -> None:
+    errors = (0.100, 0.102, 0.104, 0.106)
+    rows = [make_timed(*each) for each in zip("abcd", errors, tokens, strict=True)]
+    found = faster_of_near(rows)
+    assert "".join(each.method for each in found) == order
+
+
+def test_what_passes_a_smaller_error_by_speed_says_so() -> None:
+    first, second = faster_of_near([make_timed("slow", 0.100, 1), make_timed("quick", 0.104, 9)])
+    assert first.to_dict()["why"] == "Good. Errs within 5 % of slow, and is faster on this machine."
+    assert second.to_dict()["why"] == "Good."
+
+
+def test_methods_that_are_out_whatever_their_settings_are_known_by_purpose_and_kind() -> None:
+    assert Needs("inference").rules_out(FACTS.backend, "llama4")
+    assert Needs("serving").rules_out(FACTS.backend, "bert")
+    assert not Needs("serving", "mlx", memory=1, bits=1.0).rules_out(FACTS.backend, "llama4")
 
 
 def test_nothing_that_fits_is_an_error_that_names_the_smallest(cli: Cli, method: str, source: Path) -> None:

@@ -22,7 +22,7 @@ from quantcore.cli.methods import brief_settings, chosen_backend
 from quantcore.cli.needs import Facts, Needs
 from quantcore.cli.output import Output
 from quantcore.cli.progress import progress_bar
-from quantcore.cli.shortlist import FEWER_BITS, Advice, Candidate, ModelFacts, best_of_each
+from quantcore.cli.shortlist import FEWER_BITS, Advice, Candidate, ModelFacts, best_of_each, faster_of_near
 from quantcore.errors import QuantcoreError
 from quantcore.nn.experts import stacked_weights
 from quantcore.plugins.backend import SERVERS, Backend
@@ -54,7 +54,7 @@ def advise(
     _check_program(needs.program, backends)
     opened = open_float(directory)
     work = _Work(source, directory, opened, text, output)
-    planned = list(work.planned(backends))
+    planned = list(work.planned(backends, needs))
     free = free_memory() or 0
     if needs.memory is None and free:
         needs = dataclasses.replace(needs, memory=free)
@@ -67,6 +67,8 @@ def advise(
     taken = work.refined([each for each in judged if not each.refusals], needs)
     taken = [dataclasses.replace(each, command=work.line(each, needs)) for each in _ranked(taken, needs)]
     useful = work.timed([each for each in taken if not each.is_useless])
+    if needs.purpose == "inference":
+        useful = faster_of_near(useful)
     refused = [_judged(each.candidate, needs) for each in planned if each not in fitting]
     useless = [_useless(each) for each in taken if each.is_useless]
     refused += [each for each in judged if each.refusals]
@@ -89,19 +91,18 @@ class _Work:
         self._plans: dict[tuple[str, str], PlannedQuantization] = {}  # by method and config
         self._sizes: Sizes | None = None
         self._throughput = Throughput(opened)
+        self._kind = str(opened.checkpoint.config.get("model_type") or "")
 
     def facts(self) -> ModelFacts:
         """What the model is, as far as some plan has shown."""
-        config, skeleton = self._opened.checkpoint.config, self._opened.skeleton
-        sizes = self._sizes
+        skeleton, sizes = self._opened.skeleton, self._sizes
         experts = max((weight.shape[0] for _, weight in stacked_weights(skeleton)), default=0)
-        kind = str(config.get("model_type") or "")
         size, parameters = (0, 0) if sizes is None else (sizes.bytes_before, sizes.parameters)
-        return ModelFacts(type(skeleton).__name__, kind, parameters, size, experts)
+        return ModelFacts(type(skeleton).__name__, self._kind, parameters, size, experts)
 
-    def planned(self, backends: Iterable[Backend]) -> Iterator[_Planned]:
-        """Every config that the shapes allow, once for what is stored."""
-        configs, seen = list(_configs(backends)), set()
+    def planned(self, backends: Iterable[Backend], needs: Needs) -> Iterator[_Planned]:
+        """Every config that the shapes allow, once for what is stored; of a method that is out, its examples."""
+        configs, seen = list(_configs(backends, needs, self._kind)), set()
         with progress_bar(self._output) as update:
             for number, (backend, config, is_example) in enumerate(configs):
                 update(number, len(configs), f"looking at {backend.method}")
@@ -124,11 +125,10 @@ class _Work:
         plan = self._opened.planned(quantizer)
         self._sizes = sizes = sizes_of(plan)
         calibrates = isinstance(quantizer, CalibratedQuantizer) and quantizer.needs_data
-        kind = str(self._opened.checkpoint.config.get("model_type") or "")
         seconds = backend.guide.calibration_seconds * sizes.weights / _MILLION if calibrates else math.nan
         facts = Facts(
             backend=backend,
-            architecture=kind,
+            architecture=self._kind,
             bits_per_weight=sizes.bits_per_quantized_weight,
             bytes=sizes.bytes,
             calibrates=calibrates,
@@ -247,11 +247,12 @@ def _check_program(program: str | None, backends: Iterable[Backend]) -> None:
         raise click.BadParameter(text, param_hint="--serve-with")
 
 
-def _configs(backends: Iterable[Backend]) -> Iterator[tuple[Backend, Mapping[str, Any], bool]]:
+def _configs(backends: Iterable[Backend], needs: Needs, kind: str) -> Iterator[tuple[Backend, Mapping[str, Any], bool]]:
     """Configs to weigh, each with whether it is an example of its method, which ought to work."""
     for backend in backends:
         yield from ((backend, config, True) for config in backend.example_configs)
-        yield from ((backend, config, False) for config in neighbours(backend))
+        if not needs.rules_out(backend, kind):
+            yield from ((backend, config, False) for config in neighbours(backend))
 
 
 def _key(candidate: Candidate) -> tuple[str, str]:

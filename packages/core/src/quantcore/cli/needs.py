@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -61,6 +62,11 @@ class Needs:
     def refusals(self, facts: Facts) -> list[str]:
         """Why a config is not what is asked for, each reason in a few words; none for one that is."""
         return [reason for rule in _RULES if (reason := rule(self, facts)) is not None]
+
+    def rules_out(self, backend: Backend, architecture: str) -> bool:
+        """Whether no config of a method is what is asked for, whatever its settings."""
+        facts = Facts(backend, architecture, math.nan, bytes=0, calibrates=False, trains=True, seconds=math.nan)
+        return any(rule(self, facts) is not None for rule in _OF_METHODS)
 
 
 def parse_seconds(text: str) -> float:
@@ -128,9 +134,9 @@ def _time(needs: Needs, facts: Facts) -> str | None:
     return f"takes about {in_time(facts.seconds)}, more than {in_time(needs.seconds)}"
 
 
+_OF_METHODS: tuple[Callable[[Needs, Facts], str | None], ...] = (_purpose, _kind)
 _RULES: tuple[Callable[[Needs, Facts], str | None], ...] = (
-    _purpose,
-    _kind,
+    *_OF_METHODS,
     _program,
     _trains,
     _data,
