@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,22 @@ def test_only_a_config_that_takes_data_is_said_to_take_it(method: str, says: str
     with pytest.raises(ValueError, match="from_pretrained has none") as told:
         load(folder, {"quant_method": method})
     assert says in str(told.value)
+
+
+def test_data_that_cannot_be_read_is_told_before_the_weights_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quantcore_gptq.gptq.config import GPTQConfig
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr("quantcore.integrations.transformers.adapter.CalibratingLoad.begin", None)
+    for name, error in (("wikitext2", ImportError), (["none.txt"], FileNotFoundError)):
+        with pytest.raises(error, match=r"pip install datasets|there is no file 'none\.txt'"):
+            load(folder, GPTQConfig(bits=4, dataset=name, tokenizer=tokenize))
+
+
+def test_a_method_by_its_name_alone_is_a_config(folder: Path) -> None:
+    assert load(folder, "hqq").config.quantization_config.quant_method == "hqq"
 
 
 def test_data_of_the_config_is_what_the_model_is_calibrated_with(folder: Path, tmp_path: Path) -> None:

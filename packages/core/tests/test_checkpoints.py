@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -419,7 +420,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "huge-header": lambda data: HUGE_HEADER,
     "garbage": lambda data: bytes(range(256)) * 4,
     "header-is-a-list": lambda data: struct.pack("<Q", 2) + b"[]",
-    "text": lambda data: b"version https://git-lfs.github.com/spec/v1\n",
+    "text": lambda data: b"<!DOCTYPE html>\n",
 }
 
 
@@ -430,6 +431,32 @@ def test_damaged_file_is_named(saved: Path, build_model: Build, damage: Callable
     with pytest.raises(
         CheckpointError, match=f"{SINGLE_NAME}: truncated or not safetensors .*download or write it again"
     ):
+        quantcore.load(saved, build_model)
+
+
+def test_pointer_of_git_lfs_is_told_to_be_one(saved: Path, build_model: Build) -> None:
+    (saved / SINGLE_NAME).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match=r"is a pointer of Git LFS, not the weights; run git lfs pull there"):
+        quantcore.load(saved, build_model)
+
+
+@pytest.mark.parametrize("path", [None, 3, ["folder"]], ids=repr)
+def test_what_is_no_path_is_told_so(path: Any, build_model: Build) -> None:
+    with pytest.raises(TypeError, match="a checkpoint is named by its folder or hub id, not by"):
+        quantcore.load(path, build_model)
+
+
+def test_an_empty_path_is_not_the_current_folder(
+    saved: Path, build_model: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved)
+    with pytest.raises(FileNotFoundError, match="the path of the checkpoint is empty"):
+        quantcore.load("", build_model)
+
+
+def test_a_quantization_config_that_is_no_object_is_told_with_its_folder(saved: Path, build_model: Build) -> None:
+    (saved / "config.json").write_text('{"quantization_config": "hqq"}')
+    with pytest.raises(TypeError, match=f"^{re.escape(str(saved))}: quantization_config must be a dict, got str"):
         quantcore.load(saved, build_model)
 
 

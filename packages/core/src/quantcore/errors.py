@@ -32,7 +32,7 @@ class CheckpointError(QuantcoreError, ValueError):
 
 
 class LossyConversionError(QuantcoreError, ValueError):
-    """Layers that cannot be stored in the format asked for without changing their values; the text lists them."""
+    """Layers that a format cannot store without changing their values; the text counts and names them by reason."""
 
 
 class KernelUnavailableError(QuantcoreError, RuntimeError):

@@ -117,9 +117,12 @@ def test_a_bound_of_memory_gives_the_same_files(cli: Cli, language: Path, text: 
 @pytest.mark.parametrize(
     ("size", "flags", "said"),
     [
-        ("1KB", ("--sequential",), r"max_memory 1000: block layers\.0 takes \d+ bytes at least"),
-        ("8GB", (), "max_memory '8GB': .*tiny-calibrated.* holds a block as a whole"),
-        ("much", ("--sequential",), "max_memory 'much' is not understood; write it as '5GB'"),
+        (
+            "1KB",
+            ("--sequential",),
+            r"--max-memory 1000: block layers\.0 takes \d+ bytes at least.*give --max-memory \d+ or more",
+        ),
+        ("8GB", (), "--max-memory '8GB': .*tiny-calibrated.* holds a block as a whole"),
     ],
 )
 def test_a_bound_that_cannot_be_kept_is_told(
@@ -136,8 +139,47 @@ def test_a_bound_that_cannot_be_kept_is_told(
 def test_a_missing_file_is_one_line(cli: Cli, language: Path, tmp_path: Path) -> None:
     result = cli("quantize", language, tmp_path / "out", *METHOD, "--calibration", tmp_path / "none.txt")
     assert result.code == 1
-    assert "none.txt: No such file" in result.err
+    assert re.search(r"^Error: --calibration .*none\.txt: no such file", result.err, re.MULTILINE)
     assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--max-memory", "much"), "Invalid value for --max-memory: size 'much' is not understood; write it as '5GB'"),
+        (("--resume", "text.txt"), "Invalid value for --resume: text.txt is no folder"),
+        (("--offload", "text.txt"), "Invalid value for --offload: text.txt is no folder"),
+        (("--seqlen", 65), "Invalid value for --seqlen: 65 is more than the 64 positions"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_flag_that_cannot_be_is_told_before_the_model_is_read(
+    flags: tuple[str, ...],
+    said: str,
+    dry: list[str],
+    cli: Cli,
+    language: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (language / "config.json").write_text('{"architectures": ["Language"], "max_position_embeddings": 64}')
+    monkeypatch.chdir(text.parent)
+    monkeypatch.setattr("quantcore.workflows.quantize.open_float", None)
+    result = cli("quantize", language, "out", *METHOD, "--calibration", text, *flags, *dry)
+    assert (result.code, said in result.err) == (2, True), result.err
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_data_that_is_no_text_is_told_by_its_flag_before_the_model_is_read(
+    dry: list[str], cli: Cli, language: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantcore.workflows.quantize.open_float", None)
+    (tmp_path / "bytes.bin").write_bytes(b"\xff\xfe")
+    for name, said in (("bytes.bin", "is no UTF-8 text"), ("float", "Is a directory; give a file of UTF-8 text")):
+        result = cli("quantize", language, tmp_path / "out", *METHOD, "--calibration", tmp_path / name, *dry)
+        assert re.search(rf"Error: --calibration .*{name}:? {said}", result.err), result.err
+        assert result.code == 1
 
 
 def test_a_word_that_is_no_file_and_no_data_set_is_a_usage_error(cli: Cli, language: Path, tmp_path: Path) -> None:

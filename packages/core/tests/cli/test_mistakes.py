@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
 import signal
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -63,6 +66,56 @@ def test_an_id_that_the_hub_does_not_give_is_told_in_one_line(tmp_path: Path, mo
         resolve("exmples/stdlib-lm")
     assert str(told.value).startswith("exmples/stdlib-lm is no folder here; did you mean examples/stdlib-lm?")
     assert str(told.value).endswith("no connection")
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_an_empty_path_is_told_by_its_place(cli: Cli, method: str, source: Path, dry: list[str]) -> None:
+    assert "the path of the checkpoint is empty" in cli("quantize", "", "out", "--method", method, *dry).err
+    result = cli("quantize", source, "", "--method", method, *dry)
+    assert (result.code, "argument OUT is empty" in result.err) == (2, True)
+
+
+def test_an_empty_prompt_is_told_before_the_model_is_looked_for(cli: Cli) -> None:
+    result = cli("run", "nowhere", "")
+    assert (result.code, "argument PROMPT is empty" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize("verb", ["eval", "compare"])
+def test_a_file_in_place_of_a_folder_is_told_before_any_model_is_read(
+    cli: Cli, source: Path, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantcore.checkpoints.opening.SafetensorsSource.opened", None)
+    (tmp_path / "text.txt").write_text("text")
+    second = ["--reference"] if verb == "eval" else []
+    result = cli(verb, source, *second, tmp_path / "text.txt", "--text", tmp_path / "text.txt")
+    assert (result.code, len(result.err.splitlines())) == (1, 1)
+    assert "text.txt is a file; give the folder" in result.err
+
+
+@pytest.mark.parametrize(("name", "said"), [("none.txt", "no such file"), (".", "Is a directory; give a file")])
+def test_a_text_that_cannot_be_read_is_told_by_its_flag(cli: Cli, source: Path, name: str, said: str) -> None:
+    result = cli("eval", source, "--text", source / name)
+    assert result.code == 1
+    assert result.err.startswith("Error: --text ")
+    assert said in result.err
+
+
+def test_windows_longer_than_the_model_reads_are_refused(cli: Cli, source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_text('{"architectures": ["TwoLayers"], "max_position_embeddings": 8}')
+    (tmp_path / "text").write_text("text")
+    result = cli("eval", source, "--text", tmp_path / "text", "--window", 9)
+    assert result.code == 1
+    assert f"--window 9 is more than the 8 positions of {source}; give a smaller one" in result.err
+
+
+def test_a_disk_without_room_is_told_before_the_work(
+    cli: Cli, method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=7))
+    monkeypatch.setattr("quantcore.workflows.quantize.PlannedQuantization.write", None)
+    result = cli("quantize", source, tmp_path / "out", "--method", method)
+    assert result.code == 1
+    assert re.search(rf"Error: {tmp_path}/out takes .*, and {tmp_path} has 7 B left; make room", result.err)
 
 
 # The order in which things are checked
@@ -179,6 +232,19 @@ def test_a_word_that_is_no_file_gets_the_data_sets_that_are_known(
 
 
 # Interrupts
+def test_an_interrupt_while_torch_is_imported_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "torch" / "distributed").mkdir(parents=True)
+    (tmp_path / "torch" / "distributed" / "__init__.py").touch()
+    (tmp_path / "torch" / "__init__.py").write_text("import torch.distributed\nraise KeyboardInterrupt\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "quantcore.cli", "inspect", "nowhere"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_sigterm_ends_a_command_as_ctrl_c_does() -> None:
     with pytest.raises(Terminated), sigterm_as_interrupt():
         signal.raise_signal(signal.SIGTERM)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from quantcore.calibration.datasets import DATASETS, named_texts
+from quantcore.calibration.datasets import DATASETS, check_named, named_texts
 from quantcore.checkpoints.write import parse_size
 from quantcore.plugins.manager import plugins
 
@@ -86,6 +86,27 @@ class Calibration:
         return dataclasses.replace(self, **missing)
 
 
+def check_readable(data: Any) -> None:
+    """Raise for the name of a data set or a file that cannot be read, before any work is done; other data passes.
+
+    Raises MissingExtraError without the package that a data set needs, FileNotFoundError for a file that is not there,
+    ValueError for one that is no text.
+    """
+    name = data[0] if isinstance(data, list | tuple) and len(data) == 1 else data
+    if isinstance(name, str) and name in DATASETS:
+        check_named(name)
+    elif isinstance(name, os.PathLike) or (isinstance(name, str) and _is_file(name)):
+        read_text(Path(name))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises OSError for one that cannot be read, ValueError for one that is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: byte {error.start} cannot be read; convert the file") from error
+
+
 def model_inputs(calibration: Calibration, model: nn.Module) -> list[ModelInputs]:
     """The inputs of each forward pass, on the CPU.
 
@@ -138,13 +159,13 @@ def padding_mask(inputs: ModelInputs) -> Tensor | None:
 
 def _items(data: Any) -> Iterator[Any]:
     if isinstance(data, os.PathLike):
-        return iter([_read_text(Path(data))])
+        return iter([read_text(Path(data))])
     if isinstance(data, list | tuple) and len(data) == 1 and isinstance(data[0], str):
         data = data[0]
     if isinstance(data, str) and data in DATASETS:
         return named_texts(data)
     if isinstance(data, str) and _is_file(data):
-        return iter([_read_text(Path(data))])
+        return iter([read_text(Path(data))])
     if isinstance(data, str | Mapping):
         return iter([data])
     if isinstance(data, Tensor):
@@ -169,13 +190,6 @@ def _is_file(text: str) -> bool:
     if Path(text).suffix.lower() in _TEXT_FILES and len(text.split()) == 1:
         raise FileNotFoundError(f"calibration data: there is no file {text!r}; correct the name, or give texts")
     return False
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: byte {error.start} cannot be read; convert the file") from error
 
 
 def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:

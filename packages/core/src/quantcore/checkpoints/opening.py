@@ -72,23 +72,22 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 
     Raises FileNotFoundError when nothing of the kind exists.
     """
-    local = Path(path)
-    if local.is_dir():
-        return local
-    if local.exists():
-        if local.is_file() and plugins().container(local.suffix) is not None:
-            return local
-        raise FileNotFoundError(f"{local} is a file; give the folder that holds config.json and the safetensors files")
     check_exists(path)
-    return _download(os.fspath(path))
+    local = Path(path)
+    return local if local.exists() else _download(os.fspath(path))
 
 
-def check_exists(path: str | os.PathLike[str]) -> None:
+def check_exists(path: str | os.PathLike[str], takes_file: bool = False) -> None:
     """Raise FileNotFoundError for what is neither here nor of the form of a hub id; the hub is not asked.
 
-    What lies in a folder that is here is a path, though it looks like an id.
+    What lies in a folder that is here is a path, though it looks like an id. A file must be that of a container,
+    unless any is taken.
     """
+    if not os.fspath(path):
+        raise FileNotFoundError("the path of the checkpoint is empty; give a folder, or a hub id such as 'org/name'")
     local = Path(path)
+    if local.is_file() and not takes_file and plugins().container(local.suffix) is None:
+        raise FileNotFoundError(f"{local} is a file; give the folder that holds config.json and the safetensors files")
     is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", os.fspath(path)) is not None and not local.parent.exists()
     if not local.exists() and not is_id:
         raise FileNotFoundError(

@@ -46,6 +46,9 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str] | Source) -> None:
+        if not isinstance(path, str | os.PathLike) and not hasattr(path, "headers"):
+            kind = type(path).__name__
+            raise TypeError(f"a checkpoint is named by its folder or hub id, not by {kind}: {path!r:.80}")
         self.source: Source = open_source(path) if isinstance(path, str | os.PathLike) else path
         self.headers: dict[str, Header] = dict(self.source.headers)
         self._stored = {name: name for name in self.headers}
@@ -188,7 +191,10 @@ def with_found_quantization(
     path: Path, config: Mapping[str, Any], side_files: Mapping[str, bytes], metadata: Mapping[str, str]
 ) -> dict[str, Any]:
     """config.json with the quantization_config that it, a file beside it or a method's own mark asks for, if any."""
-    given = quantization_dict(config)
+    try:
+        given = quantization_dict(config)
+    except TypeError as error:
+        raise TypeError(f"{path}: {error}") from error
     if given is not None and given.get("quant_method") is not None:
         return dict(config)
     marked = plugins().match_checkpoint(config_json=config, side_files=side_files, metadata=metadata)
@@ -213,6 +219,13 @@ def quantization_dict(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise TypeError(f"{key} must be a dict, got {type(found).__name__}: {found!r:.80}")
     return found if key else None
+
+
+def positions(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a model reads at most, by its config.json or the text part of that; None where none is said."""
+    parts = [part for part in (config.get("text_config"), config) if isinstance(part, Mapping)]
+    found = (part.get(key) for part in parts for key in ("max_position_embeddings", "n_positions"))
+    return next((size for size in found if isinstance(size, int) and size > 0), None)
 
 
 def is_plain(tensors: Iterable[Header | Tensor]) -> bool:

@@ -47,6 +47,7 @@ _WRITTEN = (
 _NAMES = {torch_name: name for name, torch_name in _SAFETENSORS_DTYPES.items()}
 FORMAT = {"format": "pt"}  # what the metadata of a file says unless a method says otherwise
 ALIGNMENT = 8  # bytes; readers view a tensor's bytes in place, so its offset must be a multiple of its itemsize
+_POINTER = b"version https://git-lfs"  # how the file begins that stands for one that was not downloaded
 _MOST_HEADER = 100_000_000  # bytes; the library refuses more
 
 
@@ -62,6 +63,8 @@ def read_headers(file: HeldFile) -> tuple[dict[str, Header], dict[str, str]]:
         metadata = _metadata(entries.pop("__metadata__", None))
         _check_layout(entries, file.size - start)
     except ValueError as error:
+        if file.read(0, len(_POINTER)) == _POINTER:
+            raise CheckpointError(f"{path} is a pointer of Git LFS, not the weights; run git lfs pull there") from error
         raise CheckpointError(f"{path}: truncated or not safetensors ({error}); download or write it again") from error
     headers = {
         name: Header(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from quantcore.cli.completing import files
+from quantcore.cli.folders import check_folder_flag, text_of, told_in_flags
 from quantcore.cli.output import Output, plural, table
 from quantcore.cli.progress import progress_bar
 from quantcore.quantization_config import QuantizationConfigMixin
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _FLAGS = ("samples", "seqlen", "batch_size", "offload", "max_memory", "resume")
+CALIBRATION_FLAGS = {  # by argument of `Calibration`
+    "seqlen": "--seqlen",
+    "batch_size": "--batch-size",
+    "max_memory": "--max-memory",
+    "resume_dir": "--resume",
+}
 _SHOWN_FALLBACKS = 6
 
 
@@ -59,10 +66,14 @@ def calibration_options(function: Function) -> Function:
 def calibration_from(
     config: QuantizationConfigMixin, options: Mapping[str, Any], tokenizer_from: Path
 ) -> Calibration | None:
-    """The calibration that the flags ask for; None for a method that needs none. Errors as for `chosen_data`."""
+    """The calibration that the flags ask for; None for a method that needs none.
+
+    Errors as for `chosen_data` and `check_seqlen`.
+    """
     data = chosen_data(config, options)
     if data is None:
         return None
+    check_seqlen(tokenizer_from, options["seqlen"])
     from quantcore.calibration.data import Calibration
     from quantcore.integrations.transformers import load_tokenizer
 
@@ -82,7 +93,7 @@ def chosen_data(config: QuantizationConfigMixin, options: Mapping[str, Any], is_
     """The data that the flags or the config ask for, checked; None for a method that needs none.
 
     is_needed: whether a method that calibrates must have some. Raises click.UsageError for data that is missing, or
-    given to a method that takes none, before any work is done.
+    given to a method that takes none, and for flags of calibration that cannot be, before any work is done.
     """
     from quantcore.quantizers.auto import AutoHfQuantizer
     from quantcore.quantizers.calibrated import CalibratedQuantizer
@@ -96,9 +107,13 @@ def chosen_data(config: QuantizationConfigMixin, options: Mapping[str, Any], is_
             raise click.UsageError(f"this method takes no calibration data; leave {flags} out")
         return None
     if file is not None and quantizer.default_data is not None:
-        raise click.UsageError(
-            f"--calibration {file}, and the config names a dataset too, {quantizer.default_data!r:.60}; give one"
+        found = quantizer.default_data
+        name = found[0] if isinstance(found, list) and len(found) == 1 else found
+        named = (
+            f"--dataset {name!s:.60}" if options.get("config") is None else f"the dataset of --config, {name!r:.60},"
         )
+        raise click.UsageError(f"--calibration {file} and {named} both say what to calibrate on; give one")
+    _check_settings(options)
     data = quantizer.default_data if file is None else file
     return None if data is None and not is_needed else check_data(data, from_config=file is None)
 
@@ -123,20 +138,43 @@ def check_data(data: Any, from_config: bool = False) -> Any:
             return data  # texts
         raise click.UsageError(f"dataset {name!r} is one word, and no data set that is known: {', '.join(DATASETS)}")
     if Path(name).exists() or len(Path(name).parts) > 1 or Path(name).suffix:
-        Path(name).open().close()
+        text_of(name, "dataset" if from_config else "--calibration")
         return Path(name)
     raise click.UsageError(
         f"--calibration {name}: no such file, and no data set of that name; known: {', '.join(DATASETS)}"
     )
 
 
+def check_seqlen(directory: Path, seqlen: int | None) -> None:
+    """Raise click.BadParameter for rows that are longer than what the model in a folder reads."""
+    from quantcore.checkpoints.read import positions, read_config
+
+    most = positions(read_config(directory))
+    if seqlen is not None and most is not None and seqlen > most:
+        raise click.BadParameter(f"{seqlen} is more than the {most} positions of the model", param_hint="--seqlen")
+
+
+def _check_settings(options: Mapping[str, Any]) -> None:
+    """Raise click.BadParameter for a flag of calibration whose value cannot be used."""
+    from quantcore.checkpoints.write import parse_size
+
+    check_folder_flag(options["resume"], "--resume")
+    if options["offload"] != "disk":
+        check_folder_flag(options["offload"], "--offload")
+    if options["max_memory"] is not None:
+        try:
+            parse_size(options["max_memory"])
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--max-memory") from error
+
+
 @contextlib.contextmanager
 def calibrating_bar(calibration: Calibration, output: Output) -> Iterator[Calibration]:
     """While the block calibrates a model, a bar with block, layer and loss. Gives the calibration that moves it.
 
-    When the user interrupts, it is said how to go on.
+    When the user interrupts, it is said how to go on. Errors name the flags.
     """
-    with progress_bar(output) as update:
+    with progress_bar(output) as update, told_in_flags(CALIBRATION_FLAGS):
 
         def show(progress: Progress) -> None:
             update(progress.weights, progress.of_weights, _label(progress))

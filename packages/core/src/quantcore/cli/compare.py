@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantcore.cli.completing import files, folders
-from quantcore.cli.eval import read_text, reading_options, text_option
-from quantcore.cli.folders import check_places
+from quantcore.cli.eval import READING_FLAGS, read_text, reading_options, text_option
+from quantcore.cli.folders import check_places, told_in_flags
 from quantcore.cli.group import Verb
 from quantcore.cli.method_verb import read_config_file
 from quantcore.cli.methods import chosen_backend
@@ -86,7 +86,7 @@ def command(
     from quantcore.workflows.evaluation import evaluate_beside
 
     look = _looking(reference, content, report.layer, prompts, options) if report.any else None
-    with progress_bar(output) as update:
+    with progress_bar(output) as update, told_in_flags(READING_FLAGS):
         results = evaluate_beside(
             reference,
             candidates,

@@ -63,7 +63,7 @@ def command(source: str, target: str, output: Output, **options: Any) -> None:
     the conversion, unless --allow-lossy is given.
     """
     _check_choice(options)
-    check_places([source], Path(target), options["force"])
+    check_places([source], target, options["force"], takes_file=options["from_pickle"])
     check_size(options["max_shard_size"])
     writing = {"max_shard_size": options["max_shard_size"], "overwrite": options["force"]}
     if options["from_pickle"]:

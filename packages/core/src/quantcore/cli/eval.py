@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantcore.cli.completing import files, folders
-from quantcore.cli.folders import check_places
+from quantcore.cli.folders import check_places, text_of, told_in_flags
 from quantcore.cli.group import Verb
 from quantcore.cli.model_card import note_quality
 from quantcore.cli.output import Function, Output, in_bytes, output_options, table
@@ -22,7 +22,7 @@ EXAMPLES = (
     "quantcore eval stdlib-lm-hqq --text examples/stdlib-lm/eval.txt --reference examples/stdlib-lm",
 )
 
-
+READING_FLAGS = {"window": "--window", "max_tokens": "--max-tokens"}  # by argument of the evaluation
 _TOKEN = 16  # characters that no tokenizer's tokens reach on the average
 _READING = (
     click.option(
@@ -89,7 +89,7 @@ def command(directory: str, text: str, card: bool, output: Output, **options: An
     from quantcore.cli.progress import progress_bar
     from quantcore.workflows.evaluation import evaluate
 
-    with progress_bar(output) as update:
+    with progress_bar(output) as update, told_in_flags(READING_FLAGS):
         result = evaluate(
             directory,
             content,
@@ -120,13 +120,7 @@ def read_text(name: str, tokens: int) -> str:
 
     if name in DATASETS:
         return _beginning_of(name, tokens)
-    path = Path(name)
-    if len(path.parts) == 1 and not path.suffix and not path.exists():
-        raise FileNotFoundError(f"{name}: no such file, and no data set of that name; known: {', '.join(DATASETS)}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: byte {error.start} cannot be read; convert the file") from error
+    return text_of(name, "--text")
 
 
 def _beginning_of(name: str, tokens: int) -> str:

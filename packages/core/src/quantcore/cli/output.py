@@ -90,11 +90,9 @@ def _collect(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 def shows_error() -> bool:
     """Whether this process shows an error; of several that work together and end together, one does."""
-    if "torch.distributed" not in sys.modules:  # then it is of no group
-        return settings.is_first_process()
-    from quantcore.distributed import processes
-
-    return processes.shows_error()
+    # Not imported here: an interrupt may have left torch half imported, and then there is no group yet.
+    processes = sys.modules.get("quantcore.distributed.processes")
+    return settings.is_first_process() if processes is None else bool(processes.shows_error())
 
 
 def show_error(error: BaseException) -> None:

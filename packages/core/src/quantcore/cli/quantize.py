@@ -15,11 +15,12 @@ from quantcore.cli.calibration import (
     calibrating_bar,
     calibration_from,
     calibration_options,
+    check_seqlen,
     chosen_data,
     report_text,
 )
 from quantcore.cli.completing import files, folders
-from quantcore.cli.folders import check_places, check_size, chosen_device
+from quantcore.cli.folders import check_places, check_size, check_space, chosen_device
 from quantcore.cli.method_verb import DTYPES, MethodVerb, chosen_config, method_option
 from quantcore.cli.mixed import budget_options, is_budgeted, mixture_for, mixture_text, without_weighing
 from quantcore.cli.output import Output, in_bytes, output_options, plural
@@ -74,7 +75,7 @@ def command(source: str, target: str | None, dry_run: bool, output: Output, **op
     config = chosen_config(click.get_current_context())
     if target is None and not dry_run:
         raise click.UsageError("argument OUT is missing: the folder to write; or ask for --dry-run")
-    check_places([source], None if target is None else Path(target), options["force"], options["device"])
+    check_places([source], target, options["force"], options["device"])
     check_size(options["max_shard_size"])
     if options["serve_with"] is not None:
         config = servable(config, options["serve_with"], None if target is None else Path(target))
@@ -85,7 +86,10 @@ def command(source: str, target: str | None, dry_run: bool, output: Output, **op
         output.note(mixture_text(mixture))
         config, options = mixture.config, own
     if dry_run:
-        chosen_data(config, options, is_needed=False)
+        if chosen_data(config, options, is_needed=False) is not None:
+            from quantcore.checkpoints.read import resolve
+
+            check_seqlen(resolve(source), options["seqlen"])
         _dry_run(source, config, options["dtype"], output)
     else:
         assert target is not None
@@ -118,6 +122,7 @@ def _quantize(
     calibration = calibration_from(config, options, directory)
     planned = open_float(directory, dtype=options["dtype"]).planned(float_quantizer(config))
     expected = sizes_of(planned)
+    check_space(target, expected.bytes)
     output.note(f"quantizing {plural(expected.layers, 'layer')} with {_name(config)} into {target}")
     writing = {
         "device": chosen_device(options["device"]),

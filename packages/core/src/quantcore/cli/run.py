@@ -50,6 +50,8 @@ def command(
     Without PROMPT lines of stdin are answered one by one; on a terminal that is a conversation, where the tokenizer
     has a chat template. How fast it went stands on stderr.
     """
+    if prompt == "":
+        raise click.UsageError("argument PROMPT is empty: there is nothing to continue; write some text")
     check_places([source], device=device)
     from quantcore.checkpoints.read import resolve
     from quantcore.integrations.transformers import load_tokenizer

@@ -60,11 +60,12 @@ ALIASES: dict[str, str] = {
 SETTINGS: dict[str, str] = {
     "nf4": "bitsandbytes --load-in-4bit --bnb-4bit-quant-type nf4",
     "fp4": "bitsandbytes --load-in-4bit --bnb-4bit-quant-type fp4",
-    "int8": "bitsandbytes --load-in-8bit",
-    "llm.int8": "bitsandbytes --load-in-8bit",
-    "int4": "hqq --nbits 4 --group-size 64",
-    "q4": "hqq --nbits 4 --group-size 64",
-    "w4": "hqq --nbits 4 --group-size 64",
+    **dict.fromkeys(("int8", "8bit", "8-bit", "llm.int8"), "bitsandbytes --load-in-8bit"),
+    **{
+        name: f"hqq --nbits {bits} --group-size 64"
+        for bits in (2, 3, 4)
+        for name in (f"int{bits}", f"q{bits}", f"w{bits}", f"{bits}bit", f"{bits}-bit")
+    },
     "q8": "hqq --nbits 8 --group-size 128",
     "w8": "hqq --nbits 8 --group-size 128",
     **{f"{name}_{mix}": f"gguf --type {name.upper()}_{mix.upper()}" for name in ("q4_k", "q5_k") for mix in ("s", "m")},

@@ -30,6 +30,7 @@ from quantcore.nn.held import stored_tensors
 from quantcore.nn.stack import layers_of_stack
 from quantcore.quantization_config import as_dtype
 from quantcore.quantizers.auto import AutoHfQuantizer
+from quantcore.quantizers.plan import by_reason
 from quantcore.quantizers.weight import WeightQuantizer
 from quantcore.workflows.besides import Besides
 from quantcore.workflows.metadata import carried_metadata
@@ -66,8 +67,9 @@ def convert(
     in config.json, or a method's name; None writes float weights in dtype (None: that of config.json, else the one they
     were quantized from). Each converted weight is dequantized from both and compared. With allow_lossy, a layer that
     the format cannot hold exactly is dequantized and quantized by rounding. Peak memory is one layer.
-    Raises CheckpointError listing every layer that does not fit its format, LossyConversionError listing those that
-    would change where allow_lossy is false, ValueError when source is not quantized, and for target what `save` raises.
+    Raises CheckpointError listing every layer that does not fit its format, LossyConversionError with the reasons for
+    which layers would change where allow_lossy is false, ValueError when source is not quantized, and for target what
+    `save` raises.
     """
     checkpoint = Checkpoint(source)
     reader = _reader(checkpoint)
@@ -184,7 +186,7 @@ class _Converter:
         """Raise CheckpointError for values that cannot be, LossyConversionError when a layer changed and must not."""
         refuse(checkpoint.directory, self.faults)
         if self.done.lossy and not self.allow_lossy:
-            reasons = "\n".join(f"{name}: {reason}" for name, reason in self.done.lossy.items())
+            reasons = "\n".join(by_reason(self.done.lossy))
             raise LossyConversionError(
                 f"{checkpoint.directory}: {len(self.done.lossy)} layers would change their values; allow_lossy=True or "
                 f"--allow-lossy rounds them anew, or choose another format\n{reasons}"

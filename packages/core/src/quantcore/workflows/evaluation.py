@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from quantcore.checkpoints.devices import check_device
-from quantcore.checkpoints.read import Checkpoint, quantization_dict, read_config, resolve
+from quantcore.checkpoints.read import Checkpoint, positions, quantization_dict, read_config, resolve
 from quantcore.checkpoints.stream import slots
 from quantcore.evaluation.perplexity import (
     BATCH,
@@ -75,6 +75,8 @@ def evaluate(
     check_device(device, "device")
     directory = resolve(directory)
     reference = None if reference is None else resolve(reference)
+    for folder in (directory, *([] if reference is None else [reference])):
+        _check_window(folder, window, max_tokens)
     token_ids = encode(directory, text)
     tokens = sum(ids.numel() for ids in cut_windows(token_ids, window, max_tokens, batch))
     report(f"loading {directory}")
@@ -111,6 +113,7 @@ def evaluate_beside(
     """
     check_device(device, "device")
     reference = resolve(reference)
+    _check_window(reference, window, max_tokens)
     token_ids = encode(reference, text)
     report(f"loading {reference}")
     original = load(reference, device_map=device, dtype=dtype)
@@ -126,6 +129,13 @@ def evaluate_beside(
         measured = compare(model, original, token_ids, window, max_tokens, batch, progress)
         examine(model, original)
         yield _compared(size, disk_bytes(reference), measured)
+
+
+def _check_window(directory: Path, window: int, max_tokens: int) -> None:
+    """Raise ValueError for windows that are longer than what the model in a folder reads: figures would be wrong."""
+    most = positions(read_config(directory))
+    if most is not None and min(window, max_tokens) > most:
+        raise ValueError(f"window {window} is more than the {most} positions of {directory}; give a smaller one")
 
 
 def tensor_bytes(model: nn.Module) -> int:

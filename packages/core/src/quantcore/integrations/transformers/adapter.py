@@ -179,6 +179,7 @@ def choose(config: Any, requested: Any, takes: Callable[[str], bool]) -> ServedQ
     transformers does: transformers itself would load the packed integers as if they were weights.
     """
     found = _found_in(config)
+    requested = {"quant_method": requested} if isinstance(requested, str) else requested
     source = requested if found is None else found
     if source is None:
         return None

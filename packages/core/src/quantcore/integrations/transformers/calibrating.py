@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from quantcore import transformers_names as inside
-from quantcore.calibration.data import Calibration
+from quantcore.calibration.data import Calibration, check_readable
 from quantcore.checkpoints.read import Checkpoint
 from quantcore.formats.base import WeightFormat
 from quantcore.integrations.transformers.conversion import modules_after_renaming
@@ -25,7 +25,10 @@ def calibrates(quantizer: HfQuantizer) -> bool:
 
 
 def check_data(quantizer: HfQuantizer) -> None:
-    """Raise ValueError where the data is missing: rounding to nearest instead would be another method."""
+    """Raise ValueError where the data is missing: rounding to nearest instead would be another method.
+
+    For data that cannot be read, what `check_readable` raises; all of it before the weights are read.
+    """
     assert isinstance(quantizer, CalibratedQuantizer)
     if quantizer.default_data is None:
         config = quantizer.quantization_config
@@ -35,6 +38,7 @@ def check_data(quantizer: HfQuantizer) -> None:
             f"{quantizer._method()} quantizes with calibration data, and from_pretrained has none; {named}load the "
             "float model and call quantcore.quantize(model, config, calibration=...)"
         )
+    check_readable(quantizer.default_data)
 
 
 class CalibratingLoad:
