@@ -107,6 +107,13 @@ def test_size_of_the_file_is_foreseen(cli: Cli, method: str, source: Path, tmp_p
     assert found["file_bytes"] == pytest.approx((tmp_path / "q" / "model.safetensors").stat().st_size, rel=0.03)
 
 
+def test_what_fits_is_no_larger_as_a_file_than_what_is_allowed(cli: Cli, method: str, source: Path) -> None:
+    (found,) = json.loads(cli("recommend", source, "--json").out)
+    assert cli("recommend", source, "--memory", found["file_bytes"]).code == 0
+    refused = cli("recommend", source, "--memory", found["file_bytes"] - 1)
+    assert (refused.code, f"{method} takes " in refused.err) == (1, True)
+
+
 def test_error_says_why_no_config_is_taken(cli: Cli, method: str, source: Path) -> None:
     result = cli("recommend", source, "--bits", "2")
     assert result.code == 1
@@ -201,7 +208,7 @@ def test_methods_that_are_out_whatever_their_settings_are_known_by_purpose_and_k
 def test_nothing_that_fits_is_an_error_that_names_the_smallest(cli: Cli, method: str, source: Path) -> None:
     result = cli("recommend", source, "--memory", "10")
     assert result.code == 1
-    assert f"{method} takes 1.81 kB, more than 10 B; the smallest is 1.81 kB, by {method}" in result.err
+    assert f"{method} takes 3.56 kB, more than 10 B; the smallest is 3.56 kB, by {method}" in result.err
 
 
 @pytest.mark.parametrize(

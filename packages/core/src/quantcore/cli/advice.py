@@ -135,9 +135,9 @@ class _Work:
             trains=quantizer.is_trainable,
             seconds=seconds or math.nan,
             config=full.to_dict(),
+            file_bytes=file_bytes_of(plan, sizes, calibrates),
         )
-        size = file_bytes_of(plan, sizes, calibrates)
-        return _Planned(Candidate(facts, dict(config), size, is_example=is_example), plan)
+        return _Planned(Candidate(facts, dict(config), facts.file_bytes, is_example=is_example), plan)
 
     def measured(self, planned: Iterable[_Planned]) -> list[Candidate]:
         """The candidates with their errors, by rounding."""

@@ -29,7 +29,8 @@ _OWN_PROGRAM = "transformers"  # reads every method, with quantcore
 class Facts:
     """What is known of one config of a method for one model.
 
-    seconds: to quantize, about; nan where not measured. config: as config.json has it.
+    seconds: to quantize, about; nan where not measured. config: as config.json has it. bytes: of the tensors;
+    file_bytes: with the header of their file.
     """
 
     backend: Backend
@@ -40,6 +41,7 @@ class Facts:
     trains: bool
     seconds: float
     config: Mapping[str, Any] = field(default_factory=dict)
+    file_bytes: int = 0
 
     @property
     def programs(self) -> dict[str, str]:
@@ -117,9 +119,10 @@ def _data(needs: Needs, facts: Facts) -> str | None:
 
 
 def _memory(needs: Needs, facts: Facts) -> str | None:
-    if needs.memory is None or facts.bytes <= needs.memory:
+    taken = max(facts.bytes, facts.file_bytes)  # the sizes that are shown are those of files
+    if needs.memory is None or taken <= needs.memory:
         return None
-    return f"takes {in_bytes(facts.bytes)}, more than {in_bytes(needs.memory)}"
+    return f"takes {in_bytes(taken)}, more than {in_bytes(needs.memory)}"
 
 
 def _bits(needs: Needs, facts: Facts) -> str | None:

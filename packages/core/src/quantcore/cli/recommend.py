@@ -95,12 +95,12 @@ def _needs(options: Mapping[str, Any]) -> Needs:
 
 def _nothing(source: str, advice: Advice) -> str:
     """Why no config is left, and what would help: the reasons that refuse the most, and the smallest there is."""
-    smallest = min(advice.refused, key=lambda each: each.bytes, default=None)
+    smallest = min(advice.refused, key=lambda each: each.file_bytes, default=None)
     if smallest is None:
         return f"{source}: no installed method fits this model; quantcore list shows what can be installed"
     reasons = "; ".join(f"{method} {reason}" for method, reason in list(advice.left_out().items())[:4])
     return (
-        f"{source}: no method does all that is asked: {reasons}; the smallest is {in_bytes(smallest.bytes)}, by "
+        f"{source}: no method does all that is asked: {reasons}; the smallest is {in_bytes(smallest.file_bytes)}, by "
         f"{smallest.method}; ask for less, allow more memory, or install more methods"
     )
 
