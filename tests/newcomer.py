@@ -59,6 +59,7 @@ MISTAKES = (
     Mistake(f"quantize {MODEL} made/x --method hqqq", 2, "hqq"),
     Mistake(f"quantize {MODEL} made/x --method nf4", 2, "--bnb-4bit-quant-type nf4"),
     Mistake(f"quantize {MODEL} made/x --method hqq --bits 4", 2, "did you mean --nbits?"),
+    Mistake(f"quantize {MODEL} made/x --method gguf --bits 4", 2, "has no setting of bits, but --type Q4_K"),
     Mistake(f"quantize {MODEL} made/x --method hqq --nbits 4 --group-size 7", 2, "--group-size must"),
     Mistake("quantize examples/stdlib-ml made/x --method hqq", 1, "did you mean examples/stdlib-lm?"),
     Mistake("quantize ./stdlib-lm made/x --method hqq", 1, "does not exist"),

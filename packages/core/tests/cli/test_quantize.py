@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantcore.cli.folders import check_target
+from quantcore.cli.method_verb import _settings_of
 
 Cli = Callable[..., Any]
 METHOD = "tiny-int8"
@@ -48,6 +50,38 @@ def test_a_mistyped_flag_of_a_method_gets_the_nearest(cli: Cli, method: str) -> 
     result = cli("quantize", "in", "out", "--method", method, "--treshold", "1")
     assert result.code == 2
     assert "no flag --treshold; did you mean --threshold?" in result.err
+
+
+def test_flags_of_the_method_are_told_apart_from_those_of_the_verb(cli: Cli, method: str) -> None:
+    lines = cli("quantize", "in", "out", "--method", method, "--treshold", "1").err.splitlines()
+    (own,) = [line for line in lines if line.startswith(f"Flags of {method}: ")]
+    (others,) = [line for line in lines if line.startswith("Flags: ")]
+    assert ("--threshold" in own, "--threshold" in others) == (True, False)
+    assert ("--dry-run" in own, "--dry-run" in others) == (False, True)
+
+
+def test_bits_in_another_spelling_get_the_flag_of_the_method(cli: Cli, method: str) -> None:
+    result = cli("quantize", "in", "out", "--method", method, "--w-bit", "8")
+    assert "no flag --w-bit; did you mean --bits?" in result.err
+
+
+@pytest.mark.parametrize(
+    ("examples", "hint"),
+    [
+        (({},), "tiny-int8 has one width, which takes no flag"),
+        (({"kind": "a"}, {"kind": "b", "fine": True}), "but --kind a, or --kind b --fine"),
+        (({"kind": "a", "fine": True}, {"kind": "a"}), "but --kind a --fine"),
+        (({"kind": None, "only_read": 1},), "but --kind none"),
+        (({"sizes": [1, 2], "inner": {"bits": 4}},), "but --sizes 1,2 --inner"),
+    ],
+    ids=["one form", "forms", "forms that begin alike", "settings without a flag", "nested"],
+)
+def test_bits_of_a_method_without_them_get_its_own_settings(
+    monkeypatch: pytest.MonkeyPatch, examples: Any, hint: str
+) -> None:
+    backend = SimpleNamespace(example_configs=examples)
+    monkeypatch.setattr("quantcore.cli.method_verb.plugins", lambda: SimpleNamespace(backend=lambda name: backend))
+    assert _settings_of(METHOD, ("--kind", "--fine", "--sizes", "--inner")).endswith(hint)
 
 
 def test_a_value_that_the_config_refuses_is_a_usage_error(cli: Cli, method: str) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 
 import click
 
-from quantcore.cli.config_flags import ConfigField, config_fields, config_options
+from quantcore.cli.config_flags import WIDTHS, ConfigField, config_fields, config_options
 from quantcore.plugins import Backend
 from quantcore.plugins.manager import plugins
 
-# Published names of the two settings by which sizes differ, and the values that are tried.
-_BITS, _SIZES = ("bits", "nbits", "w_bit", "num_bits"), ("group_size", "q_group_size")
-_TRIED = {**dict.fromkeys(_BITS, (8, 6, 4, 3, 2)), **dict.fromkeys(_SIZES, (128, 32))}
+# Published names of the other setting by which sizes differ, and the values that are tried of both.
+_SIZES = ("group_size", "q_group_size")
+_TRIED = {**dict.fromkeys(WIDTHS, (8, 6, 4, 3, 2)), **dict.fromkeys(_SIZES, (128, 32))}
 _WHOLE = ("weights", "type", "scheme", "quant_algo")  # settings that name a form as a whole
 _NAMED = 24  # choices of such a setting at most: more are types of single tensors
 
@@ -30,7 +30,7 @@ def neighbours(backend: Backend) -> Iterator[dict[str, Any]]:
         offered = _offered(fields[name]) if name in fields else []
         if len(offered) <= _NAMED:
             yield from ({**base, name: choice} for choice in offered)
-    bits, sizes = (next((name for name in names if name in fields), None) for names in (_BITS, _SIZES))
+    bits, sizes = (next((name for name in names if name in fields), None) for names in (WIDTHS, _SIZES))
     for width in _TRIED[bits] if bits else (None,):
         for size in _TRIED[sizes] if sizes else (None,):
             changed = {name: value for name, value in ((bits, width), (sizes, size)) if name is not None}

@@ -17,6 +17,7 @@ from click.core import ParameterSource
 
 from quantcore.quantization_config import QuantizationConfigMixin, type_hints
 
+WIDTHS = ("bits", "nbits", "w_bit", "num_bits")  # published names of the bits of a code
 _PREFIX = "config__"  # of the click names of generated flags, apart from a verb's own
 
 

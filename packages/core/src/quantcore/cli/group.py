@@ -35,9 +35,14 @@ class Verb(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            flags = sorted(flag for flag in _flags(self.get_params(ctx)) if flag.startswith("--"))
-            text = f"no flag {error.option_name}{nearest(error.option_name, flags)}\nFlags: {', '.join(flags)}"
-            raise click.UsageError(text, ctx) from error
+            raise click.UsageError(
+                f"no flag {error.option_name}{self.flags_beside(ctx, error.option_name)}", ctx
+            ) from error
+
+    def flags_beside(self, ctx: click.Context, flag: str) -> str:
+        """What to say of the flags that there are to somebody who gave another."""
+        flags = long_flags(self.get_params(ctx))
+        return f"{nearest(flag, flags)}\nFlags: {', '.join(flags)}"
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         write_flags("Flags", self.get_params(ctx), ctx, formatter)
@@ -166,5 +171,7 @@ def write_examples(examples: Sequence[str], formatter: click.HelpFormatter) -> N
             formatter.write(f"{' ' * formatter.current_indent}{example}\n")
 
 
-def _flags(parameters: Iterable[click.Parameter]) -> list[str]:
-    return [flag for parameter in parameters for flag in (*parameter.opts, *parameter.secondary_opts)]
+def long_flags(parameters: Iterable[click.Parameter]) -> list[str]:
+    """The flags of two dashes among the parameters, in order of the alphabet."""
+    flags = (flag for parameter in parameters for flag in (*parameter.opts, *parameter.secondary_opts))
+    return sorted(flag for flag in flags if flag.startswith("--"))

@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from quantcore.cli.completing import installed
-from quantcore.cli.config_flags import config_fields, config_options, given_values
-from quantcore.cli.group import Verb, write_examples, write_flags
+from quantcore.cli.config_flags import WIDTHS, config_fields, config_options, given_values
+from quantcore.cli.group import Verb, long_flags, nearest, write_examples, write_flags
 from quantcore.cli.methods import chosen_backend, installed_methods
 from quantcore.errors import QuantcoreError
 from quantcore.plugins.known import normalize_method
@@ -23,6 +23,7 @@ from quantcore.quantization_config import QuantizationConfigMixin
 logger = logging.getLogger(__name__)
 
 _BUNDLED = "examples/stdlib-lm"  # the model that examples quantize
+_FORMS = 4  # of a method's examples that a message shows
 DTYPES = ("float32", "bfloat16", "float16")  # of float weights
 
 # Keys of click's ctx.meta: the content of --config, the method, the flags generated for it.
@@ -65,6 +66,21 @@ class MethodVerb(Verb):
             ctx.meta[_FLAGS] = config_options(fields, taken, ctx.meta[_METHOD])
         return args
 
+    def flags_beside(self, ctx: click.Context, flag: str) -> str:
+        """With the method's own flags apart, and its settings where somebody asks for bits that it has no flag for."""
+        generated = ctx.meta.get(_FLAGS, ())
+        if not generated:
+            return super().flags_beside(ctx, flag)
+        method, own = ctx.meta[_METHOD], long_flags(option for option in generated if not option.hidden)
+        others = [each for each in long_flags(self.get_params(ctx)) if each not in long_flags(generated)]
+        widths = [_flag_of(name) for name in WIDTHS]
+        if flag in widths:
+            found = next((each for each in widths if each in own), None)
+            hint = _settings_of(method, own) if found is None else f"; did you mean {found}?"
+        else:
+            hint = nearest(flag, [*own, *others])
+        return f"{hint}\nFlags of {method}: {', '.join(own)}\nFlags: {', '.join(others)}"
+
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         return [*super().get_params(ctx), *ctx.meta.get(_FLAGS, ())]
 
@@ -97,6 +113,20 @@ def _examples_of(method: str) -> list[str]:
     data = f"{_BUNDLED}/calibration.txt" if backend.needs_calibration else None
     configs = [backend.default or backend.example_configs[0], *backend.example_configs[1:2]]
     return [command_line(_BUNDLED, method, config, data, backend.guide.file_suffix) for config in configs]
+
+
+def _settings_of(method: str, flags: Collection[str]) -> str:
+    """What a method that has no flag for bits has instead: its examples that differ in their first setting."""
+    forms: dict[str, str] = {}
+    for config in plugins().backend(method).example_configs:
+        known = {name: value for name, value in config.items() if _flag_of(name) in flags}
+        # What a nested setting holds would fill the screen.
+        words = _as_flags({name: True if isinstance(value, Mapping) else value for name, value in known.items()})
+        if words:
+            forms.setdefault(words[0], " ".join(words))
+    if not forms:
+        return f"; {method} has one width, which takes no flag"
+    return f"; {method} has no setting of bits, but {', or '.join([*forms.values()][:_FORMS])}"
 
 
 def chosen_config(ctx: click.Context, defaults: Mapping[str, Any] | None = None) -> QuantizationConfigMixin:
@@ -156,7 +186,11 @@ def _flag_of(name: str) -> str:
 
 def _as_flags(settings: Mapping[str, Any]) -> list[str]:
     """Settings as a command line gives them."""
-    return [_flag_of(name) if value is True else f"{_flag_of(name)} {value}" for name, value in settings.items()]
+    return [_flag_of(name) if value is True else f"{_flag_of(name)} {_word(value)}" for name, value in settings.items()]
+
+
+def _word(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
 
 
 def _from_file(
