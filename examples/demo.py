@@ -187,6 +187,7 @@ def ending(failures: list[str], count: int, tokens: int, takes_all: bool) -> str
     lines = [
         "",
         f"KL: nats a token between the float model and this one, lower is better; over {tokens:,} tokens in float32.",
+        "Perplexity takes several times as many tokens to order methods that are so close.",
         f"The text is how each model goes on after {PROMPT.strip()!r}. s: seconds to quantize.",
         *failures,
         f"{len(failures)} of {count} failed",

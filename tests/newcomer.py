@@ -120,6 +120,13 @@ MISTAKES = (
     Mistake("doctor --josn", 2, "did you mean --json?"),
     Mistake("new-backend hqq", 2, "hqq is a method already"),
     Mistake("new-backend mine plain", 1, "plain exists"),
+    Mistake(f"quantize {MODEL} made/x --method 4bit", 2, "--method hqq --nbits 4"),
+    Mistake(f"quantize {MODEL} made/x --method gptq --calibration {MODEL}", 1, "--calibration"),
+    Mistake(f"quantize {MODEL} --method gptq --calibration {TEXT} --max-memory lots -n", 2, "--max-memory"),
+    Mistake(f"quantize {MODEL} --method gptq --calibration {TEXT} --seqlen 4096 -n", 2, "--seqlen: 4096 is more than"),
+    Mistake(f"quantize {MODEL} made/x --method gptq --calibration {TEXT} --resume {TEXT}", 2, "--resume"),
+    Mistake(f"eval {MODEL} --text {TEXT} --window 4096 --max-tokens 8192", 1, "--window 4096 is more than"),
+    Mistake(f"compare {MODEL} {TEXT} --text {TEXT}", 1, "is a file"),
     Mistake("list", 0, "nothing_there", {"QUANTCORE_PLUGINS": "nothing_there"}),
     Mistake("list", 0, "a_package_that_is_nowhere", {"QUANTCORE_PLUGINS": "broken_plugin", "PYTHONPATH": "."}),
 )
