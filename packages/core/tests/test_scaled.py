@@ -17,7 +17,7 @@ from quantcore.formats.grid_layer import GridLayer
 from quantcore.formats.interning import format_from_key
 from quantcore.formats.quantized_weight import QuantizedWeight
 from quantcore.formats.rounded import RoundedLayer
-from quantcore.formats.scaled import Codes, Integer, Parts, Scale, Scaled, Zero
+from quantcore.formats.scaled import Codes, Integer, Outer, Parts, Scale, Scaled, Zero
 from quantcore.kernels.triton.checks import run_in_interpreter
 from quantcore.testing.compare import differences
 
@@ -166,10 +166,29 @@ def test_shape_that_leaves_a_block_or_a_word_short_is_refused() -> None:
     FORMATS["e4m3-blocks"].check_shape((30, 40))
 
 
-def test_small_floats_under_a_scale_that_divides_lower_to_no_family() -> None:
-    assert FORMATS["e2m1-divided"].family is None
-    with pytest.raises(NotImplementedError, match="lowers to no family"):
-        FORMATS["e2m1-divided"].lower({}, SHAPE)
+def test_small_floats_under_a_scale_that_divides_and_one_that_multiplies_are_each_others() -> None:
+    divided = FORMATS["e2m1-divided"]
+    assert divided.outer is not None
+    multiplied = dataclasses.replace(divided, outer=Outer("weight_scale_2"))
+    tensors = {**divided.quantize(weight_of()), "weight_global_scale": torch.tensor([3072.0])}
+    found = multiplied.raise_(divided.lower(tensors, SHAPE))
+    assert found["weight_scale_2"].item() == 1 / torch.tensor(3072.0)
+    same = {name: tensor for name, tensor in tensors.items() if name != "weight_global_scale"}
+    assert differences({name: found[name] for name in same}, same) == []
+    assert differences(divided.raise_(multiplied.lower(found, SHAPE)), tensors) == []
+
+
+def test_outer_scale_without_an_inverse_is_refused_but_for_a_weight_of_zeros() -> None:
+    divided = FORMATS["e2m1-divided"]
+    multiplied = dataclasses.replace(divided, outer=Outer("weight_scale_2"))
+    tensors = multiplied.quantize(weight_of())
+    nothing = {**tensors, "weight_scale_2": torch.zeros_like(tensors["weight_scale_2"])}
+    with pytest.raises(ValueError, match="outer scale 0 has no inverse in float32"):
+        divided.raise_(multiplied.lower(nothing, SHAPE))
+    zeros = {**nothing, divided.layout.name: torch.zeros_like(nothing[divided.layout.name])}
+    found = divided.raise_(multiplied.lower(zeros, SHAPE))
+    assert found["weight_global_scale"].item() == 1.0
+    assert not divided.dequantize(found, SHAPE).any()
 
 
 def test_numbers_that_a_format_cannot_hold_are_refused() -> None:

@@ -95,7 +95,8 @@ def _convert(source: str, target: str, options: Mapping[str, Any], writing: dict
     allowed = {"allow_lossy": options["allow_lossy"], "dtype": options["dtype"]}
     done = quantcore.convert(directory, target, config, **allowed, **writing)
     seconds = time.perf_counter() - start
-    data = {"output": target, "exact": done.exact, "lossy": done.lossy, "dropped": done.dropped, "seconds": seconds}
+    layers = {"exact": done.exact, "lossy": done.lossy, "inverted": done.inverted, "dropped": done.dropped}
+    data = {"output": target, **layers, "seconds": seconds}
     method = "float" if config is None else normalize_method(config.quant_method)
     from quantcore.cli.model_card import Made, write_card
     from quantcore.workflows.evaluation import disk_bytes
@@ -103,7 +104,8 @@ def _convert(source: str, target: str, options: Mapping[str, Any], writing: dict
     settings = {} if config is None else config.to_dict()
     sizes = disk_bytes(Path(target)), disk_bytes(directory)
     name = None if config is None else method
-    rounded = [f"{plural(len(done.lossy), 'layer')} rounded anew by the conversion"] if done.lossy else []
+    count = len(done.lossy) - len(done.inverted)
+    rounded = [f"{plural(count, 'layer')} rounded anew by the conversion"] if count else []
     write_card(Made(Path(target), source, name, settings, *sizes, notes=rounded), directory)
     output.result(data | {"method": method}, lambda: _summary(done, target, method, seconds), target)
 
@@ -116,9 +118,17 @@ def _carried(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _summary(done: Conversion, target: str, method: str, seconds: float) -> str:
     lines = [] if done.config is None else [f"{plural(len(done.exact), 'layer')} converted with the same values"]
-    if done.lossy:
-        first, reason = next(iter(done.lossy.items()))
-        lines.append(f"{plural(len(done.lossy), 'layer')} rounded anew, such as {first}: {reason}")
+    if done.inverted:
+        first = done.inverted[0]
+        lines.append(
+            f"{plural(len(done.inverted), 'layer')} converted with the same codes and scales of blocks, such as "
+            f"{first}: {done.lossy[first]}"
+        )
+    kept = set(done.inverted)
+    anew = {name: reason for name, reason in done.lossy.items() if name not in kept}
+    if anew:
+        first, reason = next(iter(anew.items()))
+        lines.append(f"{plural(len(anew), 'layer')} rounded anew, such as {first}: {reason}")
     if done.dropped:
         tensors = plural(len(done.dropped), "scale")
         lines.append(

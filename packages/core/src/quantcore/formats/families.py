@@ -105,7 +105,7 @@ class NestedScale:
     """Factors of groups that are themselves stored as codes: levels[code] * outer[group] + offset, in float32.
 
     codes: [G] uint8 or int8. levels: [L] float32, None where codes are numbers. outer: [ceil(G / grouping.size)]
-    float32. offset: float32 scalar, or None for none.
+    float32. offset: float32 scalar, or None for none. divides: levels are divided by outer, not multiplied.
     """
 
     codes: Tensor
@@ -113,11 +113,15 @@ class NestedScale:
     outer: Tensor
     grouping: Grouping
     offset: Tensor | None = None
+    divides: bool = False
 
     def dequantize(self) -> Tensor:
-        """The factors [G] float32, a rounding for the product, and one for the sum."""
+        """The factors [G] float32, a rounding for the product or quotient, and one for the sum."""
         values = self.codes.float() if self.levels is None else self.levels[self.codes.int()]
-        scaled = self.grouping.scale(values, self.outer)
+        if self.divides:
+            scaled = values / self.grouping.scale(torch.ones_like(values), self.outer)
+        else:
+            scaled = self.grouping.scale(values, self.outer)
         return scaled if self.offset is None else scaled + self.offset
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from quantcore.formats.elements import Float, Integer
 from quantcore.formats.families import Affine, Family, NestedScale, ScaledFloat
 from quantcore.formats.grouping import BlockGroups, Grouping, Groups, column_grouping
+from quantcore.formats.inverses import inverse
 from quantcore.formats.minifloat import levels
 
 if TYPE_CHECKING:
@@ -22,8 +23,7 @@ def family_of(weight_format: Scaled) -> str | None:
     """The family that holds the numbers of a format exactly, None where none does."""
     element, zero, outer = weight_format.element, weight_format.zero, weight_format.outer
     if isinstance(element, Float):
-        is_plain = outer is None or not (outer.divides or outer.steps != 1.0)
-        is_nested = outer is None or (is_plain and weight_format.scale.minifloat is not None)
+        is_nested = outer is None or (outer.steps == 1.0 and weight_format.scale.minifloat is not None)
         return "scaled_float" if zero is None and is_nested else None
     is_shifted = zero is not None and zero.in_values and element.low != 0  # codes from 0 would shift the offset
     return "affine" if outer is None and not is_shifted else None
@@ -97,14 +97,22 @@ def _raised_floats(weight_format: Scaled, family: ScaledFloat) -> Parts:
         raise ValueError(f"{family.element} is not the element of {weight_format!r}")
     codes, scale = element.from_bits(family.codes), family.scale
     if weight_format.outer is None:
-        return Parts(codes, _stored_scale(weight_format, _on_grid(weight_format, family, family.scales())))
+        factor = _on_grid(weight_format, family, family.scales())
+        # One product, rounded to the wider dtype and then to that of the numbers, is that rounded to the latter at
+        # once: both significands together fit float32.
+        is_wider = factor.dtype in (torch.bfloat16, torch.float16) and weight_format.own_dtype == torch.float32
+        return Parts(codes, _stored_scale(weight_format, factor.float() if is_wider else factor))
     if not isinstance(scale, NestedScale) or scale.outer.numel() != 1 or scale.offset is not None:
         raise ValueError(f"{weight_format!r} stores scales under one other, which these numbers do not have")
     table = _levels(weight_format, scale.codes.device)
     if scale.levels is None or not torch.equal(scale.levels.nan_to_num(0.0), table.nan_to_num(0.0)):
         raise ValueError(f"the inner scales are no {weight_format.scale.kind_name}, as {weight_format!r} stores")
     stored = _on_grid(weight_format, family, scale.codes).view(weight_format.scale.torch_dtype)
-    return Parts(codes, stored, None, scale.outer.reshape(()))
+    outer = scale.outer
+    if scale.divides != weight_format.outer.divides:
+        is_zero = not bool(outer.any()) and not bool(element.values(codes, torch.float32).any())
+        outer = torch.ones_like(outer) if is_zero else inverse(outer)  # zeros are zeros under any scale
+    return Parts(codes, stored, None, outer.reshape(()))
 
 
 def _scale(weight_format: Scaled, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor | NestedScale:
@@ -113,7 +121,11 @@ def _scale(weight_format: Scaled, tensors: Mapping[str, Tensor], shape: tuple[in
     stored = weight_format.scale.load(tensors[weight_format.scale.name], weight_format.grid(shape))
     codes, outer = stored.contiguous().view(torch.uint8).reshape(-1), tensors[weight_format.outer.name]
     return NestedScale(
-        codes, _levels(weight_format, codes.device), outer.float().reshape(1), Grouping(max(1, codes.numel()))
+        codes,
+        _levels(weight_format, codes.device),
+        outer.float().reshape(1),
+        Grouping(max(1, codes.numel())),
+        divides=weight_format.outer.divides,
     )
 
 

@@ -25,6 +25,8 @@ from quantcore.checkpoints.values import refuse, value_faults
 from quantcore.checkpoints.write import parse_size
 from quantcore.errors import LossyConversionError
 from quantcore.formats.base import WeightFormat
+from quantcore.formats.carried import carried_rounding
+from quantcore.formats.inverses import inverted_difference
 from quantcore.formats.quantized_weight import QuantizedWeight
 from quantcore.nn.held import stored_tensors
 from quantcore.nn.stack import layers_of_stack
@@ -39,8 +41,12 @@ from quantcore.workflows.stored import StoredModule, check_whole, stored_modules
 
 @dataclass
 class Conversion:
-    """What a conversion did. exact: layers whose values are unchanged; lossy: layer -> why it was quantized anew.
+    """What a conversion did. exact: layers whose numbers are unchanged; lossy: layer -> what changed, and why.
 
+    An outer scale that is stored inverted counts as unchanged where inverting it again gives back the same float32; the
+    product with it and the quotient may round apart. inverted: the layers of lossy that kept all codes and block
+    scales, with an outer scale, of the weight or the input, that comes back off by one ulp. The others of lossy were
+    quantized anew.
     config: the quantization_config that was written, None for float weights. dropped: tensors beside the layers that
     the new format has no use for: scales by which keys and values are rounded on their way into a cache.
     """
@@ -49,6 +55,7 @@ class Conversion:
     exact: list[str] = field(default_factory=list)
     lossy: dict[str, str] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
+    inverted: list[str] = field(default_factory=list)
 
 
 def convert(
@@ -65,7 +72,8 @@ def convert(
 
     source: a folder, or a file of a container that a backend brings; target likewise. config: a config, a dict as found
     in config.json, or a method's name; None writes float weights in dtype (None: that of config.json, else the one they
-    were quantized from). Each converted weight is dequantized from both and compared. With allow_lossy, a layer that
+    were quantized from). Each converted weight is dequantized from both and compared; scales of inputs go along, and an
+    outer scale that one format multiplies by and the other divides by is inverted. With allow_lossy, a layer that
     the format cannot hold exactly is dequantized and quantized by rounding. Peak memory is one layer.
     Raises CheckpointError listing every layer that does not fit its format, LossyConversionError with the reasons for
     which layers would change where allow_lossy is false, ValueError when source is not quantized, and for target what
@@ -172,8 +180,12 @@ class _Converter:
         try:
             if divisor is not None:
                 raise ValueError(f"its input is divided by {self.besides.divisors[name]}; folded, it is rounded")
-            new_format, new = _recode(name, weight, writer, self.dtype)
-            self.done.exact.append(name)
+            new_format, new, difference = _recode(name, weight, writer, self.dtype)
+            if difference:
+                self.done.lossy[name] = difference
+                self.done.inverted.append(name)
+            else:
+                self.done.exact.append(name)
         except (ValueError, NotImplementedError) as error:
             self.done.lossy[name] = str(error)
             if not self.allow_lossy:
@@ -185,10 +197,12 @@ class _Converter:
     def check_done(self, checkpoint: Checkpoint) -> None:
         """Raise CheckpointError for values that cannot be, LossyConversionError when a layer changed and must not."""
         refuse(checkpoint.directory, self.faults)
-        if self.done.lossy and not self.allow_lossy:
-            reasons = "\n".join(by_reason(self.done.lossy))
+        kept = set(self.done.inverted)
+        changed = {name: reason for name, reason in self.done.lossy.items() if name not in kept}
+        if changed and not self.allow_lossy:
+            reasons = "\n".join(by_reason(changed))
             raise LossyConversionError(
-                f"{checkpoint.directory}: {len(self.done.lossy)} layers would change their values; allow_lossy=True or "
+                f"{checkpoint.directory}: {len(changed)} layers would change their values; allow_lossy=True or "
                 f"--allow-lossy rounds them anew, or choose another format\n{reasons}"
             )
 
@@ -206,7 +220,10 @@ class _Converter:
     ) -> tuple[WeightFormat, dict[str, Tensor]]:
         values = _dequantized(weight, self.dtype, divisor)
         weight_format = _format_for(name, writer, weight.shape, values.dtype)
-        return weight_format, stored_tensors(weight_format, values, name)
+        stored = stored_tensors(weight_format, values, name)
+        with contextlib.suppress(ValueError):  # what is measured of inputs stays true of a weight that is rounded anew
+            stored.update(carried_rounding(weight.format, weight.tensors, weight_format)[0])
+        return weight_format, stored
 
 
 def _named(module: StoredModule, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -223,16 +240,32 @@ def _dequantized(weight: QuantizedWeight, dtype: torch.dtype | None, divisor: Te
 
 def _recode(
     name: str, weight: QuantizedWeight, writer: WeightQuantizer, dtype: torch.dtype | None
-) -> tuple[WeightFormat, dict[str, Tensor]]:
-    """The tensors that hold the same numbers in the writer's format, and that; ValueError says why none do."""
+) -> tuple[WeightFormat, dict[str, Tensor], str]:
+    """The writer's format, the tensors that hold the same numbers in it, and what inverted scales lost, "" for nothing.
+
+    Raises ValueError saying why no tensors hold them.
+    """
     family = weight.lower()
     scale_dtype = getattr(getattr(family, "scale", None), "dtype", dtype)  # a nested scale has none
     weight_format = _format_for(name, writer, weight.shape, scale_dtype).for_family(family)
-    stored = weight_format.raise_(family)
+    rounding, inexact = carried_rounding(weight.format, weight.tensors, weight_format)
+    stored = {**weight_format.raise_(family), **rounding}
     new = QuantizedWeight(weight_format.read(stored, weight.shape), stored, weight.shape)
-    if not torch.equal(new.dequantize(torch.float32), weight.dequantize(torch.float32)):
+    difference = inverted_difference(family, weight, new)
+    if difference is None and not _has_values(new, weight, family.dtype):
         raise ValueError(f"{type(new.format).__name__} rounds the same codes and scales to other values")
-    return new.format, stored
+    told = [f"{suffix}: the number that it is made of has no exact inverse in float32, one ulp" for suffix in inexact]
+    return new.format, stored, "; ".join([*([difference] if difference else []), *told])
+
+
+def _has_values(new: QuantizedWeight, old: QuantizedWeight, dtype: torch.dtype) -> bool:
+    """Whether weights are the same, at least in the dtype that the old one was rounded to where the new one is wider.
+
+    Only small floats come with wider scales than they had: see `raised`.
+    """
+    is_wider = torch.promote_types(new.lower().dtype, dtype) != dtype
+    wanted = dtype if is_wider else torch.float32
+    return torch.equal(new.dequantize(wanted), old.dequantize(wanted))
 
 
 def _format_for(
