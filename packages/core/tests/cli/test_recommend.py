@@ -101,6 +101,13 @@ def test_no_flag_is_obligatory(cli: Cli, method: str, source: Path) -> None:
     assert "LoRA trains on it" in result.out
 
 
+def test_what_shows_how_good_the_first_is_comes_last(cli: Cli, method: str, source: Path) -> None:
+    line = f"   quantcore compare {source} float-{method} --text TEXT.txt --html report.html"
+    assert cli("recommend", source).out.splitlines()[-1] == line
+    (source / "eval.txt").write_text("def main(): ...")
+    assert f"--text {source}/eval.txt" in cli("recommend", source).out.splitlines()[-1]
+
+
 def test_size_of_the_file_is_foreseen(cli: Cli, method: str, source: Path, tmp_path: Path) -> None:
     (found,) = json.loads(cli("recommend", source, "--json").out)
     quantcore.quantize_checkpoint(source, tmp_path / "q", method)

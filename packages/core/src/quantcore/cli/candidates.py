@@ -61,6 +61,14 @@ def command_line(
     return shlex.join([*words, "--method", method, *flags, *rest])
 
 
+def compare_line(source: str, quantizing: str) -> str:
+    """The line that shows how good the model is that another line makes, with a picture; which text, where one is."""
+    words = shlex.split(quantizing)
+    made, own = words[words.index("quantize") + 2], Path(source, "eval.txt")
+    text = str(own) if own.is_file() else "TEXT.txt"
+    return shlex.join(["quantcore", "compare", source, made, "--text", text, "--html", "report.html"])
+
+
 def usual_data(source: str) -> str:
     """What a command calibrates on where the user named nothing.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantcore.cli.calibration import check_data
+from quantcore.cli.candidates import compare_line
 from quantcore.cli.group import Verb
 from quantcore.cli.methods import brief_settings
 from quantcore.cli.needs import USUAL_BITS, Needs, in_time, parse_seconds
@@ -130,6 +131,7 @@ def _text(source: str, advice: Advice, rows: list[Candidate], text: str | None, 
         parts.append(
             "Gains of calibration are taken from a rule; with --calibration TEXT they are measured on this model."
         )
+    parts.append(f"How good one is, measured and in pictures:\n   {compare_line(source, rows[0].command)}")
     return "\n\n".join(parts)
 
 
