@@ -29,6 +29,7 @@ from quantcore_misc.fouroversix.format import weight_format as four_over_six
 from quantcore_misc.fouroversix.rules import Rounding
 from quantcore_misc.gguf.blocks import SCALED, dequantize_rows
 from quantcore_misc.gguf.decode import decoder_for as gguf_decoder
+from quantcore_misc.gguf.decode_grids import GRIDS
 from quantcore_misc.gguf.format import GgufWeight
 from quantcore_misc.gguf.layouts import join_fields, split_fields
 from quantcore_misc.gguf.types import block_type
@@ -203,4 +204,16 @@ def test_blocks_of_gguf_give_their_own_numbers_for_any_bytes(name: str, contract
     decoder, stored = gguf_decoder(weight_format), random_rows(name, 5, columns)
     served = decoder if contract == "tile" else replace(decoder, words=None)
     found = launch.dequantize([stored], served, (5, columns), torch.float32)
+    assert torch.equal(found, dequantize_rows(stored, name))
+
+
+@pytest.mark.parametrize("name", ["TQ1_0", *GRIDS])
+def test_vectors_and_digits_of_gguf_give_their_own_numbers_for_any_bytes(name: str) -> None:
+    weight_format, shape = GgufWeight(name), (5, 3 * block_type(name).elements)
+    stored = random_rows(name, *shape)
+    if name == "IQ1_M":  # whose scale of a block is the top bits of four words: 0x3555, a third
+        top = stored.view(-1, block_type(name).nbytes)[:, 49::2]
+        top.bitwise_and_(15).bitwise_or_(torch.tensor([0x50, 0x50, 0x50, 0x30], dtype=torch.uint8))
+    operands = weight_format.operands({"weight": stored}, shape)
+    found = launch.dequantize(list(operands.values()), gguf_decoder(weight_format), shape, torch.float32)
     assert torch.equal(found, dequantize_rows(stored, name))

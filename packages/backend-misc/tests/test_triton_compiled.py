@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton has no build for this platform")
 
 from quantcore.formats.base import WeightFormat
 from quantcore.kernels.kernel import Problem
-from quantcore.kernels.triton import launch
+from quantcore.kernels.triton import checks, launch
 from quantcore.kernels.triton.aot import compile_launches, spilled_bytes
 from quantcore.kernels.triton.checks import quantized, run_in_interpreter
 from quantcore.kernels.triton.kernels import scaled_kernels
@@ -87,5 +87,10 @@ def test_other_layers_have_no_decoder(weight_format: WeightFormat) -> None:
     assert decoder_for(weight_format) is None
 
 
-def test_vectors_of_gguf_have_no_decoder() -> None:
-    assert gguf_decoder(GgufWeight("IQ2_XXS")) is None
+@pytest.mark.parametrize(("name", "target"), [("IQ1_S", "gfx942"), ("IQ3_XXS", "sm_100")])
+def test_vectors_of_gguf_compile_without_spills(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_format = GgufWeight(name)
+    stored = {"weight": torch.zeros(weight_format.tensor_specs(SHAPE)[0].shape, dtype=torch.uint8)}
+    operands = weight_format.operands(stored, SHAPE)
+    monkeypatch.setattr(checks, "quantized", lambda *_: operands)  # these types are only read
+    assert faults_compiled(weight_format, gguf_decoder(weight_format), target) == []

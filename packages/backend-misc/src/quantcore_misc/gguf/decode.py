@@ -1,5 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""The decoder of every block type whose codes stand in groups under a scale: derived from its row in `SCALED`."""
+"""The decoder of every block type: of one whose codes stand in groups under a scale, derived from its row in `SCALED`.
+
+Those of vectors and of digits of base 3 are in `decode_grids`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import triton
 import triton.language as tl
 
 from quantcore.sdk import Decoder, WeightFormat, Words, float16_values, float_dtype, places, small_float
-from quantcore_misc.gguf import scales
+from quantcore_misc.gguf import decode_grids, scales
 from quantcore_misc.gguf.blocks import SCALED, Scaled
 from quantcore_misc.gguf.format import GgufWeight
 from quantcore_misc.gguf.layouts import Plane
@@ -219,22 +222,18 @@ def half_small_floats(code):
 
 @cache
 def decoder_for(weight_format: WeightFormat) -> Decoder | None:
-    """The decoder of a block type in `SCALED`; None for any other format."""
-    layout = SCALED.get(weight_format.type) if type(weight_format) is GgufWeight else None
-    if layout is None or not isinstance(weight_format, GgufWeight):
+    """The decoder of a block type; None for any other format."""
+    if type(weight_format) is not GgufWeight:
         return None
     kind, dtype = block_type(weight_format.type), float_dtype(weight_format.dtype, "dtype")
-    block = _block(kind, layout)
-    return Decoder(
-        name=f"gguf {kind.name}",
-        decode=decode,
-        constants=block,
-        views=(None,),
-        dtype=torch.float32 if dtype == torch.float64 else dtype,  # values are float32 before they are cast
-        words=_words(block),
-        level=level,
-        factor=factor,
-    )
+    dtype = torch.float32 if dtype == torch.float64 else dtype  # values are float32 before they are cast
+    name = f"gguf {kind.name}"
+    if kind.name in decode_grids.GRIDS:
+        return Decoder(name, decode_grids.decode, decode_grids.GRIDS[kind.name], (None, None), dtype)
+    if kind.name not in SCALED:
+        return Decoder(name, decode_grids.decode_digits, decode_grids.digits(), (None,), dtype)
+    block = _block(kind, SCALED[kind.name])
+    return Decoder(name, decode, block, (None,), dtype, words=_words(block), level=level, factor=factor)
 
 
 class _Factors(NamedTuple):

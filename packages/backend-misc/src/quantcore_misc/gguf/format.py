@@ -12,8 +12,11 @@ from torch import Tensor
 from quantcore.sdk import Family, Reshaped, TensorSpec, WeightFormat, float_dtype
 from quantcore_misc.gguf.blocks import dequantize_rows
 from quantcore_misc.gguf.families import family_of, lower, raised
+from quantcore_misc.gguf.grids import DECODERS, grid
 from quantcore_misc.gguf.quantize import quantize_rows
 from quantcore_misc.gguf.types import block_type
+
+_GRID = "grid"  # the operand of kernels that is no stored tensor
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,16 @@ class GgufWeight(WeightFormat):
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None
     ) -> Tensor:
         return dequantize_rows(tensors["weight"], self.type, dtype or float_dtype(self.dtype, "dtype"))
+
+    def operand_names(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        return super().operand_names(shape) + ((_GRID,) if self.type in DECODERS else ())
+
+    def operands(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """The rows, and for types of vectors the table of these, int8 [count, 8 or 4]."""
+        stored = {"weight": tensors["weight"]}
+        if self.type not in DECODERS:
+            return stored
+        return {**stored, _GRID: grid(self.type, tensors["weight"].device).to(torch.int8)}
 
     @property
     def family(self) -> str | None:  # type: ignore[override]
