@@ -141,3 +141,13 @@ def test_values_that_a_model_cannot_take_name_the_file(folder: Path, changes: di
     change(folder, **changes)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         quantcore.load(folder)
+
+
+# Settings of generate()
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "null", '{"max_new_tokens": "many"}'])
+def test_damaged_settings_of_generate_are_blamed_on_their_own_file(folder: Path, content: str) -> None:
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json holds no settings of generate\(\)"):
+        quantcore.load(folder)

@@ -63,8 +63,8 @@ def test_name_that_is_none_is_an_attribute_error() -> None:
     "mapping", [AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING], ids=["quantizers", "configs"]
 )
 def test_mapping_lists_what_is_installed_and_cannot_be_changed(mapping: Any) -> None:
-    assert list(mapping) == INSTALLED
-    assert len(mapping) == len(INSTALLED)
+    assert list(mapping) == sorted([*INSTALLED, "bitsandbytes_4bit", "bitsandbytes_8bit"])
+    assert len(mapping) == len(list(mapping))
     assert "hqq" in mapping
     assert "no-such-method" not in mapping
     assert mapping.get("no-such-method") is None
@@ -84,6 +84,15 @@ def test_mapping_knows_the_two_quantizers_of_bitsandbytes() -> None:
     four, eight = (AUTO_QUANTIZER_MAPPING[f"bitsandbytes_{bits}bit"] for bits in (4, 8))
     assert (four.__name__, eight.__name__) == ("Bnb4BitQuantizer", "Bnb8BitQuantizer")
     assert "bitsandbytes_4bit" in AUTO_QUANTIZER_MAPPING
+    for name in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
+        assert AUTO_QUANTIZATION_CONFIG_MAPPING[name] is quantcore.BitsAndBytesConfig
+
+
+def test_mapping_has_every_key_of_transformers() -> None:
+    from transformers.quantizers import auto
+
+    assert set(auto.AUTO_QUANTIZER_MAPPING) <= set(AUTO_QUANTIZER_MAPPING)
+    assert set(auto.AUTO_QUANTIZATION_CONFIG_MAPPING) <= set(AUTO_QUANTIZATION_CONFIG_MAPPING)
 
 
 def test_registered_class_is_in_the_mapping() -> None:

@@ -78,6 +78,16 @@ def test_absent_block_size_means_what_the_dialect_says(config: dict[str, Any], b
     assert found.block == block
 
 
+@pytest.mark.parametrize("block", [[128, 128], [1, 64], [32, 1], None], ids=str)
+def test_mxfp8_has_no_other_block(block: Any) -> None:
+    with pytest.raises(ValueError, match=r"weight_block_size of mxfp8 must be \[1, 32\].*use quant_method 'fp8'"):
+        FineGrainedFP8Config.from_dict({**MINIMAX, "weight_block_size": block})
+    found = FineGrainedFP8Config.from_dict(MINIMAX)
+    assert isinstance(found, FineGrainedFP8Config)
+    with pytest.raises(ValueError, match="weight_block_size of mxfp8"):
+        found.update(weight_block_size=block)
+
+
 def test_scheme_is_read_in_any_case() -> None:
     assert FineGrainedFP8Config(activation_scheme="STATIC").activation_scheme == "static"
 

@@ -128,6 +128,7 @@ def test_floats_and_null_leave_a_tensor_as_it_is() -> None:
         ({**UINT4, "qscheme": "per_block", "block_size": [8, 8]}, "per_block serves floats"),
         ({**MX, "scale_calculation_mode": "odd"}, "scale_calculation_mode must be one of even, floor, ceil"),
         ({**FP8, "scale_type": "int8"}, "weight.scale_type must be one of"),
+        ({**FP8, "observer_cls": "nothing"}, "weight.observer_cls must be the name of an observer.*got 'nothing'"),
         ({**UINT4, "scale_format": "e8m0"}, "scales of uint4 are floats, not e8m0"),
         ({"dtype": "mx", "mx_element_dtype": "int8"}, "mx_element_dtype must be 'fp4' with dtype 'mx', got 'int8'"),
         ([MX, UINT4], r"weight\[1\] must be fp8_e4m3 per_tensor"),
@@ -146,6 +147,8 @@ def test_what_is_no_spec_is_refused_by_its_key() -> None:
     for key in ("is_dynamic", "symmetric"):
         with pytest.raises(TypeError, match=rf"global_quant_config\.weight\.{key} must be .*'no'"):
             config({**FP8, key: "no"})
+    with pytest.raises(TypeError, match=r"global_quant_config\.weight\.observer_cls must be .*int: 3"):
+        config({**FP8, "observer_cls": 3})
     with pytest.raises(ValueError, match=r"global_quant_config\.bias: quantized biases are not read"):
         config(global_quant_config={"weight": FP8, "bias": FP8})
 

@@ -58,6 +58,7 @@ class FineGrainedFP8Config(QuantizationConfigMixin):
             raise ValueError(f"{self._label('weight_block_size')} must be rows and columns, got {size!r:.80}")
         super().validate()
         check_limits(size if size is None else list(size), self._label("weight_block_size"), maximum=1 << 24)
+        self._check_method()
 
     @classmethod
     def from_dict(
@@ -72,10 +73,19 @@ class FineGrainedFP8Config(QuantizationConfigMixin):
         method = getattr(config_dict.get("quant_method"), "value", config_dict.get("quant_method"))
         if method in _METHODS:
             config.quant_method = method  # type: ignore[misc]  # one class serves both methods
+            config._check_method()
         config._check_kept()
         if config.modules_to_not_convert is None:
             config.update(modules_to_not_convert=config.extra_keys.get("ignored_layers"))
         return result
+
+    def _check_method(self) -> None:
+        """Check that mxfp8 has the one block that its name promises. Raises ValueError naming the field."""
+        if self.quant_method == QuantizationMethod.MXFP8 and self.block != MX_BLOCK:
+            raise ValueError(
+                f"{self._label('weight_block_size')} of mxfp8 must be {list(MX_BLOCK)}, got "
+                f"{self.weight_block_size!r:.80}; use quant_method 'fp8' for other blocks"
+            )
 
     def _check_kept(self) -> None:
         """Check the keys of other dialects that say what the tensors mean."""

@@ -253,8 +253,16 @@ def _check_words(values: Mapping[str, Any], label: str) -> None:
     _check(values.get("round_method") or "half_even", _ROUNDINGS, f"{label}.round_method")
     for key in ("is_dynamic", "symmetric"):
         check_type(values.get(key), bool | None, f"{label}.{key}")
+    _check_observer(values.get("observer_cls"), f"{label}.observer_cls")
     check_type(values.get("ch_axis"), int | None, f"{label}.ch_axis")
     check_limits(values.get("ch_axis"), f"{label}.ch_axis", choices=(None, 0, 1, -1, -2))
+
+
+def _check_observer(value: Any, label: str) -> None:
+    """Raise TypeError or ValueError for what is no class of quark's observers, whose list grows with its releases."""
+    check_type(value, str | None, label)
+    if value is not None and not (value.isidentifier() and "Observer" in value):
+        raise ValueError(f"{label} must be the name of an observer, as PerTensorMinMaxObserver, got {value!r:.80}")
 
 
 def _check(value: Any, choices: Mapping[str, Any] | tuple[str, ...], label: str) -> None:

@@ -35,7 +35,7 @@ class ServedClasses(Mapping[str, Class], Generic[Class]):
             raise KeyError(str(error)) from error
 
     def __contains__(self, method: object) -> bool:
-        return isinstance(method, str) and (method in VARIANTS or method in self._names()) and self._is_served(method)
+        return isinstance(method, str) and method in self._names()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names())
@@ -46,8 +46,6 @@ class ServedClasses(Mapping[str, Class], Generic[Class]):
     def __repr__(self) -> str:
         return f"<classes of {', '.join(self._names()) or 'no method'}>"
 
-    def _is_served(self, method: str) -> bool:
-        return normalize_method(method) in self._names()
-
     def _names(self) -> list[str]:
-        return sorted({*(info.method for info in methods() if info.installed), *self._registered()})
+        served = {*(info.method for info in methods() if info.installed), *self._registered()}
+        return sorted(served | {variant for variant in VARIANTS if normalize_method(variant) in served})

@@ -15,7 +15,7 @@ from torch import nn
 from quantcore import transformers_names as inside
 from quantcore._optional import require
 from quantcore.checkpoints.empty import default_dtype
-from quantcore.checkpoints.files import stored_dtype
+from quantcore.checkpoints.files import GENERATION_NAME, stored_dtype
 from quantcore.checkpoints.opening import open_source
 from quantcore.checkpoints.read import read_config
 from quantcore.errors import CheckpointError, QuantcoreError
@@ -49,9 +49,19 @@ def build_model(directory: Path, holdings: Holdings | None = None) -> nn.Module:
         leave_out_absent_attention(transformers, config)
         with contextlib.nullcontext() if holdings is None else WithinHoldings(directory, holdings):
             model: nn.Module = _build(transformers, cls, config)
-        if (directory / "generation_config.json").is_file() and hasattr(model, "generation_config"):
-            model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    if (directory / GENERATION_NAME).is_file() and hasattr(model, "generation_config"):
+        model.generation_config = _generation_config(transformers, directory)
     return model
+
+
+def _generation_config(transformers: Any, directory: Path) -> Any:
+    """The settings of generate() that a folder holds. Raises CheckpointError naming their file for a damaged one."""
+    try:
+        return transformers.GenerationConfig.from_pretrained(directory)
+    except (OSError, *_OF_VALUES) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        text = f"{directory / GENERATION_NAME} holds no settings of generate() ({reason:.400}); mend or remove it"
+        raise CheckpointError(text) from error
 
 
 def _build(transformers: Any, cls: Any, config: Any) -> Any:
