@@ -318,3 +318,10 @@ def absolute_paths() -> dict[str, str]:
     """This environment, with a PYTHONPATH that another folder can use."""
     search = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(path).absolute()) for path in search if path)}
+
+
+def test_convert_to_a_method_by_name_alone_takes_its_default(made: Made, tmp_path: Path) -> None:
+    done = cli("convert", made.folder, tmp_path / "out", "--to", "compressed-tensors", "--allow-lossy")
+    assert done.code == 0, done.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["weights"]["num_bits"] == 4

@@ -19,6 +19,7 @@ BACKEND = Backend(
     quantizer=f"{_MODULE}.quantizer:CompressedTensorsQuantizer",
     kernels=(f"{_MODULE}:triton_kernels",),
     summary="the formats of llm-compressor and vLLM: int2 to int8, FP8, NVFP4, MXFP4, sparse",
+    default={"scheme": "W4A16"},
     example_configs=(
         {"scheme": "W4A16"},
         {"scheme": "W8A8"},
